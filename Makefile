@@ -1,0 +1,51 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both set up their own environment.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt
+
+.PHONY: demo test lint bench soak smoke-train clean
+
+$(VENV)/.pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'pip>=26,<27'
+	touch $@
+
+$(VENV)/.run: $(VENV)/.pip pyproject.toml
+	$(INSTALL) -e '.[cpu,science,staging]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(INSTALL) --group dev
+	touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/airgap demo --out demo-out
+
+test: $(VENV)/.dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m 'not soak'
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=90
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/codespell
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+soak: $(VENV)/.dev
+	$(BIN)/pytest -m soak
+
+smoke-train: $(VENV)/.dev
+	$(BIN)/python reference/logos-ref-tiny/recipe.py smoke --out build/smoke
+
+clean:
+	rm -rf $(VENV) demo-out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

@@ -1,0 +1,21 @@
+"""The command line: one module a group, each command parses, calls one function and prints.
+
+Exit status: 0 done, 1 refused, 2 usage, 3 fault, 130 interrupted (architecture, section 7).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit status; prints errors, never a traceback."""
+    from airgap.cli.app import dispatch  # keeps `airgap.cli` importable without typer loaded
+
+    return dispatch(list(argv))

@@ -1,0 +1,58 @@
+"""What every command shares: options, output, and the one place where errors become exits."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from policy.errors import AirgapError
+
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        help="Folder that holds site.toml, trust/, policy/, store/, audit/ and keys/. "
+        "Default: the user's data folder.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+
+stdout = Console(highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False)
+
+
+def root_folder(root: Path | None) -> Path:
+    """Return the tree of this user, `--root` or `$XDG_DATA_HOME/airgap`; it need not exist yet."""
+    if root is not None:
+        return root.expanduser().absolute()
+    base = os.environ.get("XDG_DATA_HOME", "")
+    home = Path(base) if base.startswith("/") else Path.home() / ".local" / "share"
+    return home / "airgap"
+
+
+def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
+    """Print the result: `document` as JSON with `--json`, else `text` (a string or a rich object)."""
+    if json:
+        sys.stdout.write(jsonlib.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    else:
+        stdout.print(text)
+
+
+def show_error(error: AirgapError, *, json: bool) -> None:
+    """Print a refusal or fault: to standard output as JSON, else to standard error in words."""
+    if json:
+        document = {"code": error.code, "error": error.message, "hint": error.hint, "exit": error.exit_status}
+        sys.stdout.write(jsonlib.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        return
+    word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
+    stderr.print(f"[bold red]{word}[/] [bold]{error.code}[/]", soft_wrap=True)
+    stderr.print(error.message, markup=False, soft_wrap=True)
+    if error.hint:
+        stderr.print(f"next step: {error.hint}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The sealed bundle format, its verification and the strict parsers; both sides run this code."""

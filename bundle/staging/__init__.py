@@ -1,0 +1,1 @@
+"""The connected side: inspect, convert, prove parity, seal. Never imported by the secured side."""

@@ -1,0 +1,1 @@
+"""Vocabulary, errors, dated rules and decisions. Pure: no file, network, clock or environment."""
