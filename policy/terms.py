@@ -41,7 +41,9 @@ class Digest:
         """Read the text form; RefusedError `digest.malformed` for anything else."""
         found = _TEXT.fullmatch(text)
         if found is None or len(found[2]) != 2 * _SIZES[found[1]]:
-            raise RefusedError("digest.malformed", f"expected sha256:<64 lower-case hex>, found {text!r:.80}")
+            raise RefusedError(
+                "digest.malformed", f"expected sha256:<64 lower-case hex>, found {text!r:.80}"
+            )
         return cls(found[1], bytes.fromhex(found[2]))
 
     @property

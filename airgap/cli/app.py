@@ -54,7 +54,9 @@ def dispatch(argv: list[str]) -> int:
         sys.stderr.write(error.format_message() + "\n")
         return 2
     except click.ClickException as error:
-        show_error(UsageError("usage.argument", error.format_message(), hint="airgap --help"), json=json)
+        show_error(
+            UsageError("usage.argument", error.format_message(), hint="airgap --help"), json=json
+        )
         return 2
     except (click.Abort, KeyboardInterrupt):
         stderr.print("interrupted", markup=False)
@@ -67,12 +69,26 @@ def dispatch(argv: list[str]) -> int:
     except OSError as error:
         code = "host.space" if error.errno in {28, 122} else "host.io"
         where = f" ({error.filename})" if error.filename else ""
-        show_error(FaultError(code, f"{error.strerror or error}{where}", hint="free space or mend permissions, then run it again"), json=json)
+        show_error(
+            FaultError(
+                code,
+                f"{error.strerror or error}{where}",
+                hint="free space or mend permissions, then run it again",
+            ),
+            json=json,
+        )
         return 3
     except Exception as error:  # noqa: BLE001 - the last line of defence: a defect is a fault, not a traceback
         if os.environ.get("AIRGAP_TRACEBACK") == "1":
             traceback.print_exc()
         kind = f"{type(error).__name__}: {error}"
-        show_error(FaultError("host.internal", f"unexpected {kind:.300}", hint="set AIRGAP_TRACEBACK=1 and report the output"), json=json)
+        show_error(
+            FaultError(
+                "host.internal",
+                f"unexpected {kind:.300}",
+                hint="set AIRGAP_TRACEBACK=1 and report the output",
+            ),
+            json=json,
+        )
         return 3
     return outcome if isinstance(outcome, int) else 0

@@ -40,7 +40,9 @@ def root_folder(root: Path | None) -> Path:
 def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
     """Print the result: `document` as JSON with `--json`, else `text` (a string or a rich object)."""
     if json:
-        sys.stdout.write(jsonlib.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        sys.stdout.write(
+            jsonlib.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        )
     else:
         stdout.print(text)
 
@@ -48,7 +50,12 @@ def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
 def show_error(error: AirgapError, *, json: bool) -> None:
     """Print a refusal or fault: to standard output as JSON, else to standard error in words."""
     if json:
-        document = {"code": error.code, "error": error.message, "hint": error.hint, "exit": error.exit_status}
+        document = {
+            "code": error.code,
+            "error": error.message,
+            "hint": error.hint,
+            "exit": error.exit_status,
+        }
         sys.stdout.write(jsonlib.dumps(document, indent=1, ensure_ascii=False) + "\n")
         return
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
