@@ -16,11 +16,12 @@ class AirgapError(Exception):
 
     Args:
         code: A key of `CODES`.
-        message: What was checked, expected and found. Untrusted text is quoted and cut by the caller.
+        message: What was checked, expected and found. The caller quotes and cuts
+            untrusted text.
         hint: A next step that works offline; empty when there is none to give.
 
     Raises:
-        KeyError: `code` is not listed; a mistake of the programmer, caught by any test that raises it.
+        KeyError: `code` is not listed; a mistake of the programmer.
 
     """
 

@@ -38,7 +38,7 @@ def root_folder(root: Path | None) -> Path:
 
 
 def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
-    """Print the result: `document` as JSON with `--json`, else `text` (a string or a rich object)."""
+    """Print the result: `document` with `--json`, else `text` (a string or a rich object)."""
     if json:
         sys.stdout.write(
             jsonlib.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,1 +1,1 @@
-"""Strict parsers of foreign files: a file enters only when the parser of its role accepts it all."""
+"""Strict parsers: a foreign file enters only when the parser of its role accepts all of it."""
