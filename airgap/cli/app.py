@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import sys
@@ -26,6 +27,8 @@ GROUPS = (
     "airgap.cli.enclave",
     "airgap.cli.demo",
 )
+INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 
 def build() -> typer.Typer:
@@ -43,52 +46,45 @@ def build() -> typer.Typer:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run `argv` and return 0, 1, 2, 3 or 130. The only broad `except` of the project stands here."""
-    json = "--json" in argv
+    """Run `argv` and return its exit status; the only broad `except` of the project is here."""
     try:
         outcome = build()(args=argv, standalone_mode=False)
-    except AirgapError as error:
-        show_error(error, json=json)
-        return error.exit_status
     except click.exceptions.NoArgsIsHelpError as error:
         sys.stderr.write(error.format_message() + "\n")
-        return 2
-    except click.ClickException as error:
-        show_error(
-            UsageError("usage.argument", error.format_message(), hint="airgap --help"), json=json
-        )
-        return 2
+        return UsageError.exit_status
     except (click.Abort, KeyboardInterrupt):
         stderr.print("interrupted", markup=False)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`| head`): not an error of ours, but the output was cut.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        code = "host.space" if error.errno in {28, 122} else "host.io"
-        where = f" ({error.filename})" if error.filename else ""
-        show_error(
-            FaultError(
-                code,
-                f"{error.strerror or error}{where}",
-                hint="free space or mend permissions, then run it again",
-            ),
-            json=json,
-        )
-        return 3
-    except Exception as error:  # noqa: BLE001 - the last line of defence: a defect is a fault, not a traceback
-        if os.environ.get("AIRGAP_TRACEBACK") == "1":
-            traceback.print_exc()
-        kind = f"{type(error).__name__}: {error}"
-        show_error(
-            FaultError(
-                "host.internal",
-                f"unexpected {kind:.300}",
-                hint="set AIRGAP_TRACEBACK=1 and report the output",
-            ),
-            json=json,
-        )
-        return 3
+        return PIPE_CLOSED
+    except Exception as error:  # noqa: BLE001 - a defect must end as a fault, not as a traceback
+        ours = as_error(error)
+        show_error(ours, json="--json" in argv)
+        return ours.exit_status
     return outcome if isinstance(outcome, int) else 0
+
+
+def as_error(error: Exception) -> AirgapError:
+    """Return the coded form of any exception that reaches the top."""
+    if isinstance(error, AirgapError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError("usage.argument", error.format_message(), hint="airgap --help")
+    if isinstance(error, OSError):
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        where = f" ({error.filename})" if error.filename else ""
+        return FaultError(
+            "host.space" if full else "host.io",
+            f"{error.strerror or error}{where}",
+            hint="free space or mend the permissions, then run the same command again",
+        )
+    if os.environ.get("AIRGAP_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    return FaultError(
+        "host.internal",
+        f"unexpected {type(error).__name__}: {error!s:.300}",
+        hint="run it again with AIRGAP_TRACEBACK=1 and report what it prints",
+    )
