@@ -59,6 +59,8 @@ CODES: dict[str, str] = {
     "usage.argument": "a command-line argument has no meaning here",
     # -- shared vocabulary ----------------------------------------------------------------------
     "digest.malformed": "text is not a digest",
+    # -- bundle: trees ------------------------------------------------------------------------------
+    "merkle.proof": "an inclusion or consistency proof does not lead to the root",
     # -- host: the machine that runs the command ------------------------------------------------
     "host.self": "the three packages do not lie in one directory, or one is missing",
     "host.io": "a file could not be read or written",
