@@ -59,7 +59,14 @@ CODES: dict[str, str] = {
     "usage.argument": "a command-line argument has no meaning here",
     # -- shared vocabulary ----------------------------------------------------------------------
     "digest.malformed": "text is not a digest",
-    # -- bundle: trees ------------------------------------------------------------------------------
+    # -- bundle: manifest -----------------------------------------------------------------------
+    "manifest.canonical": "the manifest is not canonical JSON",
+    "manifest.layout": "the archive and the list of files in the manifest differ",
+    "manifest.paths": "a path that some host would read in another way",
+    "manifest.schema": "the manifest breaks its schema",
+    "manifest.version": "the manifest has a format that this program does not read",
+    "scan.graphs": "graphs.json breaks its schema or contradicts the manifest",
+    # -- bundle: trees --------------------------------------------------------------------------
     "merkle.proof": "an inclusion or consistency proof does not lead to the root",
     # -- host: the machine that runs the command ------------------------------------------------
     "host.self": "the three packages do not lie in one directory, or one is missing",
