@@ -356,7 +356,7 @@ def _component_problem(part: str) -> str:
         return f"has a component of more than {MAX_COMPONENT} bytes"
     if part[-1] in ". ":
         return "has a component that ends with a dot or a space"
-    if part.split(".")[0].rstrip(" ").lower() in _DEVICES:
+    if part.split(".", maxsplit=1)[0].rstrip(" ").lower() in _DEVICES:
         return "names a device of some host"
     return ""
 

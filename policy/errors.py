@@ -75,7 +75,7 @@ CODES: dict[str, str] = {
     "usage.argument": "a command-line argument has no meaning here",
     # -- shared vocabulary ----------------------------------------------------------------------
     "digest.malformed": "text is not a digest",
-    # -- bundle: archive ----------------------------------------------------------------------------
+    # -- bundle: archive ------------------------------------------------------------------------
     "archive.header": "a header that the writer would not have written",
     "archive.limit": "the head or a part of it is too large",
     "archive.name": "a member with a name that stands twice or is not listed",

@@ -1,0 +1,253 @@
+"""The seal: an in-toto Statement over the manifest and the body, and the people who signed it.
+
+Decides whether enough distinct people, none of them the builder, approved a release, and whether
+the person who claims to have built it signed too; FORMAT.md section 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.envelope import ENVELOPE_SIZE, Envelope, find_signers
+from bundle.fields import Count, DigestText, Document, Instant, Name, PersonId, Sha256Hex
+from bundle.manifest import REPORT, Manifest, Profile, first_problem
+from bundle.trust import BUILDER, RootDocument
+from policy.errors import RefusedError
+from policy.terms import URI_BASE, Digest
+
+STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+SEAL_TYPE = f"{URI_BASE}seal/v1"
+SEAL_FORMAT: Literal["airgap-seal/1"] = "airgap-seal/1"
+PAYLOAD_LIMIT = ENVELOPE_SIZE // 2
+
+
+class ManifestDigest(Document):
+    """Digest set of the first subject."""
+
+    sha256: Sha256Hex
+
+
+class BodyDigest(Document):
+    """Digest set of the second subject: the root of the chunk tree, which no file hash equals."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    rfc6962_sha256: Annotated[str, Field(alias="rfc6962-sha256", pattern=r"^[0-9a-f]{64}$")]
+
+
+class ManifestSubject(Document):
+    """The canonical manifest."""
+
+    name: Literal["META/manifest.json"] = "META/manifest.json"
+    digest: ManifestDigest
+
+
+class BodySubject(Document):
+    """The body of the archive."""
+
+    name: Literal["body"] = "body"
+    digest: BodyDigest
+
+
+class Seal(Document):
+    """The predicate: what approvers must see without the manifest, and who built the release."""
+
+    format: Literal["airgap-seal/1"] = SEAL_FORMAT
+    profile: Profile
+    bundle_id: Name
+    epoch: Count
+    created: Instant
+    not_before: Instant
+    expires: Instant
+    body_size: Count
+    builder: PersonId
+    policy_pack_digests: tuple[DigestText, ...] = ()
+    report_digest: DigestText
+
+
+class SealStatement(Document):
+    """The whole statement."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
+        STATEMENT_TYPE
+    )
+    predicate: Seal
+    predicate_type: Annotated[str, Field(alias="predicateType")] = SEAL_TYPE
+    subject: tuple[ManifestSubject, BodySubject]
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical form: the payload that is signed."""
+        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSeal:
+    """A seal that holds. `approvers` are person ids, the builder not among them."""
+
+    statement: SealStatement
+    approvers: tuple[str, ...]
+    builder: str
+    keyids: tuple[str, ...]
+
+
+def seal_statement(
+    manifest: Manifest, *, builder: str, policy_pack_digests: Sequence[Digest] = ()
+) -> SealStatement:
+    """Return the statement that seals `manifest`; ValueError when it lists no report."""
+    report = manifest.find(REPORT)
+    if report is None:
+        raise ValueError(f"the manifest lists no {REPORT}")
+    return SealStatement(
+        subject=(
+            ManifestSubject(digest=ManifestDigest(sha256=manifest.digest.hex)),
+            BodySubject(digest=BodyDigest(rfc6962_sha256=manifest.body.root)),
+        ),
+        predicate=Seal(
+            profile=manifest.profile,
+            bundle_id=manifest.bundle_id,
+            epoch=manifest.epoch,
+            created=manifest.created,
+            not_before=manifest.not_before,
+            expires=manifest.expires,
+            body_size=manifest.body.size,
+            builder=builder,
+            policy_pack_digests=tuple(str(digest) for digest in policy_pack_digests),
+            report_digest=f"sha256:{report.sha256}",
+        ),
+    )
+
+
+def parse_statement(raw: bytes) -> SealStatement:
+    """Turn a payload into a seal statement.
+
+    Raises:
+        RefusedError: `seal.malformed`; `seal.type`, another predicate type.
+
+    """
+    value = parse_canonical(raw, code="seal.malformed", what="the statement", limit=PAYLOAD_LIMIT)
+    _require_type(value)
+    try:
+        statement = SealStatement.model_validate_json(raw)
+    except ValidationError as error:
+        raise RefusedError("seal.malformed", f"the statement: {first_problem(error)}") from error
+    if statement.to_bytes() != raw:
+        raise RefusedError("seal.malformed", "the statement writes a field in another form")
+    return statement
+
+
+def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
+    """Return the statement if the builder and enough other people signed it.
+
+    A person counts when enrolled at the time of `created`, with the role of an approver, and when
+    she is not the builder. The threshold counts people, never keys.
+
+    Args:
+        envelope: Parsed and untrusted.
+        root: The newest root document of this host.
+
+    Raises:
+        RefusedError: `seal.type`, `seal.algorithm`, `seal.malformed`, `seal.profile`,
+            `seal.threshold`, `seal.people`, `seal.role`.
+
+    """
+    keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
+    needed = root.thresholds.seal.people
+    if not keyids:  # before the payload is parsed: it is nobody's word yet
+        raise _too_few(0, needed, envelope)
+    statement = parse_statement(envelope.payload)
+    seal = statement.predicate
+    if seal.profile != root.profile:
+        raise RefusedError(
+            "seal.profile",
+            f"this host demands profile {root.profile}, the seal has {seal.profile}",
+        )
+    approving = [k for k in keyids if _approver(root, k, seal.created) is not None]
+    if len(approving) < needed:
+        raise _too_few(len(approving), needed, envelope)
+    people = {who for k in approving if (who := _approver(root, k, seal.created)) is not None}
+    approvers = people - {seal.builder}
+    if len(approvers) < needed:
+        raise RefusedError(
+            "seal.people",
+            f"{len(approving)} valid signatures, but of {len(approvers)} of {needed} required "
+            f"people beside the builder {seal.builder}: {', '.join(sorted(approvers)) or 'nobody'}",
+            hint="another approver must sign: one person counts once, the builder never",
+        )
+    _require_roles(root, approvers, keyids, seal)
+    return VerifiedSeal(statement, tuple(sorted(approvers)), seal.builder, keyids)
+
+
+def require_matches(statement: SealStatement, manifest: Manifest, raw: bytes) -> None:
+    """Check that the seal is that of this manifest; `raw` is the manifest as it stands.
+
+    Raises:
+        RefusedError: `seal.subject`.
+
+    """
+    wanted = seal_statement(
+        manifest,
+        builder=statement.predicate.builder,
+        policy_pack_digests=[Digest.parse(d) for d in statement.predicate.policy_pack_digests],
+    )
+    if wanted != statement or Digest.of(raw).hex != statement.subject[0].digest.sha256:
+        raise RefusedError("seal.subject", "the seal and the manifest state different facts")
+
+
+def _approver(root: RootDocument, keyid: str, at: datetime) -> str | None:
+    who = root.find_person(keyid)
+    if who is None:
+        return None
+    person = root.people[who]
+    return who if person.approves and person.is_enrolled(at) else None
+
+
+def _require_roles(
+    root: RootDocument, approvers: set[str], keyids: Sequence[str], seal: Seal
+) -> None:
+    held = {role for who in approvers for role in root.people[who].roles}
+    missing = sorted(set(root.thresholds.seal.required_roles) - held)
+    if missing:
+        raise RefusedError(
+            "seal.role",
+            f"no signature of a person with the role {', '.join(missing)}",
+            hint="have such a person sign; `airgap trust show` lists people and roles",
+        )
+    builder = root.people.get(seal.builder)
+    if (
+        builder is None
+        or BUILDER not in builder.roles
+        or not builder.is_enrolled(seal.created)
+        or not set(builder.keys) & set(keyids)
+    ):
+        raise RefusedError(
+            "seal.role",
+            f"{seal.builder} is named as the builder, but no enrolled builder's key of that "
+            "person signed",
+            hint="`airgap trust show` lists who may build",
+        )
+
+
+def _require_type(value: Any) -> None:
+    if not isinstance(value, dict):
+        raise RefusedError("seal.malformed", "the statement is not a JSON object")
+    found = value.get("predicateType")
+    if value.get("_type") != STATEMENT_TYPE or found != SEAL_TYPE:
+        raise RefusedError("seal.type", f"expected predicate type {SEAL_TYPE}, found {found!r:.80}")
+
+
+def _too_few(found: int, needed: int, envelope: Envelope) -> RefusedError:
+    return RefusedError(
+        "seal.threshold",
+        f"{found} of {needed} required approvers' signatures hold "
+        f"({len(envelope.signatures)} signatures in the envelope)",
+        hint="compare key ids with `airgap trust show`; sign it on the staging host",
+    )

@@ -1,0 +1,463 @@
+"""The trust root: whose signatures count on this host, for what, and how many are needed.
+
+A chain of root documents after the rule of TUF: version n+1 is signed by the thresholds of version
+n and of version n+1, without a gap. The first document of the chain is believed because the host
+holds it; it got there by a typed fingerprint. FORMAT.md section 9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope, sign_statement
+from bundle.fields import Document, Instant, KeyId, PersonId, Text, Token
+from bundle.keys import (
+    ED25519,
+    PublicKey,
+    PublicKeyFile,
+    Signer,
+    decode_base64,
+    read_limited,
+)
+from bundle.manifest import Profile, first_problem
+from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
+
+FORMAT: Literal["airgap-root/1"] = "airgap-root/1"
+ROOT_TYPE = "application/vnd.airgap.root+json"
+CHAIN_LIMIT = 2 * 1024 * 1024
+MAX_PEOPLE = 16
+MAX_ROOTS = 256
+
+# Each of these roles does one thing; whoever bears any other role is an approver.
+ROOT, BUILDER = "root", "builder"
+OFFICES = frozenset({ROOT, BUILDER, "policy", "revocation"})
+
+_NUMBERED = re.compile(r"([1-9][0-9]{0,5})\.root\.json")
+
+
+class KeyEntry(Document):
+    """A public key; `public` is base64 of the raw form."""
+
+    scheme: Token
+    public: Annotated[str, Field(max_length=8192)]
+
+
+class Person(Document):
+    """A person, the keys that act for her, and what she may do; `valid_to` is absent while open."""
+
+    name: Text
+    keys: tuple[KeyId, ...] = Field(min_length=1, max_length=16)
+    roles: tuple[Token, ...] = Field(min_length=1, max_length=16)
+    valid_from: Instant
+    valid_to: Instant | None = None
+
+    @property
+    def approves(self) -> bool:
+        """Whether one of the roles is that of an approver."""
+        return bool(set(self.roles) - OFFICES)
+
+    def is_enrolled(self, at: datetime) -> bool:
+        """Whether the enrolment holds at that time."""
+        return self.valid_from <= at and (self.valid_to is None or at < self.valid_to)
+
+
+class Threshold(Document):
+    """How many distinct people must sign, and which roles must be among them."""
+
+    people: Annotated[int, Field(ge=1, le=MAX_PEOPLE)]
+    required_roles: tuple[Token, ...] = ()
+
+
+class Thresholds(Document):
+    """One threshold for each kind of signed document."""
+
+    root: Threshold
+    seal: Threshold
+    policy: Threshold
+    revocation: Threshold
+
+
+class RootDocument(Document):
+    """The signed content of one version of the trust root."""
+
+    format: Literal["airgap-root/1"] = FORMAT
+    version: Annotated[int, Field(ge=1, le=999_999)]
+    issued: Instant
+    expires: Instant
+    profile: Profile
+    keys: dict[KeyId, KeyEntry]
+    people: dict[PersonId, Person]
+    thresholds: Thresholds
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical form."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+
+    @property
+    def fingerprint(self) -> Digest:
+        """What is read out or printed to compare two copies; signatures are not part of it."""
+        return Digest.of(self.to_bytes())
+
+    def find_person(self, keyid: str) -> str | None:
+        """Return the id of the person that a key acts for."""
+        return next((who for who, person in self.people.items() if keyid in person.keys), None)
+
+    def public_keys(self) -> Mapping[str, PublicKey]:
+        """Return the keys by key id."""
+        return {
+            keyid: PublicKey(entry.scheme, decode_base64(entry.public))
+            for keyid, entry in self.keys.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """A verified chain of roots, oldest first; `document` is the newest and the one that counts."""
+
+    chain: tuple[Envelope, ...]
+    documents: tuple[RootDocument, ...]
+
+    @property
+    def document(self) -> RootDocument:
+        """The newest root document."""
+        return self.documents[-1]
+
+    @property
+    def version(self) -> int:
+        """The version of the newest root document."""
+        return self.document.version
+
+    @property
+    def fingerprint(self) -> Digest:
+        """The fingerprint of the newest root document."""
+        return self.document.fingerprint
+
+
+class _Chain(Document):
+    """`META/trust.json`. A later format adds the revocation list beside the roots."""
+
+    format: Literal["airgap-trust/1"] = "airgap-trust/1"
+    roots: tuple[dict[str, object], ...] = Field(min_length=1, max_length=MAX_ROOTS)
+
+
+# -- making -----------------------------------------------------------------------------------
+
+
+def new_root(
+    owner: PublicKeyFile,
+    signer: Signer,
+    *,
+    now: datetime,
+    people: int = 2,
+    required_roles: tuple[str, ...] = (),
+    valid_for: timedelta = timedelta(days=5 * 365),
+) -> Trust:
+    """Begin a trust root whose only person is `owner`, who bears the role `root`.
+
+    Raises:
+        RefusedError: `trust.root`; the owner has no such role, or the key is another one.
+
+    """
+    if ROOT not in owner.roles:
+        raise RefusedError(
+            "trust.root",
+            f"the key of {owner.person} has no role `root`",
+            hint=f"airgap keys new NAME --person {owner.person} --role root",
+        )
+    one = Threshold(people=1)
+    now = now.replace(microsecond=0)
+    document = _checked(
+        RootDocument(
+            version=1,
+            issued=now,
+            expires=now + valid_for,
+            profile="default",
+            keys={owner.keyid: KeyEntry(scheme=owner.scheme, public=owner.public)},
+            people={
+                owner.person: Person(
+                    name=owner.person, keys=(owner.keyid,), roles=owner.roles, valid_from=now
+                )
+            },
+            thresholds=Thresholds(
+                root=one,
+                seal=Threshold(people=people, required_roles=required_roles),
+                policy=one,
+                revocation=one,
+            ),
+        )
+    )
+    envelope = sign_statement(document.to_bytes(), ROOT_TYPE, signer)
+    return _verify_chain([envelope])
+
+
+def add_key(
+    trust: Trust, key: PublicKeyFile, signers: Iterable[Signer], *, now: datetime, name: str = ""
+) -> Trust:
+    """Enrol a key and its person in version n+1 of the root, signed by `signers`.
+
+    Raises:
+        RefusedError: `trust.root`, the key or one of its roles contradicts the root; `trust.chain`,
+            the signers do not meet the thresholds.
+
+    """
+    old, now = trust.document, now.replace(microsecond=0)
+    if key.keyid in old.keys:
+        raise RefusedError("trust.root", f"key {key.keyid} is enrolled already")
+    known = old.people.get(key.person)
+    if known is None:
+        person = Person(name=name or key.person, keys=(key.keyid,), roles=key.roles, valid_from=now)
+    else:
+        roles = tuple(dict.fromkeys([*known.roles, *key.roles]))
+        person = known.model_copy(update={"keys": (*known.keys, key.keyid), "roles": roles})
+    document = old.model_copy(
+        update={
+            "version": old.version + 1,
+            "issued": now,
+            "keys": {**old.keys, key.keyid: KeyEntry(scheme=key.scheme, public=key.public)},
+            "people": {**old.people, key.person: person},
+        }
+    )
+    return append_root(trust, _checked(document), signers)
+
+
+def append_root(trust: Trust, document: RootDocument, signers: Iterable[Signer]) -> Trust:
+    """Sign `document` as the next version and return the longer chain; codes as `add_key`."""
+    envelope = Envelope(document.to_bytes(), ROOT_TYPE, ())
+    for signer in signers:
+        envelope = add_signature(envelope, signer)
+    return _verify_chain([*trust.chain, envelope])
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+def load_trust(folder: Path) -> Trust:
+    """Read and verify the chain that this host keeps in `folder`.
+
+    Raises:
+        RefusedError: `trust.missing`, nothing there; `trust.chain`, `trust.root`, it does not hold.
+
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise FaultError("host.io", f"{folder} cannot be read: {error.strerror}") from error
+    versions = sorted(int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name)))
+    if not versions:
+        raise RefusedError(
+            "trust.missing",
+            f"{folder} holds no trust root: nobody is trusted, so nothing can be accepted",
+            hint="airgap trust init --from root.json --fingerprint sha256:...",
+        )
+    raws = [
+        read_limited(
+            folder / f"{version}.root.json", CHAIN_LIMIT, code="trust.chain", what="the root"
+        )
+        for version in versions
+    ]
+    return _verify_chain([parse_envelope(raw, code="trust.chain") for raw in raws])
+
+
+def save_trust(trust: Trust, folder: Path) -> Path:
+    """Write every root of the chain that `folder` lacks; return the path of `root.json`.
+
+    A version that exists is compared and never replaced (RefusedError `trust.chain`).
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for envelope, document in zip(trust.chain, trust.documents, strict=True):
+        path = folder / f"{document.version}.root.json"
+        if path.exists():
+            held = read_limited(path, CHAIN_LIMIT, code="trust.chain", what="the root")
+            if parse_envelope(held, code="trust.chain").payload != envelope.payload:
+                raise RefusedError("trust.chain", f"{path} is another root of the same version")
+            continue
+        _write_file(path, envelope.to_bytes())
+    link, fresh = folder / "root.json", folder / f".root.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        fresh.unlink()
+    fresh.symlink_to(f"{trust.version}.root.json")
+    fresh.replace(link)
+    return link
+
+
+def import_root(raw: bytes, fingerprint: Digest) -> Trust:
+    """Begin the trust of a host from one root document and its fingerprint, which a person typed.
+
+    Raises:
+        RefusedError: `trust.fingerprint`, it is another document; `trust.chain` or `trust.root`.
+
+    """
+    trust = _verify_chain([parse_envelope(raw.strip(b"\n"), code="trust.chain")])
+    if trust.fingerprint != fingerprint:
+        raise RefusedError(
+            "trust.fingerprint",
+            f"expected {fingerprint}, the root document has {trust.fingerprint}",
+            hint="compare both with what `airgap trust show` prints on the staging host",
+        )
+    return trust
+
+
+def chain_document(trust: Trust) -> bytes:
+    """Return `META/trust.json`: the whole chain, for hosts that know an older version."""
+    roots = [
+        parse_canonical(envelope.to_bytes(), code="trust.chain", what="the root", limit=CHAIN_LIMIT)
+        for envelope in trust.chain
+    ]
+    return canonical_json({"format": "airgap-trust/1", "roots": roots})
+
+
+def follow_chain(trust: Trust, raw: bytes) -> Trust:
+    """Return the host's trust, extended by newer roots that a bundle carries.
+
+    The bundle's chain must agree with every version that the host holds and leave no gap; it never
+    replaces an anchor.
+
+    Raises:
+        RefusedError: `trust.chain` or `trust.root`.
+
+    """
+    value = parse_canonical(raw, code="trust.chain", what="META/trust.json", limit=CHAIN_LIMIT)
+    try:
+        _Chain.model_validate_json(raw)  # the shape; each root is read from its own bytes below
+    except ValidationError as error:
+        raise RefusedError("trust.chain", f"META/trust.json: {first_problem(error)}") from error
+    held = {document.version: document for document in trust.documents}
+    newer: list[Envelope] = []
+    last = 0
+    for entry in value["roots"]:
+        envelope = parse_envelope(canonical_json(entry), code="trust.chain")
+        document = parse_root(envelope.payload)
+        if last and document.version != last + 1:
+            raise RefusedError("trust.chain", f"root {last} is followed by {document.version}")
+        last = document.version
+        known = held.get(document.version)
+        if known is not None and known != document:
+            raise RefusedError(
+                "trust.chain",
+                f"the bundle carries another root of version {document.version} than this host",
+                hint="compare fingerprints with `airgap trust show` on both hosts",
+            )
+        if document.version > trust.version:
+            newer.append(envelope)
+    return _verify_chain([*trust.chain, *newer]) if newer else trust
+
+
+def parse_root(raw: bytes) -> RootDocument:
+    """Turn the payload of a root envelope into a checked document; RefusedError `trust.root`."""
+    parse_canonical(raw, code="trust.root", what="the root document", limit=CHAIN_LIMIT)
+    try:
+        document = RootDocument.model_validate_json(raw)
+    except ValidationError as error:
+        raise RefusedError("trust.root", f"the root document: {first_problem(error)}") from error
+    if document.to_bytes() != raw:
+        raise RefusedError("trust.root", "the root document writes a field in another form")
+    return _checked(document)
+
+
+# -- helpers ----------------------------------------------------------------------------------
+
+
+def _verify_chain(envelopes: list[Envelope]) -> Trust:
+    documents: list[RootDocument] = []
+    for envelope in envelopes:
+        document = parse_root(envelope.payload)
+        if documents:
+            previous = documents[-1]
+            if document.version != previous.version + 1:
+                raise RefusedError(
+                    "trust.chain", f"root {previous.version} is followed by {document.version}"
+                )
+            _require_root_threshold(envelope, previous, document)
+        _require_root_threshold(envelope, document, document)
+        documents.append(document)
+    return Trust(tuple(envelopes), tuple(documents))
+
+
+def _require_root_threshold(envelope: Envelope, judge: RootDocument, new: RootDocument) -> None:
+    """Refuse unless enough root people of `judge` signed `new`."""
+    keyids = find_signers(envelope, judge.public_keys(), payload_type=ROOT_TYPE)
+    people = {
+        who
+        for keyid in keyids
+        if (who := judge.find_person(keyid)) is not None
+        and ROOT in judge.people[who].roles
+        and judge.people[who].is_enrolled(new.issued)
+    }
+    needed = judge.thresholds.root.people
+    if len(people) < needed:
+        raise RefusedError(
+            "trust.chain",
+            f"root {new.version} is signed by {len(people)} of {needed} root people "
+            f"of version {judge.version}",
+            hint="have it signed by the holders of the root keys",
+        )
+
+
+def _checked(document: RootDocument) -> RootDocument:
+    problem = _root_problem(document)
+    if problem:
+        raise RefusedError("trust.root", f"root {document.version}: {problem}")
+    return document
+
+
+def _root_problem(document: RootDocument) -> str:
+    if document.profile != "default":
+        return f"profile {document.profile} is not supported by this version"
+    if not document.issued < document.expires:
+        return "it expires before it is issued"
+    problem = _key_problem(document)
+    if problem:
+        return problem
+    root_people = [who for who, person in document.people.items() if ROOT in person.roles]
+    if len(root_people) < document.thresholds.root.people:
+        return f"{len(root_people)} root people cannot meet its own threshold"
+    return ""
+
+
+def _key_problem(document: RootDocument) -> str:
+    publics: set[bytes] = set()
+    for keyid, entry in document.keys.items():
+        try:
+            key = PublicKey(entry.scheme, decode_base64(entry.public))
+        except ValueError:
+            return f"key {keyid} is not base64"
+        if key.public in publics:
+            return f"key {keyid} stands twice under different ids"
+        publics.add(key.public)
+        if key.scheme == ED25519 and (not key.supported or key.keyid != keyid):
+            return f"key {keyid} is not the key of that id"
+    used = [keyid for person in document.people.values() for keyid in person.keys]
+    if len(used) != len(set(used)):
+        return "one key acts for two people"
+    if set(used) != document.keys.keys():
+        return "people and keys do not match"
+    return ""
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Write beside, sync, rename: a crash leaves the old state or the new one."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fresh.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
