@@ -1,1 +1,5 @@
-"""Strict parsers: a foreign file enters only when the parser of its role accepts all of it."""
+"""Strict parsers of foreign files: a file enters only when the parser of its role accepts it all."""
+
+from bundle.scan.payload import Finding, ScanReport, scan_payload
+
+__all__ = ["Finding", "ScanReport", "scan_payload"]

@@ -1,0 +1,137 @@
+"""`tokenizer.json`: the one file that tells the worker how text becomes ids, read with limits.
+
+Decides whether the file is a tokenizer of a kind we know, small enough, with ids that are unique and
+dense enough to be a vocabulary. Bundle specification, section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bundle.scan.strict import parse_object
+from policy.errors import RefusedError
+
+CODE = "scan.tokenizer"
+TOKENIZER_LIMIT = 64 * 1024 * 1024
+MAX_VOCABULARY = 1 << 20
+MAX_TOKEN = 1024  # characters
+MAX_PATTERN = 4096  # characters of one regular expression
+MAX_PARTS = 64  # steps in a normalizer, pre-tokenizer, post-processor or decoder
+
+_TOP = frozenset(
+    "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder "
+    "model".split()
+)
+_MODELS = frozenset(["BPE", "WordLevel", "WordPiece", "Unigram"])
+_PARTS = frozenset(
+    "Sequence Split ByteLevel Whitespace WhitespaceSplit Punctuation Digits Metaspace BertNormalizer "
+    "BertPreTokenizer CharDelimiterSplit UnicodeScripts FixedLength NFC NFD NFKC NFKD Lowercase Nmt "
+    "Precompiled Prepend Replace Strip StripAccents TemplateProcessing BertProcessing "
+    "RobertaProcessing Fuse ByteFallback WordPiece BPEDecoder CTC".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """The facts of a tokenizer that others check against; `special` maps text to id."""
+
+    model: str
+    size: int
+    unk: str | None
+    ids: dict[str, int]
+    special: dict[str, int]
+
+
+def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer:
+    """Read and check the file; RefusedError `scan.tokenizer`."""
+    value = parse_object(data, code=CODE, what=what, limit=TOKENIZER_LIMIT)
+    unknown = set(value) - _TOP
+    model = value.get("model")
+    if unknown or not isinstance(model, dict):
+        raise _no(what, f"unknown parts {sorted(unknown)!r:.120}" if unknown else "no model")
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        _check_part(value.get(part), what, part)
+    kind = model.get("type", "BPE" if "merges" in model else None)
+    if kind not in _MODELS:
+        raise _no(what, f"the model is of the unknown type {kind!r:.40}")
+    ids = _vocabulary(model.get("vocab"), what)
+    special = _added(value.get("added_tokens", []), ids, what)
+    numbers = {*ids.values(), *special.values()}
+    if len(numbers) != len({**ids, **special}):
+        raise _no(what, "two tokens bear one id")
+    if max(numbers) >= MAX_VOCABULARY:
+        raise _no(what, f"an id is larger than {MAX_VOCABULARY - 1:,}")
+    unk = model.get("unk_token")
+    if kind == "Unigram":
+        place = model.get("unk_id")
+        unk = next((text for text, number in ids.items() if number == place), None)
+    if unk is not None and (not isinstance(unk, str) or unk not in {**ids, **special}):
+        raise _no(what, f"the unknown-token {unk!r:.60} is not in the vocabulary")
+    return Tokenizer(str(kind), max(numbers) + 1, unk, {**ids, **special}, special)
+
+
+def _vocabulary(value: Any, what: str) -> dict[str, int]:
+    if isinstance(value, list):  # Unigram: pairs of text and score, the id is the place
+        pairs = [item[0] if isinstance(item, list) and len(item) == 2 else None for item in value]
+        if not all(isinstance(text, str) for text in pairs) or len(set(pairs)) != len(pairs):
+            raise _no(what, "the vocabulary is not a list of distinct texts")
+        value = {text: number for number, text in enumerate(pairs)}
+    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_VOCABULARY:
+        raise _no(what, f"the vocabulary does not hold 1 to {MAX_VOCABULARY:,} tokens")
+    for text, number in value.items():
+        if len(text) > MAX_TOKEN or type(number) is not int or number < 0:
+            raise _no(what, f"token {text!r:.60} has no sound id, or is too long")
+    if len(set(value.values())) != len(value):
+        raise _no(what, "two tokens bear one id")
+    return dict(value)
+
+
+def _added(value: Any, ids: dict[str, int], what: str) -> dict[str, int]:
+    if not isinstance(value, list) or len(value) > MAX_VOCABULARY:
+        raise _no(what, "added_tokens is not a list")
+    found: dict[str, int] = {}
+    for item in value:
+        sound = (
+            isinstance(item, dict)
+            and isinstance(item.get("content"), str)
+            and 1 <= len(item["content"]) <= MAX_TOKEN
+            and type(item.get("id")) is int
+            and item["id"] >= 0
+        )
+        if not sound:
+            raise _no(what, f"an added token is malformed: {item!r:.80}")
+        text, number = item["content"], item["id"]
+        if text in found or ids.get(text, number) != number:
+            raise _no(what, f"added token {text!r:.60} stands twice, or with two ids")
+        found[text] = number
+    return found
+
+
+def _check_part(value: Any, what: str, place: str) -> None:
+    """Check a step and those inside it: known types, patterns of sane length."""
+    pending, seen = [value], 0
+    while pending:
+        part = pending.pop()
+        if part is None:
+            continue
+        seen += 1
+        if not isinstance(part, dict) or part.get("type") not in _PARTS or seen > MAX_PARTS:
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise _no(what, f"{place} holds an unknown step or too many: {kind!r:.60}")
+        pattern = part.get("pattern")
+        if isinstance(pattern, dict):
+            pattern = next(iter(pattern.values()), None)
+        if pattern is not None and (not isinstance(pattern, str) or len(pattern) > MAX_PATTERN):
+            raise _no(what, f"{place} holds a pattern that is not a short text")
+        for name in ("normalizers", "pretokenizers", "processors", "decoders"):
+            below = part.get(name, [])
+            if not isinstance(below, list) or len(below) > MAX_PARTS:
+                raise _no(what, f"{place}.{name} is not a short list")
+            pending.extend(below)
+
+
+def _no(what: str, reason: str) -> RefusedError:
+    return RefusedError(
+        CODE, f"{what}: {reason}", hint="save it again with the `tokenizers` library and inspect"
+    )

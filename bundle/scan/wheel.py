@@ -1,0 +1,119 @@
+"""A wheel, looked into without installing it: no hook at start-up, and RECORD tells all.
+
+Decides whether a wheel holds exactly the files of its own RECORD, with those digests, and nothing
+that Python runs by itself (`.pth`). Bundle specification, section 5.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import re
+import zipfile
+import zlib
+
+from policy.errors import RefusedError
+
+CODE = "scan.wheel"
+MAX_MEMBERS = 50_000
+MAX_UNPACKED = 4 * 1024**3  # bytes
+MAX_RATIO = 200
+MAX_RECORD = 16 * 1024 * 1024
+_NAME = re.compile(r"[A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+(-\d\w*)?-[\w.]+-[\w.]+-[\w.]+\.whl")
+_BLOCK = 1 << 20
+
+
+def check_wheel(data: memoryview, name: str) -> None:
+    """Refuse a wheel that is not exactly what its RECORD says; RefusedError `scan.wheel`."""
+    if not _NAME.fullmatch(name):
+        raise _no(name, "the file name is not that of a wheel")
+    try:
+        with zipfile.ZipFile(_Bytes(data)) as archive:
+            _check_members(archive, name)
+            _check_record(archive, name)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
+        raise _no(name, f"it cannot be read: {error!s:.120}") from error
+    except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
+        raise _no(name, f"it cannot be read: {error!s:.120}") from error
+
+
+def _check_members(archive: zipfile.ZipFile, name: str) -> None:
+    members = archive.infolist()
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise _no(name, f"it holds {len(members):,} files")
+    if len({member.filename.casefold() for member in members}) != len(members):
+        raise _no(name, "two files bear one name")
+    total = 0
+    for member in members:
+        path = member.filename
+        total += member.file_size
+        if path.startswith("/") or "\\" in path or ".." in path.split("/") or ":" in path:
+            raise _no(name, f"it holds the path {path!r:.80}")
+        if path.lower().endswith((".pth", ".egg-link")) or path.lower().endswith(
+            ("sitecustomize.py", "usercustomize.py")
+        ):
+            raise _no(name, f"{path!r:.80} would run whenever Python starts")
+        if (member.external_attr >> 16) & 0o170000 == 0o120000:
+            raise _no(name, f"{path!r:.80} is a link")
+        if member.file_size > MAX_RATIO * max(member.compress_size, 1024) or total > MAX_UNPACKED:
+            raise _no(name, f"{path!r:.80} unpacks to far more than it holds")
+
+
+def _check_record(archive: zipfile.ZipFile, name: str) -> None:
+    stem = "-".join(name.split("-")[:2])
+    place = f"{stem}.dist-info/RECORD"
+    files = {member.filename for member in archive.infolist() if not member.is_dir()}
+    if place not in files or archive.getinfo(place).file_size > MAX_RECORD:
+        raise _no(name, f"{place!r:.100} is missing or too large")
+    rows = list(csv.reader(io.StringIO(archive.read(place).decode("utf-8"))))
+    listed = {row[0]: row[1] for row in rows if len(row) == 3}
+    unsigned = {place, f"{place}.jws", f"{place}.p7s"}
+    if len(listed) != len(rows) or set(listed) | (unsigned & files) != files:
+        odd = sorted(files ^ set(listed))[:1]
+        raise _no(name, f"RECORD and the files differ: {odd!r:.100}")
+    for path in sorted(files - unsigned):
+        digest = hashlib.sha256()
+        with archive.open(path) as member:
+            while block := member.read(_BLOCK):
+                digest.update(block)
+        found = base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
+        if listed[path] != f"sha256={found}":
+            raise _no(name, f"{path!r:.80} is not the file that RECORD names")
+
+
+class _Bytes(io.RawIOBase):
+    """A seekable file over bytes that lie mapped; nothing is copied but what is read."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data, self._place = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: len(self._data)}[whence]
+        if base + offset < 0:
+            raise ValueError("before the beginning")
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._place + size
+        block = bytes(self._data[self._place : end])
+        self._place += len(block)
+        return block
+
+
+def _no(name: str, reason: str) -> RefusedError:
+    return RefusedError(
+        CODE, f"{name!r:.100}: {reason}", hint="build the wheelhouse again from pinned digests"
+    )
