@@ -86,6 +86,8 @@ CODES: dict[str, str] = {
     "archive.type": "a member of a type that a bundle never has",
     "chunk.leaf": "a chunk of the body is not the sealed one",
     "chunk.root": "the list of chunk hashes is not the sealed one",
+    "bom.mismatch": "the bill of materials and the files differ",
+    "delta.base": "the release that a delta builds on is missing",
     "evidence.subject": "a document of the bundle speaks of other bytes",
     # -- bundle: manifest -----------------------------------------------------------------------
     "manifest.canonical": "the manifest is not canonical JSON",

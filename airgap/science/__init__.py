@@ -1,0 +1,6 @@
+"""What the models read and write: grammar, typed tasks, chemistry in a sealed helper, screens, views.
+
+`grammar`, `tasks`, `results`, `svg` and `views` belong to the broker; `program`, `molecules`,
+`structures`, `drawing` and `screens` run in the sealed helper and are the only ones to load RDKit and
+gemmi.
+"""

@@ -1,0 +1,341 @@
+"""From what the model wrote to ranked rows, inside the sealed helper.
+
+Ranking: votes (samples that give the same answer), then the summed log-likelihood of the best of
+them, then the order of drawing. A prediction with a part that cannot be parsed is invalid as a whole;
+nothing is repaired to make it count. Text that could not be read is kept, and shown only if it could
+be screened in some form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rdkit import Chem
+
+from airgap.science.grammar import Completion, parse_completion, scan_smiles
+from airgap.science.molecules import (
+    Problem,
+    canonical,
+    describe,
+    dotted_node,
+    find_molecule,
+    identity,
+    parse_loosely,
+)
+from airgap.science.screens import Screener, ScreenResult
+from airgap.science.tasks import Subject, Task
+
+TEXT_SHOWN = 2_000
+"""Characters of an unreadable completion that are kept."""
+INDICES_KEPT = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion as the worker sent it; `logprob` is natural, summed, unmasked."""
+
+    index: int
+    text: str
+    finish_reason: str
+    logprob: float
+    tokens: int
+    removed_mass: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A valid completion: what makes it equal to others, its fields, and what must be screened."""
+
+    key: str
+    fields: dict[str, Any]
+    structures: tuple[Chem.Mol, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """Why a completion is no answer."""
+
+    reason: str
+    offset: int | None = None
+
+
+def assess(
+    task: Task, subject: Subject, samples: Sequence[Sample], screener: Screener
+) -> dict[str, Any]:
+    """Return rows, invalid completions, output screen and summary as the JSON of a reply."""
+    read = _READERS[task.name]
+    groups: dict[str, list[tuple[Sample, _Reading]]] = {}
+    invalid: list[tuple[Sample, Completion, _Fault]] = []
+    for sample in samples:
+        stopped = sample.finish_reason == "stop"
+        completion = parse_completion(task.name, sample.text, stopped=stopped)
+        outcome = (
+            read(completion, subject) if completion.complete else _unfinished(sample, completion)
+        )
+        if isinstance(outcome, _Fault):
+            invalid.append((sample, completion, outcome))
+        else:
+            groups.setdefault(outcome.key, []).append((sample, outcome))
+    ordered = sorted(groups.values(), key=_rank)
+    rows = [_row(place + 1, members) for place, members in enumerate(ordered)]
+    shown, loose = _show_invalid(task, invalid)
+    structures = [mol for members in ordered for mol in members[0][1].structures]
+    document: dict[str, Any] = {
+        "task": task.name,
+        "rows": rows,
+        "invalid": shown,
+        "track": _track(subject, groups) if task.name == "binding-site" else None,
+        "output_screen": _screen(task, screener, [*structures, *loose]).document(),
+        "summary": _summary(samples, rows, invalid),
+        "unchecked": task.unchecked,
+    }
+    return document
+
+
+def _rank(members: Sequence[tuple[Sample, _Reading]]) -> tuple[int, float, int]:
+    best = max(sample.logprob for sample, _ in members)
+    return -len(members), -best, members[0][0].index
+
+
+def _row(rank: int, members: Sequence[tuple[Sample, _Reading]]) -> dict[str, Any]:
+    best, reading = max(members, key=lambda member: (member[0].logprob, -member[0].index))
+    return {
+        "rank": rank,
+        "index": best.index,
+        "votes": len(members),
+        "indices": [sample.index for sample, _ in members][:INDICES_KEPT],
+        **_likelihood(best),
+        **reading.fields,
+    }
+
+
+def _likelihood(sample: Sample) -> dict[str, Any]:
+    return {
+        "logprob": round(float(sample.logprob), 4),
+        "per_token": round(sample.logprob / sample.tokens, 4) if sample.tokens else 0.0,
+        "tokens": sample.tokens,
+        "removed_mass": round(float(sample.removed_mass), 6),
+        "finish_reason": sample.finish_reason,
+    }
+
+
+def _unfinished(sample: Sample, completion: Completion) -> _Fault:
+    if sample.finish_reason == "length":
+        return _Fault("cut off: the budget of new tokens was used up", completion.offset)
+    if sample.finish_reason == "dead_end":
+        return _Fault("no legal token was left", completion.offset)
+    return _Fault("does not have the form of its task", completion.offset)
+
+
+# -- one reader a task ------------------------------------------------------------------------------
+
+
+def _read_retrosynthesis(completion: Completion, subject: Subject) -> _Reading | _Fault:
+    parts: list[tuple[str, Chem.Mol]] = []
+    for number, text in enumerate(completion.molecules, 1):
+        found = find_molecule(text)
+        if isinstance(found, Problem):
+            return _Fault(f"reactant {number} does not parse: {found.message}")
+        parts.append((text, found))
+    ordered = sorted(parts, key=lambda part: (-part[1].GetNumHeavyAtoms(), canonical(part[1])))
+    reactants = [
+        {"smiles": canonical(mol), "inchikey": identity(mol), "text": text} for text, mol in ordered
+    ]
+    smiles = [reactant["smiles"] for reactant in reactants]
+    product = identity(Chem.MolFromSmiles(subject.product))
+    return _Reading(
+        key=" ".join(sorted(reactant["inchikey"] for reactant in reactants)),
+        fields={
+            "reactants": reactants,
+            "reaction": f"{'.'.join(smiles)}>>{subject.product}",
+            "handed_back": any(reactant["inchikey"] == product for reactant in reactants),
+            "atoms_balance": _balance(subject.product, [mol for _, mol in ordered]),
+        },
+        structures=tuple(mol for _, mol in ordered),
+    )
+
+
+def _balance(product: str, reactants: Iterable[Chem.Mol]) -> bool:
+    """Return whether the reactants hold every heavy atom of the product."""
+    need = _elements([Chem.MolFromSmiles(product)])
+    have = _elements(reactants)
+    return all(have[symbol] >= number for symbol, number in need.items())
+
+
+def _elements(molecules: Iterable[Chem.Mol]) -> Counter[str]:
+    return Counter(a.GetSymbol() for m in molecules for a in m.GetAtoms() if a.GetAtomicNum() > 1)
+
+
+def _read_molecule(completion: Completion, _: Subject) -> _Reading | _Fault:
+    text = completion.molecules[0] if completion.molecules else ""
+    found = find_molecule(text)
+    if isinstance(found, Problem):
+        return _Fault(f"does not parse: {found.message}", found.at)
+    return _Reading(identity(found), {"text": text, **asdict(describe(found))}, (found,))
+
+
+def _read_binding_site(completion: Completion, subject: Subject) -> _Reading | _Fault:
+    copied = "".join(residue.text for residue in completion.residues)
+    if copied != subject.sequence:
+        at = next(
+            (
+                n
+                for n, (one, two) in enumerate(zip(copied, subject.sequence, strict=False))
+                if one != two
+            ),
+            min(len(copied), len(subject.sequence)),
+        )
+        where = subject.labels[at] if at < len(subject.labels) else "the end"
+        return _Fault(f"is no exact copy of the sequence: differs at {where}")
+    pockets = [at for at, residue in enumerate(completion.residues) if residue.pocket]
+    fields = {
+        "sites": [subject.labels[at] for at in pockets],
+        "letters": "".join(subject.sequence[at] for at in pockets),
+        "positions": [at + 1 for at in pockets],
+    }
+    return _Reading(" ".join(map(str, pockets)), fields, ())
+
+
+def _read_material(completion: Completion, _: Subject) -> _Reading | _Fault:
+    linkers: list[Chem.Mol] = []
+    for number, text in enumerate(completion.molecules, 1):
+        found = find_molecule(text)
+        if isinstance(found, Problem):
+            return _Fault(f"linker {number} does not parse: {found.message}")
+        linkers.append(found)
+    nodes = [(text, *dotted_node(text)) for text in completion.metals]
+    for text, _dotted, named in nodes:
+        if not named:
+            return _Fault(f"metal node {text:.60} names no metal, or holds what is no atom")
+    described = [asdict(describe(mol)) for mol in linkers]
+    keys = [*sorted(text for text, _, _ in nodes), *sorted(identity(mol) for mol in linkers)]
+    fields = {
+        "metals": [{"text": text, "node": dotted} for text, dotted, _ in nodes],
+        "linkers": [
+            {key: one[key] for key in ("smiles", "inchikey", "formula", "mw")} for one in described
+        ],
+        "built": "3D not built",
+    }
+    return _Reading("|".join(keys), fields, tuple(linkers))
+
+
+_READERS: dict[str, Callable[[Completion, Subject], _Reading | _Fault]] = {
+    "retrosynthesis": _read_retrosynthesis,
+    "molecule": _read_molecule,
+    "pocket-ligand": _read_molecule,
+    "binding-site": _read_binding_site,
+    "material": _read_material,
+}
+
+
+# -- what is shared -------------------------------------------------------------------------------
+
+
+def _track(
+    subject: Subject, groups: Mapping[str, Sequence[tuple[Sample, _Reading]]]
+) -> dict[str, Any]:
+    """Return votes per residue over all exact copies."""
+    votes = [0] * len(subject.sequence)
+    copies = 0
+    for members in groups.values():
+        copies += len(members)
+        for position in members[0][1].fields["positions"]:
+            votes[position - 1] += len(members)
+    return {
+        "sequence": subject.sequence,
+        "labels": list(subject.labels),
+        "votes": votes,
+        "copies": copies,
+    }
+
+
+def _show_invalid(
+    task: Task, invalid: Sequence[tuple[Sample, Completion, _Fault]]
+) -> tuple[list[dict[str, Any]], list[Chem.Mol]]:
+    """Return invalid completions as JSON, and structures to screen before their text is shown.
+
+    A text that is no molecule in any reading cannot be screened and is withheld.
+    """
+    shown: list[dict[str, Any]] = []
+    structures: list[Chem.Mol] = []
+    for sample, completion, fault in invalid:
+        found = None if task.name == "binding-site" else _loose_structures(task, sample.text)
+        if found:
+            structures += found
+        shown.append(
+            {
+                "index": sample.index,
+                "reason": fault.reason,
+                "offset": fault.offset,
+                "text": sample.text[:TEXT_SHOWN] if found is not None else None,
+                "remainder": completion.remainder[:TEXT_SHOWN] if found is not None else None,
+                **_likelihood(sample),
+            }
+        )
+    return shown, structures
+
+
+def _loose_structures(task: Task, text: str) -> list[Chem.Mol] | None:
+    """Read every run of text outside tags as a structure, mended if need be; None if one resists."""
+    nodes = re.compile(r"<MetalS>[^<>]*(?:<MetalE>|$)")
+    plain = nodes.sub("<>", text) if task.name == "material" else text
+    found: list[Chem.Mol] = []
+    for run in re.split(r"<[^<>]*>", plain):
+        if not run.strip():
+            continue
+        molecule = parse_loosely(run) or parse_loosely(mend(run))
+        if molecule is None:
+            return None
+        found.append(molecule)
+    return found
+
+
+def mend(text: str) -> str:
+    """Return a SMILES without open ring numbers, open branches and half atoms, for screening only."""
+    tokens = [token for token in scan_smiles(text) if token[0] != "unknown"]
+    rings = Counter(token.strip("%()") for kind, token, _ in tokens if kind == "ring")
+    out: list[str] = []
+    depth = 0
+    for kind, token, _ in tokens:
+        if kind == "ring" and rings[token.strip("%()")] % 2:
+            continue
+        if token == ")" and depth == 0:
+            continue
+        depth += {"(": 1, ")": -1}.get(token, 0)
+        out.append(token)
+    joined = "".join(out) + ")" * depth
+    previous = ""
+    while joined != previous:
+        previous = joined
+        joined = re.sub(r"[-=#$:/\\.~(]*$|\([-=#$:/\\.~]*\)", "", joined)
+    return joined
+
+
+def _screen(task: Task, screener: Screener, structures: Sequence[Chem.Mol]) -> ScreenResult:
+    if task.name == "binding-site":
+        return screener.nothing("output is an exact copy of the input")
+    if not structures:
+        return screener.nothing("no structure came out")
+    return screener.screen(structures)
+
+
+def _summary(
+    samples: Sequence[Sample],
+    rows: Sequence[Mapping[str, Any]],
+    invalid: Sequence[tuple[Sample, Completion, _Fault]],
+) -> dict[str, Any]:
+    n = len(samples)
+    return {
+        "n": n,
+        "valid": n - len(invalid),
+        "invalid": len(invalid),
+        "unique": len(rows),
+        "handed_back": sum(row["votes"] for row in rows if row.get("handed_back")),
+        "finish": dict(sorted(Counter(sample.finish_reason for sample in samples).items())),
+        "tokens": sum(sample.tokens for sample in samples),
+        "mean_removed_mass": round(sum(s.removed_mass for s in samples) / n, 6) if n else 0.0,
+    }

@@ -1,0 +1,283 @@
+"""The program in the sealed helper: prepare a prompt, assess completions, draw, write SDF.
+
+One JSON object in, one out. It is the only place where RDKit and gemmi read what a user or a model
+wrote; after `warm_up` it opens no file, imports nothing and starts no thread.
+
+Requests and replies::
+
+    {"op": "prepare", "task": "retrosynthesis", "inputs": {"smiles": "CCOC(C)=O"},
+     "context": {"max_context": 512, "vocab_size": 150, "tags": {"<MoleculeS>": 8, ...},
+                 "model": "logos-ref-tiny"}, "options": {"n": 32, "seed": 1, "preset": "ours"}}
+    -> {"task", "prompt", "display", "stop", "grammar", "max_new_tokens", "preset", "modality",
+        "subject", "input_screen", "unchecked", "notes"}
+    {"op": "assess", "task": ..., "inputs": {...}, "samples": [{"index": 0, "text": "...",
+     "finish_reason": "eos", "logprob": -4.1, "tokens": 5, "removed_mass": 0.0}, ...]}
+    -> {"task", "rows", "invalid", "track", "output_screen", "summary", "unchecked"}
+    {"op": "draw", "task": ..., "inputs": {...}, "rows": [...], "track": {...} or null}
+    -> {"drawings": {"subject": "<svg ..>", "1": ["<svg ..>", ...], ...}, "next": 17 or null}
+    {"op": "sdf", "rows": [...]} -> {"sdf": "..."}
+
+`inputs` are the same in every request of a run: the helper keeps nothing between requests. A refusal
+is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not one of
+these.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from airgap.enclave.channel import ProgramError
+from airgap.science import assessment, molecules, screens, structures, tasks
+from airgap.science.grammar import PromptError, require_tokens
+
+SAMPLE_TEXT_LIMIT = 200_000
+REPLY_LIMIT = 3 * 1024 * 1024
+"""Largest reply in bytes; the channel takes 4 MiB."""
+
+
+def create(config: Mapping[str, Any]) -> Program:
+    """Return the program; `config` is empty, or holds `pack`, the path of another screen pack."""
+    return Program(config)
+
+
+class Program:
+    """Answers requests; holds the screen pack and nothing about any run."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+        self._screener: screens.Screener | None = None
+        self._residues: dict[str, str] = {}
+
+    def warm_up(self) -> dict[str, Any]:
+        """Load everything that is ever needed, run each operation once, and say what is loaded."""
+        molecules.warm_up()
+        structures.warm_up()
+        self._residues = molecules.residue_smiles()
+        pack = screens.load_pack()
+        self._screener = screens.Screener(pack)
+        _rehearse(self)
+        return {"pack": pack.digest, "screen": self._screener.mode}
+
+    def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
+        """Answer one request; ProgramError for a refusal."""
+        del emit  # every reply fits one frame
+        request = _parse(payload)
+        operation = _OPERATIONS.get(str(request.get("op")))
+        if operation is None:
+            raise _malformed("`op` is none of " + ", ".join(_OPERATIONS))
+        try:
+            reply = operation(self, request)
+        except PromptError as error:
+            raise ProgramError(error.code, error.message, error.hint) from error
+        raw = _encode(reply)
+        if len(raw) > REPLY_LIMIT:
+            raise ProgramError(
+                "request.limit",
+                f"the reply has {len(raw)} bytes, more than {REPLY_LIMIT}",
+                "ask for fewer samples at a time",
+            )
+        return raw
+
+    @property
+    def screener(self) -> screens.Screener:
+        """The screener; without warm-up there is none, and nothing may run unscreened."""
+        if self._screener is None:
+            raise _malformed("the program has not been warmed up")
+        return self._screener
+
+    def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn typed input into a prompt with its budget, settings and input screen."""
+        task, inputs = _task_and_inputs(request)
+        notes: list[str] = []
+        subject, screen = self.subject(task, inputs, notes)
+        context = tasks.parse_context(_object(request, "context"))
+        preset, extra = tasks.choose_preset(task, _object(request, "options", {}))
+        require_tokens(context.tags, task.tokens, model=context.model, task=task.name)
+        prompt = tasks.build_prompt(task, subject, self._residues)
+        room = tasks.budget(task, subject, prompt, preset, context)
+        return {
+            "task": task.name,
+            "prompt": prompt,
+            "display": tasks.display(task, subject),
+            "stop": list(task.stop),
+            "grammar": tasks.grammar_spec(task, subject),
+            "max_new_tokens": tasks.limit_new_tokens(room, extra, task),
+            "preset": tasks.preset_document(preset, extra),
+            "modality": task.modality,
+            "subject": _subject_document(subject),
+            "input_screen": screen.document(),
+            "unchecked": task.unchecked,
+            "notes": notes,
+        }
+
+    def subject(
+        self, task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]
+    ) -> tuple[tasks.Subject, screens.ScreenResult]:
+        """Read the inputs of a task and screen what can be screened."""
+        tasks.check_inputs(task, inputs)
+        if task.name == "retrosynthesis":
+            product = molecules.read_product(
+                inputs["smiles"], fix=inputs.get("fix", False), notes=notes
+            )
+            smiles = molecules.canonical(product)
+            if smiles != inputs["smiles"].strip():
+                notes.append("the product is written as canonical SMILES")
+            # Screen what was typed, not only what was kept of it.
+            typed = molecules.read_molecule(inputs["smiles"], "product")
+            result = self.screener.screen([product, typed], target=True)
+            return tasks.Subject(product=smiles), result
+        if "<ProteinS>" in task.tokens:
+            subject = _protein(task, inputs, notes)
+            return subject, self.screener.nothing("input sequence not screened")
+        return tasks.Subject(), self.screener.nothing("no input")
+
+    def assess(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Turn completions into ranked rows with an output screen."""
+        task, inputs = _task_and_inputs(request)
+        subject, _ = self.subject(task, inputs, [])
+        return assessment.assess(task, subject, _samples(request), self.screener)
+
+
+_OPERATIONS: dict[str, Callable[[Program, Mapping[str, Any]], dict[str, Any]]] = {
+    "prepare": Program.prepare,
+    "assess": Program.assess,
+}
+
+
+def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> tasks.Subject:
+    if "pdb" in inputs:
+        found = structures.read_protein(
+            inputs["pdb"],
+            chain=inputs.get("chain"),
+            ligand=inputs.get("ligand"),
+            residues=inputs.get("residues"),
+            notes=notes,
+        )
+        subject = tasks.Subject(
+            sequence=found.sequence,
+            labels=found.labels,
+            pockets=found.pockets,
+            source=f"chain {found.chain} of the structure",
+        )
+    else:
+        if given := [name for name in ("chain", "ligand") if name in inputs]:
+            raise PromptError(
+                "prompt.input",
+                f"{' and '.join(given)} belong to a structure",
+                hint="give the structure with --pdb",
+            )
+        sequence, labels, source = tasks.read_sequence(inputs, notes)
+        subject = tasks.Subject(sequence=sequence, labels=labels, source=source)
+        if "residues" in inputs:
+            chosen = tasks.select(inputs["residues"], labels, "residues")
+            subject = replace(subject, pockets=tuple(chosen))
+    if "region" in inputs:
+        subject = tasks.cut_region(subject, inputs["region"])
+    return tasks.choose_level(task, subject, inputs.get("level"), notes)
+
+
+def _subject_document(subject: tasks.Subject) -> dict[str, Any]:
+    document = asdict(subject)
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in document.items()
+    }
+
+
+# -- requests -------------------------------------------------------------------------------------
+
+
+def _malformed(message: str) -> ProgramError:
+    return ProgramError(
+        "request.malformed", message, "the requests are listed in airgap/science/program.py"
+    )
+
+
+def _parse(payload: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(payload.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _malformed("the request is not JSON") from error
+    if not isinstance(value, dict):
+        raise _malformed("the request is not an object")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _object(
+    request: Mapping[str, Any], name: str, default: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    value = request.get(name, default)
+    if not isinstance(value, dict):
+        raise _malformed(f"`{name}` is not an object")
+    return value
+
+
+def _task_and_inputs(request: Mapping[str, Any]) -> tuple[tasks.Task, dict[str, Any]]:
+    name = request.get("task")
+    if not isinstance(name, str):
+        raise _malformed("`task` is not a text")
+    return tasks.find_task(name), _object(request, "inputs", {})
+
+
+def _samples(request: Mapping[str, Any]) -> list[assessment.Sample]:
+    items = request.get("samples")
+    if not isinstance(items, list) or len(items) > tasks.SAMPLES_LIMIT:
+        raise _malformed(f"`samples` is not a list of at most {tasks.SAMPLES_LIMIT}")
+    return [_sample(item) for item in items]
+
+
+def _sample(item: object) -> assessment.Sample:
+    kinds: dict[str, tuple[type, ...]] = {
+        "index": (int,),
+        "text": (str,),
+        "finish_reason": (str,),
+        "logprob": (int, float),
+        "tokens": (int,),
+        "removed_mass": (int, float),
+    }
+    if not isinstance(item, dict):
+        raise _malformed("a sample is not an object")
+    for name, kind in kinds.items():
+        if type(item.get(name)) not in kind:
+            raise _malformed(f"a sample has no usable `{name}`")
+    sample = assessment.Sample(**{name: item[name] for name in kinds})
+    finite = math.isfinite(sample.logprob) and math.isfinite(sample.removed_mass)
+    if not finite or sample.tokens < 0 or len(sample.text) > SAMPLE_TEXT_LIMIT:
+        raise _malformed("a sample has a value out of range")
+    return sample
+
+
+def _rehearse(program: Program) -> None:
+    """Run each operation once on harmless input, so that later calls need no import and no file."""
+    tags = {tag: number for number, tag in enumerate(_every_tag())}
+    context = {"max_context": 4096, "tags": tags}
+    sample = {"index": 0, "finish_reason": "eos", "logprob": -1.0, "tokens": 1, "removed_mass": 0.0}
+    completions = {
+        "retrosynthesis": ({"smiles": "CCOC(C)=O"}, "<MoleculeS>CCO<MoleculeE><MoleculeS>C("),
+        "molecule": ({}, "CCO<MoleculeE>"),
+        "binding-site": ({"sequence": "MK"}, "M<PocketS>K<PocketE><ProteinE>"),
+        "pocket-ligand": ({"fasta": ">a\nMK", "residues": "1"}, "c1ccccc1<MoleculeE>"),
+        "material": (
+            {},
+            "<MetalS>[Zn][O]<MetalE><MoleculeS>[O-]C=O<MoleculeE><MaterialE>",
+        ),
+    }
+    for name, (inputs, text) in completions.items():
+        head = {"task": name, "inputs": inputs}
+        program.prepare({**head, "context": context})
+        program.assess({**head, "samples": [{**sample, "text": text}]})
+
+
+def _every_tag() -> tuple[str, ...]:
+    return tuple(sorted({tag for task in tasks.TASKS.values() for tag in task.tokens}))

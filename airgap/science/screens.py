@@ -1,0 +1,421 @@
+"""Hazard screen inside the sealed helper: is a molecule on a treaty list, or in a family of one?
+
+Obeys the design of the hazard screens (policy, section 11): a documented, repeatable check that holds
+a run for named reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of the
+Chemical Weapons Convention as its text defines it: names become the first block of an InChIKey, and
+families become a core with the carbon counts that the paragraph allows. Nothing beyond those
+paragraphs is shipped.
+
+Every molecule is brought to one form first, because a salt, an isotope label, a mixture or a charge
+would otherwise hide it: metals cut off, charges on neighbours and acids neutralised, isotopes and
+stereo taken away, each fragment apart, canonical tautomer. The treaty covers labelled and
+stereoisomeric forms alike. Whatever goes wrong gives `incomplete`, which holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rdkit import Chem
+from rdkit.Chem import rdinchi
+from rdkit.Chem.MolStandardize import rdMolStandardize
+
+SCHEMA = "airgap/screen/1"
+TIERS = ("H0", "H1", "H2", "H3", "H4")
+PACK_FILE = Path(__file__).parent / "screen_packs" / "cwc.toml"
+PACK_LIMIT = 1024 * 1024
+ATOM_LIMIT = 500
+FRAGMENT_LIMIT = 40
+MATCH_LIMIT = 500
+SECONDS = 60.0
+"""Time for one call; a call that needs more is incomplete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A chemical that the Annex names: the first block of its InChIKey and its atoms by element."""
+
+    paragraph: str
+    tier: str
+    block: str
+    atoms: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What may hang on one core atom: a saturated hydrocarbon of so many carbons; 0 is hydrogen."""
+
+    low: int
+    high: int
+    rings: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A family of one paragraph.
+
+    Attributes:
+        cores: SMARTS, any of which may match.
+        whole: The core and its groups are the entire molecule; else the core may stand in any.
+        groups: Groups by map number of the core atom that bears them.
+        exempt: First InChIKey blocks that the paragraph takes out.
+
+    """
+
+    paragraph: str
+    tier: str
+    cores: tuple[Chem.Mol, ...]
+    whole: bool
+    groups: Mapping[int, tuple[Group, ...]]
+    exempt: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A screen pack; `digest` is over the bytes of its file."""
+
+    name: str
+    version: int
+    digest: str
+    listed: tuple[Listed, ...]
+    families: tuple[Family, ...]
+
+    @property
+    def compositions(self) -> frozenset[str]:
+        """Atoms by element of every listed chemical: most molecules fail this cheap test."""
+        return frozenset(entry.atoms for entry in self.listed)
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenResult:
+    """The outcome of one screen, for policy and for the restricted log; users see a reference only."""
+
+    status: str
+    tier: str
+    pack: str
+    mode: str
+    classes: tuple[str, ...] = ()
+    reason: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "status": self.status,
+            "tier": self.tier,
+            "pack": self.pack,
+            "mode": self.mode,
+            "classes": list(self.classes),
+            "reason": self.reason,
+        }
+
+
+# -- the pack -------------------------------------------------------------------------------------
+
+
+def parse_pack(raw: bytes) -> Pack:
+    """Read a pack from bytes; ValueError for anything that is not one."""
+    if len(raw) > PACK_LIMIT:
+        raise ValueError("the screen pack is too large")
+    try:
+        document = tomllib.loads(raw.decode("utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"schema {document['schema']!r:.40}, expected {SCHEMA}")
+        pack = Pack(
+            name=str(document["name"]),
+            version=int(document["version"]),
+            digest=f"sha256:{sha256(raw).hexdigest()}",
+            listed=tuple(_listed(entry) for entry in document["listed"]),
+            families=tuple(_family(entry) for entry in document["family"]),
+        )
+    except (KeyError, TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"not a screen pack: {error}") from error
+    if not pack.listed or not pack.families:
+        raise ValueError("the screen pack is empty")
+    return pack
+
+
+def load_pack() -> Pack:
+    """Read the pack that is shipped."""
+    return parse_pack(PACK_FILE.read_bytes())
+
+
+def _listed(entry: Mapping[str, Any]) -> Listed:
+    if set(entry) != {"paragraph", "name", "tier", "block", "atoms"}:
+        raise ValueError(f"entry {entry.get('name')!r:.60} has other fields than expected")
+    return Listed(str(entry["paragraph"]), _tier(entry), str(entry["block"]), str(entry["atoms"]))
+
+
+def _family(entry: Mapping[str, Any]) -> Family:
+    known = {"paragraph", "text", "tier", "cores", "whole", "groups", "exempt"}
+    if not known >= set(entry):
+        raise ValueError(f"family {entry.get('paragraph')!r:.60} has unknown fields")
+    cores = tuple(Chem.MolFromSmarts(core) for core in entry["cores"])
+    if not cores or any(core is None for core in cores):
+        raise ValueError(f"family {entry['paragraph']!r:.60} has a core that is no SMARTS")
+    return Family(
+        paragraph=str(entry["paragraph"]),
+        tier=_tier(entry),
+        cores=cores,
+        whole=bool(entry["whole"]),
+        groups={
+            int(number): tuple(_group(text) for text in texts)
+            for number, texts in entry.get("groups", {}).items()
+        },
+        exempt=frozenset(entry.get("exempt", ())),
+    )
+
+
+def _tier(entry: Mapping[str, Any]) -> str:
+    if entry["tier"] not in TIERS:
+        raise ValueError(f"tier {entry['tier']!r:.10} is none of {TIERS}")
+    return str(entry["tier"])
+
+
+def _group(text: str) -> Group:
+    size, _, rings = text.partition(" ")
+    low, high = size.split("-")
+    return Group(int(low), int(high), rings == "rings")
+
+
+# -- screening ------------------------------------------------------------------------------------
+
+
+class Screener:
+    """Screens molecules against one pack."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._uncharger = rdMolStandardize.Uncharger()
+        self._disconnector = rdMolStandardize.MetalDisconnector()
+        self._tautomers = rdMolStandardize.TautomerEnumerator()
+        self._tautomers.SetMaxTautomers(200)
+        self._tautomers.SetMaxTransforms(400)
+
+    @property
+    def mode(self) -> str:
+        """What this screen looks at, for records and reports."""
+        return f"{self.pack.name}/{self.pack.version}; structures only, sequences not screened"
+
+    def screen(self, molecules: Iterable[Chem.Mol], *, target: bool = False) -> ScreenResult:
+        """Screen molecules and return the highest tier.
+
+        Args:
+            molecules: Sanitised or not.
+            target: They are products for which a route is asked: anything from H2 up counts as H3.
+
+        """
+        deadline = time.monotonic() + SECONDS
+        found: dict[str, str] = {}
+        reason = ""
+        for molecule in molecules:
+            if time.monotonic() > deadline:
+                reason = "time"
+                break
+            try:
+                found.update(self.find_classes(molecule))
+            except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+                reason = f"standardisation failed: {type(error).__name__}"
+        tier = max(found.values(), default="H0")
+        if target and tier == "H2":
+            tier = "H3"
+        return ScreenResult(
+            status="incomplete" if reason else "complete",
+            tier=tier,
+            pack=self.pack.digest,
+            mode=self.mode,
+            classes=tuple(sorted(found)),
+            reason=reason,
+        )
+
+    def nothing(self, why: str) -> ScreenResult:
+        """Return the result for a run that has no structure to screen; `why` goes into the mode."""
+        return ScreenResult("complete", "H0", self.pack.digest, f"{self.mode}; {why}")
+
+    def incomplete(self, reason: str) -> ScreenResult:
+        """Return a result that holds."""
+        return ScreenResult("incomplete", "H0", self.pack.digest, self.mode, (), reason)
+
+    def find_classes(self, molecule: Chem.Mol) -> dict[str, str]:
+        """Return the classes that match, class to tier; ValueError for what is too large to judge."""
+        if molecule.GetNumAtoms() > 2 * ATOM_LIMIT:
+            raise ValueError("too many atoms")
+        found: dict[str, str] = {}
+        for form in self.forms(molecule):
+            found.update(self._match(form))
+        return found
+
+    def forms(self, molecule: Chem.Mol) -> list[Chem.Mol]:
+        """Return the standard form of each fragment, and its canonical tautomer where it matters."""
+        whole = self._disconnector.Disconnect(_neutral_pairs(_plain(molecule)))
+        parts = Chem.GetMolFrags(whole, asMols=True, sanitizeFrags=False)
+        if len(parts) > FRAGMENT_LIMIT:
+            raise ValueError("too many fragments")
+        forms: dict[str, Chem.Mol] = {}
+        for part in parts:
+            if part.GetNumHeavyAtoms() > ATOM_LIMIT:
+                raise ValueError("too many atoms")
+            form = _plain(self._uncharger.uncharge(part))
+            forms[Chem.MolToSmiles(form)] = form
+            if self._needs_tautomer(form):
+                other = _plain(self._tautomers.Canonicalize(form))
+                forms[Chem.MolToSmiles(other)] = other
+        return list(forms.values())
+
+    def _needs_tautomer(self, form: Chem.Mol) -> bool:
+        # Slow, so only where a listed chemical has these atoms, or a family could be hidden.
+        hidden = any(atom.GetAtomicNum() in {15, 33} for atom in form.GetAtoms())
+        return (hidden or composition(form) in self.pack.compositions) and _is_clean(form)
+
+    def _match(self, form: Chem.Mol) -> dict[str, str]:
+        block = ""
+        found: dict[str, str] = {}
+        atoms = composition(form)
+        if atoms in self.pack.compositions:
+            block = first_block(form)
+            for entry in self.pack.listed:
+                if entry.block == block:
+                    found[f"{entry.paragraph}.listed"] = entry.tier
+        for family in self.pack.families:
+            if _matches(form, family):
+                if family.exempt and (block := block or first_block(form)) in family.exempt:
+                    continue
+                found[family.paragraph] = family.tier
+        return found
+
+
+def first_block(molecule: Chem.Mol) -> str:
+    """Return the first block of the InChIKey: skeleton and hydrogens, no stereo, charge or isotope."""
+    return str(rdinchi.MolToInchiKey(molecule)).partition("-")[0]
+
+
+def composition(molecule: Chem.Mol) -> str:
+    """Return the heavy atoms by element, for example `C4 O2 P1`."""
+    counts: dict[str, int] = {}
+    for atom in molecule.GetAtoms():
+        if atom.GetAtomicNum() > 1:
+            counts[atom.GetSymbol()] = counts.get(atom.GetSymbol(), 0) + 1
+    return " ".join(f"{symbol}{number}" for symbol, number in sorted(counts.items()))
+
+
+def _is_clean(molecule: Chem.Mol) -> bool:
+    return not Chem.DetectChemistryProblems(molecule)
+
+
+def _plain(molecule: Chem.Mol) -> Chem.Mol:
+    """Return a copy without maps, isotopes, stereo and explicit hydrogens; works on broken valences."""
+    copy = Chem.Mol(molecule)
+    for atom in copy.GetAtoms():
+        atom.SetAtomMapNum(0)
+        atom.SetIsotope(0)
+    Chem.RemoveStereochemistry(copy)
+    copy.UpdatePropertyCache(strict=False)
+    if _is_clean(copy):
+        Chem.SanitizeMol(copy)
+        copy = Chem.RemoveHs(copy)
+    else:
+        copy = Chem.RemoveHs(copy, sanitize=False)
+        copy.UpdatePropertyCache(strict=False)
+        Chem.FastFindRings(copy)
+    return copy
+
+
+def _neutral_pairs(molecule: Chem.Mol) -> Chem.Mol:
+    """Write charge-separated bonds on phosphorus, sulfur and arsenic as double bonds."""
+    edit = Chem.RWMol(molecule)
+    for bond in edit.GetBonds():
+        one, two = bond.GetBeginAtom(), bond.GetEndAtom()
+        if one.GetFormalCharge() < 0:
+            one, two = two, one
+        if (
+            bond.GetBondType() == Chem.BondType.SINGLE
+            and one.GetAtomicNum() in {15, 16, 33}
+            and one.GetFormalCharge() > 0 > two.GetFormalCharge()
+        ):
+            bond.SetBondType(Chem.BondType.DOUBLE)
+            one.SetFormalCharge(one.GetFormalCharge() - 1)
+            two.SetFormalCharge(two.GetFormalCharge() + 1)
+    return _plain(edit.GetMol())
+
+
+def _matches(form: Chem.Mol, family: Family) -> bool:
+    for core in family.cores:
+        if not family.whole:
+            if form.HasSubstructMatch(core):
+                return True
+            continue
+        numbers = [atom.GetAtomMapNum() for atom in core.GetAtoms()]
+        places = form.GetSubstructMatches(core, uniquify=False, maxMatches=MATCH_LIMIT)
+        if any(_is_whole(form, place, numbers, family.groups) for place in places):
+            return True
+    return False
+
+
+def _is_whole(
+    form: Chem.Mol,
+    place: Sequence[int],
+    numbers: Sequence[int],
+    allowed: Mapping[int, Sequence[Group]],
+) -> bool:
+    """Return whether the core at `place` and its allowed groups make up the entire molecule."""
+    core = set(place)
+    seen = set(place)
+    for index, number in zip(place, numbers, strict=True):
+        sizes: list[tuple[int, bool]] = []
+        for bond in form.GetAtomWithIdx(index).GetBonds():
+            other = bond.GetOtherAtomIdx(index)
+            if other in core:
+                continue
+            if bond.GetBondType() != Chem.BondType.SINGLE or other in seen:
+                return False
+            size = _alkyl(form, other, core, seen)
+            if size is None:
+                return False
+            sizes.append(size)
+        if not _fit(sizes, allowed.get(number, ()) if number else ()):
+            return False
+    return len(seen) == form.GetNumAtoms()
+
+
+def _alkyl(form: Chem.Mol, start: int, core: set[int], seen: set[int]) -> tuple[int, bool] | None:
+    """Return carbons and whether there is a ring, if a saturated hydrocarbon begins at `start`."""
+    stack, carbons, rings, links = [start], 0, False, 0
+    mine = {start}
+    while stack:
+        atom = form.GetAtomWithIdx(stack.pop())
+        saturated = atom.GetAtomicNum() == 6 and atom.GetFormalCharge() == 0  # noqa: PLR2004 - carbon
+        if not saturated or atom.GetIsAromatic():
+            return None
+        carbons += 1
+        rings = rings or atom.IsInRing()
+        for bond in atom.GetBonds():
+            other = bond.GetOtherAtomIdx(atom.GetIdx())
+            if bond.GetBondType() != Chem.BondType.SINGLE:
+                return None
+            if other in core:
+                links += 1
+            elif other not in mine:
+                mine.add(other)
+                stack.append(other)
+    seen.update(mine)
+    return (carbons, rings) if links == 1 else None
+
+
+def _fit(sizes: Sequence[tuple[int, bool]], groups: Sequence[Group]) -> bool:
+    """Return whether the hydrocarbons found fill the groups allowed; a group from 0 may be absent."""
+    if len(sizes) > len(groups):
+        return False
+    padded = [*sizes, *[(0, False)] * (len(groups) - len(sizes))]
+    return any(
+        all(
+            group.low <= carbons <= group.high and (group.rings or not rings)
+            for (carbons, rings), group in zip(order, groups, strict=True)
+        )
+        for order in itertools.permutations(padded)
+    )
