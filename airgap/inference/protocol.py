@@ -64,7 +64,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from airgap.enclave.channel import ProgramError
-from airgap.inference.strict import Fields, MalformedError, is_text, parse_object
+from airgap.inference.strict import Fields, MalformedError, parse_object
 
 SAMPLES_LIMIT = 10_000
 NEW_TOKENS_LIMIT = 65_536
@@ -258,6 +258,11 @@ class Scores:
                 "scores": [{"logprob": value, "tokens": count} for value, count in self.scores],
             }
         )
+
+
+def encode_info(facts: dict[str, Any]) -> bytes:
+    """Return the reply of `info`."""
+    return _encode({"event": "info", **facts})
 
 
 def segments_of(tagged: str) -> tuple[Segment, ...]:

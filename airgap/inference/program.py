@@ -1,0 +1,229 @@
+"""The entry of the sealed worker: `create` makes the program that the launcher runs (enclave).
+
+Everything that is imported or read is imported and read before `warm_up` returns: afterwards the
+process may open nothing. The facts that `warm_up` returns are those of operation `info`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from airgap.enclave.channel import ProgramError
+from airgap.inference.constrain import Constraint, Grammars
+from airgap.inference.decoder import Decoder
+from airgap.inference.model import Cache, Model, load_model
+from airgap.inference.protocol import (
+    Generate,
+    Grammar,
+    Info,
+    Progress,
+    Sample,
+    Score,
+    Segment,
+    encode_info,
+    parse_request,
+)
+from airgap.inference.providers import PROVIDERS
+from airgap.inference.strict import Fields, MalformedError
+
+MOST_ROWS = 64
+THREADS_LIMIT = 1024
+_MIB = 1 << 20
+_FALLBACK_BUDGET = 1024 * _MIB
+_PROBE_ROWS = (1, 2, 5)
+
+
+def create(config: dict[str, Any]) -> InferenceProgram:
+    """Make the program; nothing is loaded yet.
+
+    Args:
+        config: `folder` (absolute, of one model), `precision`, `threads`; optional `provider`
+            ("cpu"), `memory_mb` for one request (half of what is free at warm-up), `most_rows`.
+
+    Raises:
+        ProgramError: `model.config`.
+
+    """
+    try:
+        fields = Fields(config, "worker configuration")
+        program = InferenceProgram(
+            folder=Path(fields.text("folder", 4096)),
+            precision=fields.text("precision", 64),
+            threads=fields.integer("threads", 1, THREADS_LIMIT),
+            provider=fields.one_of("provider", tuple(PROVIDERS)) if "provider" in fields else "cpu",
+            memory_mb=fields.integer("memory_mb", 1, 1 << 30) if "memory_mb" in fields else None,
+            most_rows=fields.integer("most_rows", 1, 4096) if "most_rows" in fields else MOST_ROWS,
+        )
+        fields.done()
+    except MalformedError as error:
+        raise ProgramError("model.config", str(error), "") from error
+    return program
+
+
+class InferenceProgram:
+    """One model behind the channel; `warm_up` once, then `handle` a request at a time."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        precision: str,
+        threads: int,
+        provider: str,
+        memory_mb: int | None,
+        most_rows: int,
+    ) -> None:
+        self._folder = folder
+        self._precision = precision
+        self._threads = threads
+        self._provider = provider
+        self._budget = memory_mb * _MIB if memory_mb is not None else 0
+        self._most_rows = most_rows
+
+    def warm_up(self) -> dict[str, Any]:
+        """Load the model, take every code path once and return the facts.
+
+        Raises:
+            ProgramError: A code of room `model`.
+
+        """
+        self._model = load_model(
+            self._folder, precision=self._precision, demand=self._provider, threads=self._threads
+        )
+        self._budget = self._budget or half_of_free_memory(_memory_table())
+        self._decoder = Decoder(self._model, budget=self._budget, most_rows=self._most_rows)
+        self._grammars = _grammars_of(self._model)
+        self._info = self._facts(batch_invariant=is_batch_invariant(self._model))
+        self._rehearse()
+        return self._info
+
+    def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
+        """Answer one request (`protocol`); events go to `emit`.
+
+        Raises:
+            ProgramError: The request is refused.
+
+        """
+        request = parse_request(payload)
+        try:
+            return self._answer(request, emit)
+        except MemoryError as error:
+            raise ProgramError(
+                "model.memory", "the worker ran out of memory", "ask for fewer new tokens"
+            ) from error
+
+    def _answer(self, request: Generate | Score | Info, emit: Callable[[bytes], None]) -> bytes:
+        if isinstance(request, Info):
+            return encode_info(self._info)
+        if isinstance(request, Score):
+            return self._decoder.score(request).encode()
+        constraint = self._constraint(request)
+
+        def send(event: Sample | Progress) -> None:
+            emit(event.encode())
+
+        return self._decoder.generate(request, constraint, send).encode()
+
+    def _constraint(self, request: Generate) -> Constraint | None:
+        if request.grammar.mode == "none":
+            return None
+        if isinstance(self._grammars, ProgramError):
+            raise self._grammars
+        return self._grammars.compile(request.grammar, request.prompt)
+
+    def _rehearse(self) -> None:
+        """Answer one small request: what loads late loads now, and wrong shapes show now."""
+        tags = list(self._model.facts.tags)
+        request = Generate(
+            prompt=(Segment(tags[0], tag=True),) if tags else (Segment("C"),),
+            n=2,
+            max_new_tokens=2,
+            temperature=1.0,
+            top_p=0.9,
+            top_k=50,
+            repetition_penalty=1.1,
+            seed=0,
+            stop=tuple(tags[:1]),
+        )
+        for grammar in (Grammar(), Grammar(mode="structure", task="molecule")):
+            try:
+                self.handle(replace(request, grammar=grammar).encode(), lambda _event: None)
+            except ProgramError as error:
+                # A model without these tags, or with a context of two, is loaded all the same.
+                if error.code not in ("model.grammar", "model.tags", "prompt.g10", "prompt.g11"):
+                    raise
+
+    def _facts(self, *, batch_invariant: bool) -> dict[str, Any]:
+        facts = self._model.facts
+        return {
+            "model": facts.model,
+            "architecture": facts.architecture,
+            "precision": self._precision,
+            "graph": self._model.graph.name,
+            "graph_sha256": self._model.graph.sha256,
+            "tokenizer_sha256": facts.tokenizer_sha256,
+            "provider": self._provider,
+            "threads": self._threads,
+            "vocab_size": facts.vocab_size,
+            "layers": facts.layers,
+            "kv_heads": facts.kv_heads,
+            "head_dim": facts.head_dim,
+            "max_context": facts.max_context,
+            "bos_id": facts.bos_id,
+            "eos_ids": list(facts.eos_ids),
+            "unk_id": facts.unk_id,
+            "tags": facts.tags,
+            "unknown_tags": self._model.vocabulary.unknown_tags,
+            "grammar": not isinstance(self._grammars, ProgramError),
+            "batch_invariant": batch_invariant,
+            "memory_bytes": self._budget,
+            "most_rows": self._most_rows,
+            "reference_model": facts.reference_model,
+            "scientific_use": facts.scientific_use,
+            "onnxruntime": ort.__version__,
+        }
+
+
+def _grammars_of(model: Model) -> Grammars | ProgramError:
+    """Build the byte trie, or keep the reason why a request with a grammar is refused."""
+    try:
+        return Grammars(model.vocabulary, model.facts)
+    except ProgramError as error:
+        return error
+
+
+def is_batch_invariant(model: Model) -> bool:
+    """Tell whether one sequence gets the same bits alone and in company, on this machine.
+
+    Matrix products may add up in another order when a batch has another height. Where they do, a
+    rare draw can differ between two values of n; the facts of the worker say so.
+    """
+    seen = []
+    for rows in _PROBE_ROWS:
+        cache = Cache(model, rows=rows, capacity=2)
+        first = np.zeros((rows, 1), dtype=np.int64)
+        model.run(first, cache, 0)
+        seen.append(model.run(first + 1, cache, 1)[0])
+    return all(np.array_equal(seen[0], one) for one in seen)
+
+
+def half_of_free_memory(table: str) -> int:
+    """Return half of `MemAvailable` of the text of /proc/meminfo, in bytes, or 1 GiB without it."""
+    for line in table.splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable" and rest.split()[:1] and rest.split()[0].isdecimal():
+            return int(rest.split()[0]) * 1024 // 2
+    return _FALLBACK_BUDGET
+
+
+def _memory_table() -> str:
+    try:
+        return Path("/proc/meminfo").read_text()
+    except OSError:
+        return ""
