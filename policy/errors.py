@@ -204,6 +204,8 @@ CODES: dict[str, str] = {
     "model.tokenizer": "the tokenizer does not load or contradicts graphs.json",
     "request.limit": "a request to the worker exceeds a limit",
     "request.malformed": "a request to the worker cannot be understood",
+    # -- science: the sealed helper -----------------------------------------------------------------
+    "science.reply": "the sealed helper sent what is no reply",
     # -- host: the machine that runs the command ------------------------------------------------
     "host.self": "the three packages do not lie in one directory, or one is missing",
     "host.io": "a file could not be read or written",
