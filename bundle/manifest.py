@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
@@ -30,7 +31,7 @@ from policy.terms import Digest
 
 FORMAT: Literal["airgap-bundle/1"] = "airgap-bundle/1"
 MANIFEST_LIMIT = 4 * 1024 * 1024
-CHUNK_SIZE = 4 * 1024 * 1024
+CHUNK_SIZE: Literal[4194304] = 4194304
 MAX_FILES = 16_384
 MAX_PATH = 255
 MAX_COMPONENT = 128
@@ -237,11 +238,15 @@ class Manifest(Release):
 
     def find(self, path: str) -> FileEntry | None:
         """Return the entry of `path`, if there is one."""
-        return next((entry for entry in self.files if entry.path == path), None)
+        return self._by_path.get(path)
 
     def model(self, model_id: str) -> ModelEntry | None:
         """Return the model with that id, if there is one."""
         return next((model for model in self.models if model.id == model_id), None)
+
+    @cached_property
+    def _by_path(self) -> dict[str, FileEntry]:
+        return {entry.path: entry for entry in self.files}
 
 
 def canonical(manifest: Manifest) -> bytes:
