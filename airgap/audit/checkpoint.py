@@ -1,0 +1,315 @@
+"""Signed heads of the log: C2SP signed-note, tlog-checkpoint and vkeys (`audit.md`, sections 2, 5).
+
+A checkpoint is three lines (origin, size, base64 root) and at least one signature line. Parsing
+believes nothing; `verify_checkpoint` returns a `Head`, the type of what a known key has signed.
+Signatures of unknown keys are ignored, a bad one of the known key rejects the whole note.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from policy.errors import FaultError, RefusedError
+
+MAX_NOTE: Final = 131_072  # 16 signatures of 5 kB must pass, says signed-note
+MAX_SIGNATURES: Final = 24
+MAX_KEY_FILE: Final = 4_096
+HASH_BYTES: Final = 32
+_MAX_SIZE: Final = 2**53 - 1
+_ED25519: Final = 1  # signature type
+_EM_DASH: Final = "\u2014"
+_SIZE: Final = re.compile("0|[1-9][0-9]{0,15}")
+_NAME: Final = re.compile(r"[^\s+\x00-\x20\x7f]{1,200}")
+_SITE: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,62}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Vkey:
+    """A verifier key: `name` is the origin of the log, `key_id` four bytes."""
+
+    name: str
+    key_id: bytes
+    public: Ed25519PublicKey
+
+    def __str__(self) -> str:
+        body = bytes([_ED25519]) + self.public.public_bytes_raw()
+        return f"{self.name}+{self.key_id.hex()}+{base64.b64encode(body).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class LogKey:
+    """The private key of a log together with the verifier key that everyone may know."""
+
+    vkey: Vkey
+    private: Ed25519PrivateKey
+
+    @classmethod
+    def of(cls, origin: str, private: Ed25519PrivateKey) -> Self:
+        """Bind a private key to an origin."""
+        public = private.public_key()
+        return cls(Vkey(origin, _key_id(origin, public.public_bytes_raw()), public), private)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A parsed checkpoint that nobody has verified. `note` is the text it was parsed from."""
+
+    origin: str
+    size: int
+    root: bytes
+    text: bytes
+    signatures: tuple[tuple[str, bytes], ...]  # (key name, key id and signature)
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head that the log key has signed: the first `size` leaves have this `root`."""
+
+    origin: str
+    size: int
+    root: bytes
+    note: str
+
+
+def create_log_key(path: Path, *, site: str) -> str:
+    """Make an Ed25519 log key at `path` (0400) and its vkey beside it (`.vkey`); return the vkey.
+
+    The origin is `<site>/audit/<log id>`; the id is taken from the public key, so that another key
+    is another log.
+
+    Raises:
+        RefusedError: `audit.key`; the site's name is unusable, or `path` exists.
+
+    """
+    if not _SITE.fullmatch(site):
+        raise RefusedError(
+            "audit.key",
+            f"a site name has 1 to 64 of a-z 0-9 . -, found {site!r:.80}",
+            hint="use `site_name` to turn an institution's name into one",
+        )
+    private = Ed25519PrivateKey.generate()
+    public = private.public_key().public_bytes_raw()
+    origin = f"{site}/audit/{hashlib.sha256(public).hexdigest()[:16]}"
+    key = LogKey.of(origin, private)
+    pem = private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _write_new(vkey_path(path), f"{key.vkey}\n".encode(), 0o444)
+    _write_new(path, pem, 0o400)
+    return str(key.vkey)
+
+
+def vkey_path(key: Path) -> Path:
+    """Return where the public half of a log key lies."""
+    return key.with_suffix(".vkey")
+
+
+def site_name(text: str) -> str:
+    """Return `text` as a site name: lower case, everything else turned into single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:64].strip("-.") or "site"
+
+
+def load_log_key(path: Path) -> LogKey:
+    """Read a log key and the vkey beside it.
+
+    Raises:
+        RefusedError: `audit.key`; not an Ed25519 key, open to others, or not the vkey's key.
+        FaultError: `audit.key`; a file is missing or unreadable.
+
+    """
+    pem = _read_small(path)
+    if path.stat().st_mode & 0o077:
+        raise RefusedError(
+            "audit.key",
+            f"{path} can be read by others than its owner",
+            hint=f"chmod 0400 {path}, and ask whether the key must be replaced",
+        )
+    try:
+        private = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise RefusedError("audit.key", f"{path} is not a PEM private key") from None
+    if not isinstance(private, Ed25519PrivateKey):
+        raise RefusedError("audit.key", f"{path} is not an Ed25519 key")
+    known = parse_vkey(_read_small(vkey_path(path)))
+    key = LogKey.of(known.name, private)
+    if key.vkey.key_id != known.key_id:
+        raise RefusedError("audit.key", f"{path} is not the key of {vkey_path(path)}")
+    return key
+
+
+def load_vkey(path: Path) -> Vkey:
+    """Read a file with one vkey; FaultError when unreadable, RefusedError when not one."""
+    return parse_vkey(_read_small(path))
+
+
+def parse_vkey(content: bytes) -> Vkey:
+    """Return the verifier key of `<name>+<8 hex>+<base64 of type and key>`.
+
+    Raises:
+        RefusedError: `audit.key`.
+
+    """
+    if len(content) > MAX_KEY_FILE:
+        raise RefusedError("audit.key", f"a verifier key of {len(content)} bytes")
+    try:
+        name, key_id, body = content.decode().removesuffix("\n").split("+", 2)
+        raw = _strict_base64(body)
+        public = Ed25519PublicKey.from_public_bytes(raw[1:])
+        found = bytes.fromhex(key_id)
+    except (ValueError, UnsupportedAlgorithm):
+        raise RefusedError(
+            "audit.key", "expected <name>+<key id>+<base64> with an Ed25519 key"
+        ) from None
+    good = _NAME.fullmatch(name) and raw[0] == _ED25519
+    if not good or key_id != found.hex() or found != _key_id(name, raw[1:]):
+        raise RefusedError("audit.key", f"key name or key id of {name!r:.80} do not fit the key")
+    return Vkey(name, found, public)
+
+
+def sign_checkpoint(key: LogKey, size: int, root: bytes) -> Head:
+    """Sign the head of `size` leaves."""
+    origin = key.vkey.name
+    text = f"{origin}\n{size}\n{base64.b64encode(root).decode()}\n"
+    signature = base64.b64encode(key.vkey.key_id + key.private.sign(text.encode())).decode()
+    return Head(origin, size, root, f"{text}\n{_EM_DASH} {origin} {signature}\n")
+
+
+def parse_checkpoint(content: bytes) -> Checkpoint:
+    """Read a signed note that holds a checkpoint without extension lines.
+
+    Raises:
+        RefusedError: `audit.note`.
+
+    """
+    if len(content) > MAX_NOTE:
+        raise _bad(f"{len(content)} bytes")
+    try:
+        note = content.decode()
+    except UnicodeDecodeError:
+        raise _bad("not UTF-8") from None
+    if any(ch < " " and ch != "\n" for ch in note):
+        raise _bad("a control character")
+    text, blank, tail = note.rpartition("\n\n")
+    lines = tail.split("\n")
+    if not blank or len(lines) < 2 or lines.pop() or len(lines) > MAX_SIGNATURES:  # noqa: PLR2004
+        raise _bad("expected a text, an empty line and signature lines, each ended by a newline")
+    body = text.split("\n")
+    if len(body) != 3:  # noqa: PLR2004 - origin, size, root
+        raise _bad(f"expected the lines origin, size and root, found {len(body)} lines")
+    origin, size, root = body
+    if not _NAME.fullmatch(origin):
+        raise _bad(f"origin {origin!r:.80}")
+    if not _SIZE.fullmatch(size) or int(size) > _MAX_SIZE:
+        raise _bad(f"size {size!r:.40}")
+    try:
+        raw = _strict_base64(root)
+        signatures = tuple(_parse_signature(line) for line in lines)
+    except ValueError as error:
+        raise _bad(f"{error!s:.80}") from None
+    if len(raw) != HASH_BYTES:
+        raise _bad(f"a root of {len(raw)} bytes")
+    return Checkpoint(origin, int(size), raw, f"{text}\n".encode(), signatures, note)
+
+
+def verify_checkpoint(checkpoint: Checkpoint, vkey: Vkey) -> Head:
+    """Return the head if the known key signed it and the origin is the key's name.
+
+    Raises:
+        RefusedError: `audit.note`; another origin, no signature by the key, or one that is bad.
+
+    """
+    if checkpoint.origin != vkey.name:
+        raise _bad(f"origin {checkpoint.origin!r:.80}, expected {vkey.name!r:.80}")
+    signed = False
+    for name, blob in checkpoint.signatures:
+        if name != vkey.name or blob[:4] != vkey.key_id:
+            continue  # Of a key that we do not know: says nothing, for or against.
+        try:
+            vkey.public.verify(blob[4:], checkpoint.text)
+        except InvalidSignature:
+            raise _bad(f"the signature of key {vkey.key_id.hex()} does not hold") from None
+        signed = True
+    if not signed:
+        ids = sorted({blob[:4].hex() for _, blob in checkpoint.signatures})
+        raise _bad(f"no signature by key {vkey.key_id.hex()}; signed by {', '.join(ids):.80}")
+    return Head(checkpoint.origin, checkpoint.size, checkpoint.root, checkpoint.note)
+
+
+def strict_hash(text: str) -> bytes:
+    """Return the 32 bytes of a base64 hash; ValueError for anything but its one spelling."""
+    raw = _strict_base64(text)
+    if len(raw) != HASH_BYTES:
+        raise ValueError("not a hash of 32 bytes")
+    return raw
+
+
+def _parse_signature(line: str) -> tuple[str, bytes]:
+    dash, name, blob = (line.split(" ") + ["", ""])[:3]
+    if dash != _EM_DASH or line.count(" ") != 2 or not _NAME.fullmatch(name):  # noqa: PLR2004
+        raise ValueError("a signature line is malformed")
+    raw = _strict_base64(blob)
+    if len(raw) <= 4:  # noqa: PLR2004 - the key id alone
+        raise ValueError("a signature is too short")
+    return name, raw
+
+
+def _strict_base64(text: str) -> bytes:
+    """Decode the one canonical spelling, so that a note has no second form."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError("not base64") from error
+    if base64.b64encode(raw).decode() != text:
+        raise ValueError("not canonical base64")
+    return raw
+
+
+def _key_id(name: str, public: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + bytes([_ED25519]) + public).digest()[:4]
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        raise RefusedError(
+            "audit.key", f"{path} exists", hint="a log keeps its key; choose another path"
+        ) from None
+    try:
+        os.fchmod(fd, mode)
+        os.write(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_KEY_FILE + 1)
+    except OSError as error:
+        raise FaultError(
+            "audit.key", f"cannot read {path}: {error.strerror}", hint="check path and owner"
+        ) from error
+    if len(content) > MAX_KEY_FILE:
+        raise RefusedError("audit.key", f"{path} is larger than {MAX_KEY_FILE} bytes")
+    return content
+
+
+def _bad(message: str) -> RefusedError:
+    return RefusedError("audit.note", f"checkpoint: {message}")

@@ -1,0 +1,355 @@
+"""Opening a log: which head is the last, does the content agree, and what a crash left behind.
+
+The order and the tail rule are those of `audit.md`, section 4. Only bytes past the last signed
+head, in the last segment, may be quarantined: nobody was told that they are durable, or they are
+whole and are signed now. Everything else that does not fit is refused, never repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+from airgap.audit.checkpoint import (
+    MAX_NOTE,
+    Checkpoint,
+    Head,
+    Vkey,
+    parse_checkpoint,
+    verify_checkpoint,
+)
+from airgap.audit.disk import Disk
+from airgap.audit.layout import Layout, journal_line, last_checkpoint, segment_count
+from airgap.audit.receipt import MAX_RECEIPT, parse_receipt, verify_receipt
+from airgap.audit.record import parse_line
+from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles, tile_name
+from policy.errors import RefusedError
+
+MAX_FRONTIER: Final = 1 << 24
+_CHUNK: Final = 4_096  # lines between writes of tiles
+_EVENT: Final = b'"phase":"event"'
+
+OpenIntents = dict[str, tuple[str, str]]  # req -> (kind, project)
+
+
+@dataclass(slots=True)
+class Recovered:
+    """The state of a log that agrees with its signed heads."""
+
+    head: Head
+    edge: Edge
+    prev: str  # hex of the last leaf
+    intents: OpenIntents
+    segments: list[bytes]  # roots of the whole segments
+    tiles: Tiles
+    anchored: int = 0
+    found: int = 0  # records in the files before anything was cut
+    torn: list[tuple[str, int, str]] = field(default_factory=list)  # (file, bytes, sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """The tree at a segment's end: believed because its root equals a signed head."""
+
+    segments: list[bytes]
+    last_leaf: str
+    intents: OpenIntents
+    head: Head
+
+
+def recover(
+    layout: Layout,
+    vkey: Vkey,
+    disk: Disk,
+    *,
+    put_tile: Callable[[str, bytes], None],
+    suspect: bool,
+) -> Recovered:
+    """Bring the log in `layout` to a state that its last signed head describes, or refuse.
+
+    Args:
+        layout: An existing log, locked by the caller.
+        vkey: The log's own key.
+        disk: Where writes go.
+        put_tile: Writes a tile unless it is already there with that content.
+        suspect: The last writer met an I/O error: keep a copy of the unsigned tail as evidence.
+
+    Raises:
+        RefusedError: `audit.history`, or `audit.note` for a head whose signature does not hold.
+
+    """
+    count = segment_count(layout)
+    frontier = _last_frontier(layout, vkey, count)
+    head = _last_head(layout, vkey, frontier, disk)
+    if head is None or count == 0:
+        raise _refused("there are records without any signed head, or heads without records")
+    if frontier is not None and not _tiles_complete(layout, len(frontier.segments)):
+        frontier = None  # Derived files are gone: hash everything once and write them again.
+    state = _start(head, frontier, put_tile)
+    anchors = dict(_anchors(layout, vkey))
+    state.anchored = max(anchors, default=0)
+    expected = {size: root for size, root in anchors.items() if size > state.edge.size}
+    if expected.get(head.size, head.root) != head.root:
+        raise _refused(f"an anchor of size {head.size} has another root")
+    expected[head.size] = head.root
+    for index in range(len(state.segments), count):
+        _replay(layout, index, index == count - 1, state, expected, disk, suspect=suspect)
+    state.found = max(state.found, state.edge.size)
+    if state.edge.size < head.size:
+        raise _refused(f"signed size {head.size}, found {state.edge.size} records")
+    beyond = [size for size in expected if size > state.edge.size]
+    if beyond:
+        raise _refused(f"anchored to size {max(beyond)}, found {state.edge.size} records")
+    return state
+
+
+def load_frontier(path: Path, vkey: Vkey) -> Frontier | None:
+    """Return the frontier of a file, or None when it is not one that a signed head confirms."""
+    try:
+        if path.stat().st_size > MAX_FRONTIER:
+            return None
+        entry = json.loads(path.read_bytes())
+        segments = [bytes.fromhex(text) for text in entry["segments"]]
+        intents = {req: (kind, project) for req, kind, project in entry["open"]}
+        head = verify_checkpoint(parse_checkpoint(entry["note"].encode()), vkey)
+        last = str(entry["last"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RefusedError):
+        return None
+    edge = Edge.of_segments(segments)
+    if edge.size != head.size or edge.root() != head.root or any(len(s) != 32 for s in segments):  # noqa: PLR2004
+        return None
+    return Frontier(segments, last, intents, head)
+
+
+def frontier_content(
+    segments: Iterable[bytes], last_leaf: str, intents: OpenIntents, head: Head
+) -> bytes:
+    """Return the content of a frontier file."""
+    entry = {
+        "last": last_leaf,
+        "note": head.note,
+        "open": [[req, *rest] for req, rest in intents.items()],
+        "segments": [root.hex() for root in segments],
+    }
+    return json.dumps(entry).encode() + b"\n"
+
+
+def note_intent(intents: OpenIntents, fields: dict[str, object]) -> None:
+    """Keep the list of intents without outcome up to date with one more record."""
+    phase, req = fields["phase"], str(fields.get("req"))
+    if phase == "intent":
+        intents[req] = (str(fields["kind"]), str(fields.get("project", "")))
+    elif phase == "outcome":
+        intents.pop(req, None)
+
+
+def _start(
+    head: Head, frontier: Frontier | None, put_tile: Callable[[str, bytes], None]
+) -> Recovered:
+    tiles = Tiles(put_tile)
+    if frontier is None:
+        return Recovered(head, Edge(), "0" * 64, {}, [], tiles)
+    tiles.start(frontier.segments)
+    edge = Edge.of_segments(frontier.segments)
+    return Recovered(
+        head, edge, frontier.last_leaf, dict(frontier.intents), list(frontier.segments), tiles
+    )
+
+
+def _replay(
+    layout: Layout,
+    index: int,
+    last: bool,
+    state: Recovered,
+    expected: dict[int, bytes],
+    disk: Disk,
+    *,
+    suspect: bool,
+) -> None:
+    """Hash one segment into the state; cut or rewrite the tail of the last one."""
+    content = layout.segment(index).read_bytes()
+    edge, signed, offset, signed_end = state.edge, state.head.size, 0, 0
+    made: dict[Node, bytes] = {}
+    before = edge.size
+    while offset < len(content) and edge.size - before < SEGMENT:
+        end = content.find(b"\n", offset)
+        line = content[offset : len(content) if end < 0 else end]
+        if edge.size >= signed and (end < 0 or not _fits(line, edge.size, state.prev)):
+            break
+        if end < 0:
+            raise _refused(f"record {edge.size} in {index:08d}.jsonl is torn, and it was signed")
+        leaf = hashlib.sha256(b"\0" + line).digest()
+        edge.append(leaf, made)
+        state.prev = leaf.hex()
+        if _EVENT not in line:
+            _follow(state.intents, line)
+        offset = end + 1
+        if edge.size in expected and edge.root() != expected[edge.size]:
+            raise _refused(f"the root at size {edge.size} differs from the signed one")
+        if edge.size <= signed:
+            signed_end = offset
+        if len(made) > _CHUNK:
+            state.tiles.add(made)
+            _remember(state, made)
+            made = {}
+    state.tiles.add(made)
+    _remember(state, made)
+    if not last and (edge.size - before != SEGMENT or offset != len(content)):
+        raise _refused(f"segment {index:08d}.jsonl does not hold {SEGMENT} whole records")
+    if last:
+        state.found = edge.size + content.count(b"\n", offset)
+        _mend_tail(layout, index, content, signed_end, offset, state, disk, suspect=suspect)
+
+
+def _mend_tail(
+    layout: Layout,
+    index: int,
+    content: bytes,
+    signed_end: int,
+    good_end: int,
+    state: Recovered,
+    disk: Disk,
+    *,
+    suspect: bool,
+) -> None:
+    """Quarantine what is torn; write whole but unsigned records once more, then flush them.
+
+    After a failed flush the page cache may call lost pages clean. Writing the same bytes in place
+    makes them dirty again; it needs no space and leaves no moment in which they are missing.
+    """
+    tail, torn = content[signed_end:good_end], content[good_end:]
+    if tail and suspect:
+        _quarantine(layout, tail, state, disk)
+    if torn:
+        _quarantine(layout, torn, state, disk)
+    if not tail and not torn:
+        return
+    fd = disk.open(layout.segment(index), os.O_WRONLY)
+    try:
+        if tail:
+            disk.pwrite(fd, tail, signed_end)
+        if torn:
+            disk.truncate(fd, good_end)
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _quarantine(layout: Layout, content: bytes, state: Recovered, disk: Disk) -> None:
+    disk.make_folder(layout.torn)
+    number = len(list(layout.torn.iterdir()))
+    disk.put(layout.torn / f"{number:08d}", content)
+    state.torn.append((f"{number:08d}", len(content), hashlib.sha256(content).hexdigest()))
+
+
+def _fits(line: bytes, seq: int, prev: str) -> bool:
+    """Whether an unsigned line is a record that continues the chain."""
+    try:
+        record = parse_line(line)
+    except RefusedError:
+        return False
+    return bool(record["seq"] == seq and record["prev"] == prev)
+
+
+def _follow(intents: OpenIntents, line: bytes) -> None:
+    with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+        note_intent(intents, orjson.loads(line))
+
+
+def _remember(state: Recovered, made: dict[Node, bytes]) -> None:
+    """Collect the roots of whole segments."""
+    height = SEGMENT.bit_length() - 1
+    state.segments += [value for (level, _), value in made.items() if level == height]
+
+
+def _last_frontier(layout: Layout, vkey: Vkey, count: int) -> Frontier | None:
+    for index in range(count - 1, -1, -1):
+        frontier = load_frontier(layout.frontier(index), vkey)
+        if frontier is not None and len(frontier.segments) == index + 1:
+            return frontier
+    return None
+
+
+def _last_head(layout: Layout, vkey: Vkey, frontier: Frontier | None, disk: Disk) -> Head | None:
+    """Return the newest signed head of journal, checkpoint and frontier; mend the journal."""
+    found = last_checkpoint(layout.journal)
+    heads = [] if found is None else [verify_checkpoint(found[0], vkey)]
+    current = _current(layout)
+    if current is not None:
+        heads.append(verify_checkpoint(current, vkey))
+    if frontier is not None:
+        heads.append(frontier.head)
+    if not heads:
+        return None
+    newest = max(heads, key=lambda head: head.size)
+    for head in heads:
+        if head.size == newest.size and head.root != newest.root:
+            raise _refused(f"two signed heads of size {head.size} have different roots")
+    _mend_journal(layout, newest, found, disk)
+    return newest
+
+
+def _mend_journal(
+    layout: Layout, newest: Head, found: tuple[Checkpoint, int] | None, disk: Disk
+) -> None:
+    """Cut the debris of a crash off the journal, and let it end with the newest head."""
+    end = 0 if found is None else found[1]
+    behind = found is None or found[0].size < newest.size
+    size = layout.journal.stat().st_size if layout.journal.exists() else 0
+    if size == end and not behind:
+        return
+    fd = disk.open(layout.journal, os.O_WRONLY | os.O_CREAT)
+    try:
+        disk.truncate(fd, end)
+        if behind:
+            disk.pwrite(fd, journal_line(newest.note), end)
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _current(layout: Layout) -> Checkpoint | None:
+    """Return `log/checkpoint`; None when absent or empty, as a crash may leave it."""
+    try:
+        with layout.checkpoint.open("rb") as file:
+            content = file.read(MAX_NOTE + 1)
+    except FileNotFoundError:
+        return None
+    return parse_checkpoint(content) if content.strip(b"\0") else None
+
+
+def _anchors(layout: Layout, vkey: Vkey) -> Iterable[tuple[int, bytes]]:
+    """Yield size and root of each anchor of this log that was handed back to the host."""
+    for path in sorted(layout.anchors.iterdir()) if layout.anchors.is_dir() else ():
+        with path.open("rb") as file:
+            content = file.read(MAX_RECEIPT + 1)
+        with contextlib.suppress(RefusedError):  # Not one of ours: `audit verify` reports it.
+            if content.startswith(b"c2sp.org/"):
+                head = verify_receipt(parse_receipt(content), vkey)
+            else:
+                head = verify_checkpoint(parse_checkpoint(content), vkey)
+            yield head.size, head.root
+
+
+def _tiles_complete(layout: Layout, segments: int) -> bool:
+    """Whether every full tile of level 0 of the closed segments is there."""
+    per_segment = SEGMENT // WIDTH
+    return all(
+        (layout.tiles / tile_name(0, index)).is_file() for index in range(segments * per_segment)
+    )
+
+
+def _refused(message: str) -> RefusedError:
+    return RefusedError(
+        "audit.history",
+        message,
+        hint="keep the folder as evidence, run `airgap audit verify`, and tell the security officer",
+    )

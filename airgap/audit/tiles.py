@@ -1,0 +1,177 @@
+"""The growing edge of the tree, and the C2SP tiles that are derived from it (`audit.md`, 2).
+
+The hashes are those of `bundle.merkle`; here is only what a log of millions of leaves needs beside
+it: memory for one node a level, proofs for the newest leaves, and files of 256 hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from bundle.merkle import empty_root
+from bundle.merkle import root as merkle_root
+
+WIDTH: Final = 256  # hashes in a full tile
+HEIGHT: Final = 8  # levels of the tree that one level of tiles spans
+SEGMENT: Final = 65_536  # records in a segment, a power of WIDTH
+
+Node = tuple[int, int]  # (level above the leaves, index within the level)
+
+
+class Edge:
+    """The right edge of an RFC 6962 tree over SHA-256: enough to append and to give the root."""
+
+    __slots__ = ("peaks", "size")
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.peaks: list[bytes] = []  # roots of the complete subtrees, widest first
+
+    @classmethod
+    def of_segments(cls, roots: Sequence[bytes]) -> Edge:
+        """Return the edge at a segment's end, from the roots of all segments so far."""
+        edge = cls()
+        for root in roots:
+            edge.append(root)
+        edge.size *= SEGMENT
+        return edge
+
+    def copy(self) -> Edge:
+        """Return an independent copy."""
+        twin = Edge()
+        twin.size, twin.peaks = self.size, self.peaks.copy()
+        return twin
+
+    def append(self, leaf: bytes, made: dict[Node, bytes] | None = None) -> None:
+        """Add one leaf hash; every node completed by it is added to `made`."""
+        peaks, count, level = self.peaks, self.size, 0
+        if made is not None:
+            made[0, count] = leaf
+        self.size += 1
+        while count & 1:
+            leaf = hashlib.sha256(b"\x01" + peaks.pop() + leaf).digest()
+            count >>= 1
+            level += 1
+            if made is not None:
+                made[level, count] = leaf
+        peaks.append(leaf)
+
+    def root(self) -> bytes:
+        """Return the root of all leaves so far."""
+        if not self.peaks:
+            return empty_root()
+        root = self.peaks[-1]
+        for peak in reversed(self.peaks[:-1]):
+            root = hashlib.sha256(b"\x01" + peak + root).digest()
+        return root
+
+    def nodes(self) -> dict[Node, bytes]:
+        """Return the peaks as nodes."""
+        found: dict[Node, bytes] = {}
+        start = 0
+        levels = [n for n in range(self.size.bit_length() - 1, -1, -1) if self.size >> n & 1]
+        for level, peak in zip(levels, self.peaks, strict=True):
+            found[level, start >> level] = peak
+            start += 1 << level
+        return found
+
+
+def inclusion_path(index: int, size: int, node: Callable[[Node], bytes]) -> tuple[bytes, ...]:
+    """Return the audit path of RFC 6962, section 2.1.1, from complete nodes.
+
+    For a leaf that is newer than some edge, the peaks of that edge and the nodes made since then
+    are all that is asked for.
+    """
+    path: list[bytes] = []
+    low, high = 0, size
+    while high - low > 1:
+        middle = low + _split(high - low)
+        if index < middle:
+            path.append(_cover(middle, high, node))
+            high = middle
+        else:
+            path.append(_cover(low, middle, node))
+            low = middle
+    return tuple(reversed(path))
+
+
+def tile_name(level: int, index: int, width: int = WIDTH) -> str:
+    """Return the path below `tile/` of a full or partial tile, as tlog-tiles spells it."""
+    groups = [f"{index % 1000:03d}"]
+    while index >= 1000:  # noqa: PLR2004 - three digits a group
+        index //= 1000
+        groups.append(f"x{index % 1000:03d}")
+    name = "/".join(reversed(groups))
+    return f"{level}/{name}" + ("" if width == WIDTH else f".p/{width}")
+
+
+class Tiles:
+    """Rows of hashes that wait to fill a tile, one row for each level of tiles."""
+
+    def __init__(self, put: Callable[[str, bytes], None]) -> None:
+        """`put` writes one tile by its name."""
+        self.put = put
+        self._rows: list[tuple[int, list[bytes]]] = []  # (index of the tile, its hashes so far)
+
+    def add(self, made: dict[Node, bytes]) -> None:
+        """Take the nodes that a batch completed and write each tile that is full."""
+        for (level, _), value in made.items():
+            if level % HEIGHT == 0:
+                self._push(level // HEIGHT, value)
+
+    def start(self, segments: Sequence[bytes]) -> None:
+        """Stand at a segment's end; `segments` are the roots of all segments before it."""
+        count = len(segments)
+        self._rows = [(count * SEGMENT // WIDTH, []), (count * SEGMENT // WIDTH**2, [])]
+        row = list(segments)
+        while row:
+            whole = len(row) // WIDTH
+            self._rows.append((whole, row[whole * WIDTH :]))
+            row = [merkle_root(row[i * WIDTH : (i + 1) * WIDTH]) for i in range(whole)]
+
+    def partial(self) -> list[tuple[str, bytes]]:
+        """Return the tiles that are not full, by name."""
+        return [
+            (tile_name(level, index, len(row)), b"".join(row))
+            for level, (index, row) in enumerate(self._rows)
+            if row
+        ]
+
+    def _push(self, level: int, value: bytes) -> None:
+        if level == len(self._rows):
+            self._rows.append((0, []))
+        index, row = self._rows[level]
+        row.append(value)
+        if len(row) == WIDTH:
+            self.put(tile_name(level, index), b"".join(row))
+            self._rows[level] = (index + 1, [])
+
+
+def remove_partial(folder: Path, keep: Iterable[str]) -> None:
+    """Delete partial tiles below `folder` that are not among the names to keep."""
+    wanted = {folder / name for name in keep}
+    for path in folder.glob("*/**/*.p/*"):
+        if path not in wanted:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("*/**/*.p"):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _cover(low: int, high: int, node: Callable[[Node], bytes]) -> bytes:
+    """Return the hash over leaves `low` up to `high`, which begins at a multiple of its width."""
+    span = high - low
+    if span & (span - 1) == 0:
+        level = span.bit_length() - 1
+        return node((level, low >> level))
+    middle = low + _split(span)
+    left, right = _cover(low, middle, node), _cover(middle, high, node)
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def _split(span: int) -> int:
+    """Return the largest power of two below `span`, which is 2 or more."""
+    return 1 << ((span - 1).bit_length() - 1)
