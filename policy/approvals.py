@@ -1,0 +1,139 @@
+"""Approvals and waivers: what lifts a rule, and what does not (policy, section 7).
+
+An override changes no fact and no rule. It arrives here as a verified value: whoever made it from a
+signed statement has checked the signatures, so each approver is a distinct named person.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+
+from policy.pack import ApprovalOverride, Rule, WaiverOverride
+from policy.terms import Digest, Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Approver:
+    """A named person with the roles that the trust root gives this person."""
+
+    person: str
+    roles: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """A signed override or a registered waiver.
+
+    Args:
+        digest: Of the signed statement.
+        rules: Rule id -> the version that was approved; another version is not.
+        approvers: Those who signed. For a waiver: who registered it and who confirmed it.
+        bundle: The only bundle; `project` the only project; `task` the only task, None for all.
+        issued: When it was signed (UTC).
+        expires: First day on which it no longer counts.
+        document: Digest of the filed document, where there is one.
+        authority: For a government waiver: who granted it; None for an approval.
+
+    """
+
+    digest: Digest
+    rules: Mapping[str, int]
+    approvers: tuple[Approver, ...]
+    reason: str
+    bundle: Digest
+    project: str
+    task: str | None
+    issued: datetime
+    expires: date
+    document: Digest | None
+    authority: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Approvals:
+    """All approvals at hand; empty is the ordinary case."""
+
+    approvals: tuple[Approval, ...] = ()
+
+    def lifting(self, rule: Rule, case: Case) -> Approval | None:
+        """The approval that lifts `rule`; of several the one that lasts longest."""
+        found = [each for each in self.approvals if fault_of(each, rule, case) is None]
+        return max(found, key=lambda each: (each.expires, str(each.digest)), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What an approval is held against."""
+
+    scope: Scope
+    bundle: Digest | None
+    project: str | None
+    task: str | None
+    submitter: str | None
+    leads: frozenset[str]
+    as_of: date
+    known_at: datetime
+
+
+def same_person(name: str) -> str:
+    """Key under which one person stays one person."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def fault_of(approval: Approval, rule: Rule, case: Case) -> str | None:
+    """Say why `approval` does not lift `rule` in this case; None when it does."""
+    faults = {
+        "another rule or version": approval.rules.get(rule.id) != rule.text.version,
+        "another bundle": case.bundle is None or approval.bundle != case.bundle,
+        "another project": approval.project != case.project,
+        "another task": approval.task is not None and approval.task != case.task,
+        "not yet issued": approval.issued > case.known_at,
+        "not yet valid": approval.issued.astimezone(UTC).date() > case.as_of,
+        "expired": case.as_of >= approval.expires,
+    }
+    fault = next((words for words, true in faults.items() if true), None)
+    return fault or _fault_of_people(approval, case) or _fault_of_kind(approval, rule, case)
+
+
+def _fault_of_people(approval: Approval, case: Case) -> str | None:
+    if case.submitter is None:
+        return "nobody is named as the submitter, so nobody can be told apart from the approvers"
+    people = [same_person(each.person) for each in approval.approvers]
+    if len(set(people)) != len(people):
+        return "one person signed twice"
+    if same_person(case.submitter) in people:
+        return "the submitter is among the approvers"
+    return None
+
+
+def _fault_of_kind(approval: Approval, rule: Rule, case: Case) -> str | None:
+    match rule.text.override:
+        case WaiverOverride():
+            if approval.authority is None or approval.document is None:
+                return "no government waiver with its document"
+            return None if len(approval.approvers) > 1 else "registered, but not confirmed"
+        case ApprovalOverride() as terms:
+            return _fault_of_terms(approval, rule, terms, case)
+        case _:
+            return "this rule cannot be lifted"
+
+
+def _fault_of_terms(
+    approval: Approval, rule: Rule, terms: ApprovalOverride, case: Case
+) -> str | None:
+    leads = {same_person(each) for each in case.leads}
+    fit = [each for each in approval.approvers if each.roles & set(terms.roles)]
+    if rule.text.topic == "hazard":
+        fit = [each for each in fit if same_person(each.person) not in leads]
+    days = (approval.expires - approval.issued.astimezone(UTC).date()).days
+    faults = {
+        f"needs {terms.approvers} of {', '.join(terms.roles)}": len(fit) < terms.approvers,
+        f"runs longer than {terms.max_days} days": days > terms.max_days,
+        "its document is missing": terms.needs_document and approval.document is None,
+        "a statute is not lifted by an approval": rule.text.statutory
+        and rule.text.effect == "deny",
+    }
+    return next((words for words, true in faults.items() if true), None)

@@ -1,0 +1,177 @@
+"""`decide` and `require`: one decision, which an auditor can replay byte for byte (policy, 4 to 6).
+
+A decision has no truth value. Ask for `decision.permitted`, or use `require`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import cached_property
+from typing import Any, NoReturn
+
+import rfc8785
+
+from policy import record
+from policy.approvals import Approvals
+from policy.errors import RefusedError
+from policy.evaluator import Evaluation, Evaluator, Request, RuleResult
+from policy.lineage import Registry
+from policy.pack import Obligation, Packs
+from policy.snapshots import Snapshots
+from policy.terms import Digest, Fact, Outcome, Scope
+
+NO_APPROVALS = Approvals()
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """An answer with its grounds. Costly parts (record, next change) are made when asked for."""
+
+    evaluator: Evaluator
+    evaluation: Evaluation
+
+    def __bool__(self) -> NoReturn:
+        """Refuse: a plain object is always true, and that would permit everything."""
+        raise TypeError("ask for `decision.permitted`, or use `require`")
+
+    @property
+    def scope(self) -> Scope:
+        """What was decided."""
+        return self.evaluator.request.scope
+
+    @property
+    def outcome(self) -> Outcome:
+        """The answer."""
+        return self.evaluation.outcome
+
+    @property
+    def permitted(self) -> bool:
+        """Whether work may go on."""
+        return self.outcome.permitted
+
+    @property
+    def as_of(self) -> date:
+        """The day whose law and lists applied."""
+        return self.evaluation.day
+
+    @property
+    def known_at(self) -> datetime:
+        """The instant up to which editions and approvals were held."""
+        return self.evaluator.known_at
+
+    @property
+    def obligations(self) -> tuple[Obligation, ...]:
+        """Duties that come with the answer, by id."""
+        return self.evaluation.obligations
+
+    @property
+    def results(self) -> tuple[RuleResult, ...]:
+        """Every rule in scope, by id."""
+        return self.evaluation.results
+
+    @cached_property
+    def facts(self) -> dict[str, Fact]:
+        """Every fact that was supplied, derived or read."""
+        return record.facts_of(self.evaluator, self.evaluation)
+
+    @cached_property
+    def reasons(self) -> tuple[record.Reason, ...]:
+        """What decided, the strictest first; `DEFAULT-DENY` where no permit rule matched."""
+        return record.reasons_of(self.evaluation)
+
+    @cached_property
+    def missing(self) -> tuple[record.Missing, ...]:
+        """Facts that would settle an unknown, the smallest set first."""
+        return record.missing_of(self.evaluator, self.evaluation)
+
+    @cached_property
+    def next_change(self) -> record.Change | None:
+        """First later day on which the outcome changes with the same facts."""
+        return record.next_change(self.evaluator, self.evaluation)
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The record as RFC 8785 JSON: the bytes that the audit log keeps."""
+        return rfc8785.dumps(self.as_document())
+
+    @cached_property
+    def digest(self) -> Digest:
+        """Identity of the decision: the digest of its record."""
+        return Digest.of(self.canonical)
+
+    @property
+    def rule_for_log(self) -> str:
+        """Id of the deciding rule; `HAZ` for every hazard rule, because the result is an oracle."""
+        first = self.reasons[0] if self.reasons else None
+        if first is None:
+            return ""
+        return "HAZ" if first.hazard else first.rule
+
+    def as_document(self) -> dict[str, Any]:
+        """The record `airgap/decision/1` as plain values."""
+        return record.document(self)
+
+
+def decide(
+    request: Request,
+    packs: Packs,
+    lists: Snapshots,
+    lineage: Registry,
+    approvals: Approvals = NO_APPROVALS,
+    *,
+    as_of: date,
+    known_at: datetime,
+) -> Decision:
+    """Decide `request` under these rules, lists and approvals.
+
+    `as_of` is the day whose law and lists apply, a calendar date in the institution's legal zone.
+    `known_at` is the instant (with a zone) up to which editions and approvals were held.
+
+    Raises:
+        RefusedError: `policy.request`, a fact outside the vocabulary.
+
+    """
+    evaluator = Evaluator(
+        request,
+        packs=packs,
+        lists=lists,
+        lineage=lineage,
+        approvals=approvals,
+        known_at=known_at,
+    )
+    return Decision(evaluator, evaluator.evaluate(as_of))
+
+
+def require(decision: Decision, *, reference: str = "") -> Decision:
+    """Return a permitted decision; raise for any other.
+
+    `reference` is the number of the restricted record: all that a user sees of a hazard hold.
+
+    Raises:
+        RefusedError: `policy.denied` or `policy.held`, with rule and citation; for a hazard always
+            `policy.held`, with the reference only.
+
+    """
+    if decision.permitted:
+        return decision
+    blocking = [each for each in decision.reasons if each.blocks]
+    open_reasons = [each for each in blocking if not each.hazard]
+    if not open_reasons:
+        number = f" Reference {reference}." if reference else ""
+        raise RefusedError(
+            "policy.held",
+            f"Held for review.{number}",
+            hint="give the reference to the hazard officer",
+        )
+    denied = any(each.effect is Outcome.DENY for each in open_reasons)
+    asks = "; ".join(
+        question for each in decision.missing if not each.hazard for question in each.questions
+    )
+    hint = f"settle what is missing: {asks}"[:600] if asks else "airgap policy explain"
+    words = "; ".join(f"{each.rule}: {each.plain} [{each.citation}]" for each in open_reasons)
+    raise RefusedError(
+        "policy.denied" if denied else "policy.held",
+        f"{decision.scope} {'denied' if denied else 'held'} as of {decision.as_of}: {words}",
+        hint=hint,
+    )

@@ -1,0 +1,454 @@
+"""Bytes of a rule pack become a `PolicyPack` (policy, section 3), or a refusal with its place.
+
+A pack is data: rules with one effect each, conditions of a closed vocabulary, a citation, dates,
+a confidence and plain words. Signatures were checked before the bytes arrive here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import rfc8785
+from pydantic import Field, StringConstraints
+
+from policy.conditions import parse_condition
+from policy.errors import RefusedError
+from policy.logic import (
+    AnyPath,
+    Comparison,
+    Compiled,
+    Condition,
+    Leaf,
+    compile_condition,
+    leaves,
+)
+from policy.strict import Day, Frozen, Name, Path, Source, Words, read_yaml
+from policy.terms import (
+    FACTS,
+    Digest,
+    Scope,
+)
+
+SCHEMA = "airgap/policy-pack/1"
+MAX_RULES = 1_000
+MAX_LEAVES = 64
+
+RuleId = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Z0-9]*(-[A-Z0-9]+)*$", max_length=48)]
+SourceTag = Literal["primary", "secondary", "analyst_knowledge", "article_only", "institutional"]
+Confidence = Literal["high", "medium", "medium_low", "low", "unverified", "policy"]
+Due = Literal[
+    "at_admission", "at_start", "before_release", "at_closeout", "each_edition", "standing"
+]
+DUES: tuple[str, ...] = Due.__args__  # type: ignore[attr-defined]
+
+
+class Window(Frozen):
+    """Days in force, half-open: `to` is the first day not in force; null is no bound."""
+
+    start: Day | None = Field(alias="from")
+    end: Day | None = Field(alias="to")
+
+    def holds(self, day: date) -> bool:
+        """Whether `day` lies in the window."""
+        return (self.start is None or self.start <= day) and (self.end is None or day < self.end)
+
+
+class Obligation(Frozen):
+    """A duty that comes with the answer."""
+
+    id: Name
+    text: Words
+    owner: Name
+    due: Due
+
+
+class Citation(Frozen):
+    """Where the rule stands, and who looked at it when."""
+
+    text: Words
+    url: Words | None
+    source: SourceTag
+    quote_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None
+    checked_on: Day | None
+    checked_by: Words | None
+
+
+class NoOverride(Frozen):
+    """Cannot be lifted: change the facts."""
+
+    kind: Literal["none"]
+
+
+class ApprovalOverride(Frozen):
+    """Named people of these roles may lift it, for at most `max_days`."""
+
+    kind: Literal["approval"]
+    roles: tuple[Name, ...] = Field(min_length=1, strict=False)
+    approvers: int = Field(ge=1, le=8)
+    max_days: int = Field(ge=1, le=3660)
+    needs_document: bool
+
+
+class WaiverOverride(Frozen):
+    """Only a government's own waiver lifts it."""
+
+    kind: Literal["government_waiver"]
+    authority: Words
+
+
+Override = Annotated[NoOverride | ApprovalOverride | WaiverOverride, Field(discriminator="kind")]
+
+
+class Horizon(Frozen):
+    """A date that is law in the making."""
+
+    by: Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}(-[0-9]{2})?$")]
+    estimate: bool
+    text: Words
+
+
+class RuleText(Frozen):
+    """A rule as written."""
+
+    id: RuleId
+    version: int = Field(ge=1)
+    topic: Literal[
+        "base", "lineage", "state", "funder", "licence", "cui", "export", "hazard", "list"
+    ]
+    scope: tuple[Literal["admission", "use"], ...] = Field(min_length=1, strict=False)
+    effect: Literal["deny", "needs_approval", "oblige", "permit"]
+    statutory: bool
+    basis: Literal[
+        "statute",
+        "regulation",
+        "contract_clause",
+        "award_term",
+        "agency_policy",
+        "state_directive",
+        "licence",
+        "institutional",
+        "statute_scope_unsettled",
+    ]
+    valid: tuple[Window, ...] = Field(min_length=1, strict=False)
+    warn_from: Day | None
+    applies_when: Any
+    when: Any
+    unless: Any
+    on_unknown: Literal["deny", "needs_approval", "oblige", "not_matched"]
+    override: Override
+    obligations: tuple[Obligation, ...] = Field(strict=False)
+    horizon: tuple[Horizon, ...] = Field(default=(), strict=False)
+    citation: Citation
+    confidence: Confidence
+    verify_before_release: bool
+    review_by: Day
+    owner: Name
+    notes: Words | None
+    plain: Words
+
+
+class PackText(Frozen):
+    """A pack as written."""
+
+    schema_: str = Field(alias="schema")
+    pack_id: Name
+    pack_version: int = Field(ge=1)
+    prepared_on: Day
+    status: Literal["draft", "release"]
+    states: tuple[str, ...] = Field(default=(), strict=False)
+    rules: tuple[RuleText, ...] = Field(max_length=MAX_RULES, strict=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule with its conditions parsed."""
+
+    text: RuleText
+    applies_when: Condition
+    when: Condition
+    unless: Condition | None
+    scopes: frozenset[Scope]
+
+    @property
+    def id(self) -> str:
+        """The rule's id, with the fiscal year where the subject has one."""
+        return self.text.id
+
+    def leaves(self) -> list[Leaf]:
+        """All leaves in writing order."""
+        found = leaves(self.applies_when) + leaves(self.when)
+        return found + (leaves(self.unless) if self.unless is not None else [])
+
+    def in_force(self, day: date) -> bool:
+        """Whether some window holds `day`."""
+        return any(window.holds(day) for window in self.text.valid)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPack:
+    """A loaded pack: `digest` is of the exact bytes, `canonical_digest` of the meaning."""
+
+    pack_id: str
+    version: int
+    status: str
+    prepared_on: date
+    states: frozenset[str]
+    rules: tuple[Rule, ...]
+    digest: Digest
+    canonical_digest: Digest
+
+
+def parse_pack(content: bytes, name: str = "pack") -> PolicyPack:
+    """Load a rule pack.
+
+    Raises:
+        RefusedError: `pack.*`, with line and column.
+
+    """
+    source = read_yaml(content, name)
+    require_schema(source, SCHEMA)
+    text = source.build(PackText)
+    for at, state in enumerate(text.states):
+        fault = FACTS["institution.state"].fault(state)
+        if fault:
+            raise source.refusal("pack.vocabulary", ("states", at), fault)
+    rules = []
+    seen: set[str] = set()
+    for at, rule_text in enumerate(text.rules):
+        path: Path = ("rules", at)
+        if rule_text.id in seen:
+            raise source.refusal(
+                "pack.duplicate", (*path, "id"), f"rule {rule_text.id} stands twice"
+            )
+        seen.add(rule_text.id)
+        rules.append(_rule(source, path, rule_text))
+    return PolicyPack(
+        pack_id=text.pack_id,
+        version=text.pack_version,
+        status=text.status,
+        prepared_on=text.prepared_on,
+        states=frozenset(text.states),
+        rules=tuple(rules),
+        digest=Digest.of(content),
+        canonical_digest=Digest.of(rfc8785.dumps(source.value)),
+    )
+
+
+def require_schema(source: Source, schema: str) -> None:
+    """Refuse a document of another kind or of a later format; `pack.version` or `pack.schema`."""
+    if not isinstance(source.value, dict):
+        raise source.refusal("pack.schema", (), "expected a mapping of fields")
+    found = source.value.get("schema")
+    if found != schema:
+        code = "pack.version" if isinstance(found, str) and "/" in found else "pack.schema"
+        raise source.refusal(
+            code,
+            ("schema",),
+            f"schema is {found!r:.60}, expected {schema!r}",
+            hint="this version reads no other format",
+        )
+
+
+def _rule(source: Source, path: Path, text: RuleText) -> Rule:
+    rule = Rule(
+        text=text,
+        applies_when=parse_condition(source, (*path, "applies_when"), text.applies_when),
+        when=parse_condition(source, (*path, "when"), text.when),
+        unless=None
+        if text.unless is None
+        else parse_condition(source, (*path, "unless"), text.unless, positive=False),
+        scopes=frozenset(Scope(each) for each in text.scope),
+    )
+    problem = _fault_of(rule)
+    if problem:
+        field, words = problem
+        raise source.refusal("pack.vocabulary", (*path, field), f"rule {text.id}: {words}")
+    return rule
+
+
+_ON_UNKNOWN: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "permit": frozenset({"not_matched"}),
+        "oblige": frozenset({"oblige"}),
+        "needs_approval": frozenset({"needs_approval", "deny"}),
+        "deny": frozenset({"needs_approval", "deny"}),
+    }
+)
+
+
+def _fault_of(rule: Rule) -> tuple[str, str] | None:
+    """Check what ties the fields of one rule together; returns (field, problem)."""
+    return _fault_of_effect(rule.text) or _fault_of_leaves(rule) or _fault_of_windows(rule.text)
+
+
+def _fault_of_effect(text: RuleText) -> tuple[str, str] | None:
+    if text.on_unknown not in _ON_UNKNOWN[text.effect]:
+        allowed = " or ".join(sorted(_ON_UNKNOWN[text.effect]))
+        return "on_unknown", f"a {text.effect} rule takes {allowed}, found {text.on_unknown}"
+    if text.effect == "oblige" and not text.obligations:
+        return "obligations", "an oblige rule without an obligation says nothing"
+    if text.statutory and text.effect == "deny" and text.override.kind == "approval":
+        return "override", "only a government waiver lifts what a statute forbids"
+    if text.effect == "permit" and text.override.kind != "none":
+        return "override", "a permit has nothing to lift"
+    return None
+
+
+def _fault_of_leaves(rule: Rule) -> tuple[str, str] | None:
+    if rule.text.effect == "permit" and any(isinstance(leaf, AnyPath) for leaf in rule.leaves()):
+        return "when", "any_path may not stand in a permit rule: a new list hit could loosen it"
+    if len(rule.leaves()) > MAX_LEAVES:
+        return "when", f"more than {MAX_LEAVES} leaves"
+    return None
+
+
+def _fault_of_windows(text: RuleText) -> tuple[str, str] | None:
+    end: date | None = date.min
+    for window in text.valid:
+        if window.start and window.end and window.start >= window.end:
+            return "valid", f"an empty window from {window.start} to {window.end}"
+        if end is None or (window.start or date.min) < end:
+            return "valid", "windows overlap or do not stand in order"
+        end = window.end
+    return None
+
+
+# -- several packs as one -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRule:
+    """A rule whose conditions read leaf values by position."""
+
+    rule: Rule
+    applies_when: Compiled
+    when: Compiled
+    unless: Compiled | None
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """All rules of one scope, and each distinct leaf of them once.
+
+    `moving` are the positions of leaves whose value depends on the day.
+    """
+
+    rules: tuple[CompiledRule, ...]
+    leaves: tuple[Leaf, ...]
+    fact_names: frozenset[str]
+    moving: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The rules that hold: union of the packs, in the order of rule ids."""
+
+    packs: tuple[PolicyPack, ...]
+    rules: tuple[Rule, ...]
+    programs: Mapping[Scope, Program]
+
+    @property
+    def states(self) -> frozenset[str]:
+        """US states for which a rule pack is loaded."""
+        return frozenset().union(*(pack.states for pack in self.packs))
+
+    @property
+    def list_ids(self) -> frozenset[str]:
+        """Lists that some rule names."""
+        found = (leaf for rule in self.rules for leaf in rule.leaves())
+        return frozenset(
+            leaf.hits_list for leaf in found if isinstance(leaf, AnyPath) and leaf.hits_list
+        )
+
+
+def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) -> Packs:
+    """Unite packs; a site pack may replace a rule that is not statutory by a stricter one.
+
+    Raises:
+        RefusedError: `pack.duplicate`, one id twice, or a replacement that would loosen.
+
+    """
+    packs, site_packs = tuple(packs), tuple(site_packs)
+    rules: dict[str, Rule] = {}
+    for pack in packs:
+        for rule in pack.rules:
+            if rule.id in rules:
+                raise RefusedError("pack.duplicate", f"rule {rule.id} stands in two packs")
+            rules[rule.id] = rule
+    from_site: set[str] = set()
+    for pack in site_packs:
+        for rule in pack.rules:
+            if rule.id in from_site:
+                raise RefusedError("pack.duplicate", f"rule {rule.id} stands in two site packs")
+            from_site.add(rule.id)
+            before = rules.get(rule.id)
+            problem = _loosens(before, rule) if before else None
+            if problem:
+                raise RefusedError(
+                    "pack.duplicate",
+                    f"site pack {pack.pack_id} may not replace rule {rule.id}: {problem}",
+                    hint="a site pack adds rules of its own ids, or a stricter rule of the same id",
+                )
+            rules[rule.id] = rule
+    ordered = tuple(rules[each] for each in sorted(rules))
+    programs = {scope: _program([r for r in ordered if scope in r.scopes]) for scope in Scope}
+    return Packs((*packs, *site_packs), ordered, MappingProxyType(programs))
+
+
+_STRICTNESS = ("not_matched", "permit", "oblige", "needs_approval", "deny")
+
+
+def _loosens(old: Rule, new: Rule) -> str | None:
+    """Say why `new` is not plainly stricter than `old`: same conditions, nothing weaker."""
+    before, after = old.text, new.text
+    checks = {
+        "a statutory rule stays as it is": not before.statutory,
+        "a permit rule stays as it is": before.effect != "permit",
+        "its conditions differ": (old.applies_when, old.when, old.unless)
+        == (new.applies_when, new.when, new.unless),
+        "its scope is narrower": old.scopes <= new.scopes,
+        "its dates differ": before.valid == after.valid,
+        "its effect is weaker": _rank(after.effect) >= _rank(before.effect),
+        "its answer to an unknown is weaker": _rank(after.on_unknown) >= _rank(before.on_unknown),
+        "it drops an obligation": {each.id for each in before.obligations}
+        <= {each.id for each in after.obligations},
+        "it is easier to lift": after.override == before.override or after.override.kind == "none",
+        "its version is not higher": after.version > before.version,
+    }
+    return next((words for words, good in checks.items() if not good), None)
+
+
+def _rank(effect: str) -> int:
+    return _STRICTNESS.index(effect)
+
+
+def _program(rules: list[Rule]) -> Program:
+    index: dict[Leaf, int] = {}
+    for rule in rules:
+        for leaf in rule.leaves():
+            index.setdefault(leaf, len(index))
+    compiled = tuple(
+        CompiledRule(
+            rule=rule,
+            applies_when=compile_condition(rule.applies_when, index),
+            when=compile_condition(rule.when, index),
+            unless=None if rule.unless is None else compile_condition(rule.unless, index),
+            positions=tuple(dict.fromkeys(index[leaf] for leaf in rule.leaves())),
+        )
+        for rule in rules
+    )
+    return Program(
+        rules=compiled,
+        leaves=tuple(index),
+        fact_names=frozenset(leaf.fact for leaf in index if isinstance(leaf, Comparison)),
+        moving=tuple(
+            at
+            for leaf, at in index.items()
+            if isinstance(leaf, AnyPath) or leaf.fact == "lists.max_age_days"
+        ),
+    )
