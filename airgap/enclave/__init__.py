@@ -1,0 +1,50 @@
+"""A process that cannot send anything out: survey, launch, proof (enclave.md).
+
+The sealed worker imports through this package, so it loads nothing by itself: each public name is
+fetched from its module on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+TYPE_CHECKING = False  # the worker has no use for the `typing` module; type checkers know this name
+if TYPE_CHECKING:
+    from airgap.enclave.channel import Frame, ProgramError
+    from airgap.enclave.convert import SealedResult, run_sealed
+    from airgap.enclave.seal import Caps, Enclave, SealRefused, SealSpec, launch
+    from airgap.enclave.survey import HostSurvey, survey
+
+__all__ = [
+    "Caps",
+    "Enclave",
+    "Frame",
+    "HostSurvey",
+    "ProgramError",
+    "SealRefused",
+    "SealSpec",
+    "SealedResult",
+    "launch",
+    "run_sealed",
+    "survey",
+]
+
+_HOME = {
+    "Caps": "seal",
+    "Enclave": "seal",
+    "Frame": "channel",
+    "HostSurvey": "survey",
+    "ProgramError": "channel",
+    "SealRefused": "seal",
+    "SealSpec": "seal",
+    "SealedResult": "convert",
+    "launch": "seal",
+    "run_sealed": "convert",
+    "survey": "survey",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"airgap.enclave.{_HOME[name]}"), name)

@@ -1,0 +1,54 @@
+"""First file that a fresh interpreter runs, in the launcher and inside the seal.
+
+Started as `python -I -S -B entry.py PART {"packages": {...}, "site": [...]}`. `-I -S` leaves a path
+of the standard library alone, so no `.pth` file and no variable of the environment runs code here.
+Our packages are found by folder and not by listing a parent folder, which the seal may not read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+
+
+class Folders:
+    """A finder for top-level packages whose folders are known."""
+
+    def __init__(self, packages: dict[str, str]) -> None:
+        self._packages = packages
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Return the spec of a package of ours; None leaves the name to the other finders."""
+        del path, target
+        folder = self._packages.get(name)
+        if folder is None:
+            return None
+        return spec_from_file_location(
+            name, f"{folder}/__init__.py", submodule_search_locations=[folder]
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Make our packages importable and hand over to the launcher, the worker or a conversion."""
+    part, where = argv[1], json.loads(argv[2])
+    # The standard library stands first: a module of the same name elsewhere never wins over it.
+    sys.meta_path.append(Folders(where["packages"]))
+    sys.path.extend(where["site"])
+    if part == "launcher":
+        from airgap.enclave import launcher  # noqa: PLC0415 - importable only now
+
+        launcher.main(argv[3:])
+    elif part == "worker":
+        from airgap.enclave import worker  # noqa: PLC0415
+
+        worker.main()
+    else:
+        from airgap.enclave import stub  # noqa: PLC0415
+
+        stub.main()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,426 @@
+"""What the host says about a sealed process, and whether it is what the plan promised (enclave.md 7).
+
+Facts are read by the broker from /proc of the host pid; nothing is reported by the process itself.
+What cannot be read is None, never true. `verify` is pure: the same facts give the same findings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airgap.enclave import filters, linux
+from airgap.enclave.launcher import unescape
+from airgap.enclave.plan import Plan
+from airgap.enclave.survey import HostSurvey, parse_status
+
+NAMESPACES = ("net", "pid", "mnt", "ipc", "uts", "cgroup", "user")
+UNSHARED = ("net", "pid", "mnt", "ipc", "uts", "cgroup")
+_CAPABILITY_SETS = {
+    "eff": "CapEff",
+    "prm": "CapPrm",
+    "inh": "CapInh",
+    "bnd": "CapBnd",
+    "amb": "CapAmb",
+}
+DESCRIPTORS = {0: "/dev/null", 1: "/dev/null", 2: "pipe", 3: "pipe", 4: "pipe"}
+NOT_COVERED = ("timing", "cpu load", "content of replies", "host root", "kernel 0-day")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of the worker's mountinfo."""
+
+    point: str
+    writable: bool
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One reading of /proc/PID. None means that the broker may not read it."""
+
+    pid: int
+    start_time: int
+    state: str
+    uids: tuple[int, ...]
+    capabilities: dict[str, str]
+    no_new_privs: int
+    seccomp: int
+    filters: int | None
+    threads: int
+    pid_inside: int
+    dumpable: bool
+    namespaces: dict[str, str] | None
+    descriptors: dict[int, str] | None
+    mounts: tuple[Mount, ...] | None
+    executable: str | None
+    links: tuple[str, ...] | None
+    addresses: tuple[str, ...] | None
+    routes: int | None
+    sockets: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A difference between plan and host; `layer` names the layer that is missing."""
+
+    layer: str
+    message: str
+
+
+def read(pid: int, proc: Path = Path("/proc")) -> Facts:
+    """Read the facts of a live process; OSError when it is gone."""
+    folder = proc / str(pid)
+    status = parse_status((folder / "status").read_text())
+    start, state = _start_time((folder / "stat").read_text())
+    return Facts(
+        pid=pid,
+        start_time=start,
+        state=state,
+        uids=tuple(int(word) for word in status["Uid"].split()),
+        capabilities={key: status[name].lstrip("0") or "0" for key, name in _CAPABILITY_SETS.items()},
+        no_new_privs=int(status["NoNewPrivs"]),
+        seccomp=int(status["Seccomp"]),
+        filters=int(status["Seccomp_filters"]) if "Seccomp_filters" in status else None,
+        threads=int(status["Threads"]),
+        pid_inside=int(status["NSpid"].split()[-1]),
+        # The files of a process that is not dumpable belong to root.
+        dumpable=(folder / "status").stat().st_uid == int(status["Uid"].split()[1]),
+        namespaces=_namespaces(folder),
+        descriptors=_descriptors(folder),
+        mounts=_mounts(folder),
+        executable=_executable(folder),
+        links=_links(folder),
+        addresses=_addresses(folder),
+        routes=_lines(folder / "net/route", skip=1),
+        sockets=_sockets(folder),
+    )
+
+
+def verify(
+    facts: Facts,
+    plan: Plan,
+    *,
+    own_filters: int,
+    dumpable: bool | None,
+    host: dict[str, str],
+    uid: int,
+) -> list[Finding]:
+    """Compare a reading with the plan; an empty list means that every layer is there.
+
+    Args:
+        facts: The reading.
+        plan: What the launcher was told.
+        own_filters: Filters that the seal has installed by now, beside those it inherited.
+        dumpable: What it must be; None before the worker has given it up.
+        host: Namespaces of the broker.
+        uid: The worker's uid as the broker sees it.
+
+    """
+    found: list[Finding] = []
+
+    def expect(layer: str, what: str, actual: object, expected: object) -> None:
+        if actual is not None and actual != expected:
+            found.append(Finding(layer, f"{what} is {actual!r:.300}, expected {expected!r:.300}"))
+
+    expect("identity", "the uid", facts.uids, (uid,) * 4)
+    for name in ("eff", "prm", "inh", "amb"):
+        expect("identity", f"the capability set {name}", facts.capabilities[name], "0")
+    if plan["identity"] is not None:
+        expect("identity", "the capability set bnd", facts.capabilities["bnd"], "0")
+    expect("nnp", "no_new_privs", facts.no_new_privs, 1)
+    expect("stage1", "the seccomp mode", facts.seccomp, 2)
+    layer = "stage1" if own_filters == 1 else "stage2"
+    expect(layer, "the number of filters", facts.filters, inherited_filters() + own_filters)
+    if dumpable is not None:
+        expect("dumpable", "dumpable", facts.dumpable, dumpable)
+    if plan["namespaces"]:
+        found += _verify_namespaces(facts, plan, host)
+    expect("descriptors", "the set of descriptors", facts.descriptors, DESCRIPTORS)
+    if facts.executable is not None:
+        expect("exec", "the program", facts.executable, plan["argv"][0])
+    return found
+
+
+def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[Finding]:
+    found = []
+    wanted = (*UNSHARED, "user") if plan["mapping"] is not None else UNSHARED
+    layers = {"net": "network", "mnt": "root"}
+    for name in wanted:
+        if facts.namespaces is not None and facts.namespaces.get(name) == host.get(name):
+            found.append(
+                Finding(layers.get(name, "namespaces"), f"the {name} namespace is the host's own")
+            )
+    if facts.pid_inside != 1:
+        found.append(Finding("namespaces", f"the pid inside is {facts.pid_inside}, expected 1"))
+    if facts.links is not None and facts.links != ("lo",):
+        found.append(Finding("network", f"interfaces {facts.links} exist, expected lo alone"))
+    if facts.addresses:
+        found.append(Finding("network", f"addresses {facts.addresses[:4]} exist, expected none"))
+    if facts.routes:
+        found.append(Finding("network", f"{facts.routes} routes exist, expected none"))
+    if facts.sockets:
+        found.append(Finding("network", f"{facts.sockets} sockets exist, expected none"))
+    if facts.mounts is not None:
+        found += _verify_mounts(facts.mounts, plan)
+    return found
+
+
+def _verify_mounts(mounts: Sequence[Mount], plan: Plan) -> list[Finding]:
+    """Every mount belongs to a bind of the plan, and only what the plan says is writable."""
+    modes = {bind["path"]: bind["mode"] for bind in plan["binds"]}
+    devices = {"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"}
+    found = []
+    for mount in mounts:
+        owner = max(
+            (p for p in modes if mount.point == p or mount.point.startswith(p.rstrip("/") + "/")),
+            key=len,
+            default=None,
+        )
+        if mount.point == "/":
+            if mount.writable or mount.kind != "tmpfs":
+                found.append(Finding("root", f"the root is {mount}, expected a read-only tmpfs"))
+        elif mount.point in devices:
+            continue
+        elif owner is None:
+            found.append(Finding("root", f"{mount.point!r} is mounted and not in the plan"))
+        elif mount.writable and modes[owner] != "write":
+            found.append(Finding("root", f"{mount.point!r} is writable, expected read-only"))
+    if not any(mount.point == "/" for mount in mounts):
+        found.append(Finding("root", "there is no private root"))
+    return found
+
+
+def differences(before: Facts, now: Facts) -> list[Finding]:
+    """Return what has changed in a running worker that never may change."""
+    found = []
+    for layer, name in (
+        ("identity", "start_time"),
+        ("identity", "uids"),
+        ("identity", "capabilities"),
+        ("nnp", "no_new_privs"),
+        ("stage2", "seccomp"),
+        ("stage2", "filters"),
+        ("dumpable", "dumpable"),
+        ("namespaces", "pid_inside"),
+        ("namespaces", "namespaces"),
+        ("descriptors", "descriptors"),
+        ("network", "links"),
+        ("network", "addresses"),
+        ("network", "routes"),
+    ):
+        was, is_now = getattr(before, name), getattr(now, name)
+        if was is not None and is_now is not None and was != is_now:
+            found.append(Finding(layer, f"{name} was {was!r:.200} and is {is_now!r:.200}"))
+    return found
+
+
+def own_namespaces() -> dict[str, str]:
+    """Return the broker's own namespaces."""
+    return _namespaces(Path("/proc/self")) or {}
+
+
+# -- the documents -----------------------------------------------------------------------------------------
+
+
+def live_filters(pid: int, expected: Sequence[bytes], facts: HostSurvey) -> bool | None:
+    """Dump the filters of the live process and compare; None where the broker may not."""
+    if not facts.sys_admin:
+        return None
+    try:
+        dumped = linux.dump_filters(pid)
+    except OSError:
+        return None
+    return dumped[-len(expected) :] == list(expected) if len(dumped) >= len(expected) else False
+
+
+def seal_document(
+    facts: HostSurvey,
+    plan: Plan,
+    loaded: Facts,
+    sealed: Facts,
+    *,
+    policy: dict[str, Any],
+    live: bool | None,
+    last_filter: bytes,
+    artifacts: dict[str, Any],
+    tried: Sequence[dict[str, str]],
+    probe: dict[str, Any] | None,
+    self_test: dict[str, str],
+    host: dict[str, str],
+) -> dict[str, Any]:
+    """Assemble the record of a seal; hidden facts come from the reading before stage 2."""
+    stage1 = filters.stage1(facts.arch)
+    last = "no_exec" if plan["profile"] == "convert" else "s2"
+    landlock = plan["landlock"]
+    spaces = sealed.namespaces or loaded.namespaces or {}
+    descriptors = sealed.descriptors or loaded.descriptors
+    mounts = sealed.mounts or loaded.mounts
+    return {
+        "type": "enclave.seal",
+        "ts": utc(),
+        "mono_ns": time.monotonic_ns(),
+        "seq": 1,
+        "prev": None,
+        "host": facts.as_document(),
+        "policy": policy,
+        "verdict": "SEALED",
+        "rung": plan["rung"],
+        "profile": plan["profile"],
+        "tried": list(tried),
+        "proc": {
+            "pid": sealed.pid,
+            "starttime": sealed.start_time,
+            "exe": loaded.executable,
+            "exe_sha256": file_sha256(plan["argv"][0]),
+            "uid": sealed.uids[1],
+            "caps": sealed.capabilities,
+            "nnp": sealed.no_new_privs,
+            "seccomp": sealed.seccomp,
+            "filters": sealed.filters,
+            "threads": sealed.threads,
+            "dumpable": int(sealed.dumpable),
+        },
+        "ns": {name: [host.get(name), spaces.get(name)] for name in NAMESPACES},
+        "net": {
+            "links": None if sealed.links is None else [f"{link}:DOWN" for link in sealed.links]
+            if plan["namespaces"]
+            else list(sealed.links),
+            "addrs": None if sealed.addresses is None else list(sealed.addresses),
+            "routes": sealed.routes,
+            "sockets": sealed.sockets if plan["namespaces"] else 0,
+        },
+        "fds": None if descriptors is None else [f"{n}:{k}" for n, k in sorted(descriptors.items())],
+        "mounts": None
+        if mounts is None or not plan["namespaces"]
+        else [f"{m.point}:{'rw' if m.writable else 'ro'}" for m in mounts],
+        "seccomp": {
+            "s1": {"sha256": filters.digest(stage1), "insns": filters.count(stage1)},
+            last: {"sha256": filters.digest(last_filter), "insns": filters.count(last_filter)},
+            "live_dump_match": live,
+        },
+        "landlock": None
+        if landlock is None
+        else {"abi_reported": landlock["abi"], "behaviour_verified": True},
+        "limits": plan["limits"],
+        "artifacts": artifacts,
+        "probe": probe,
+        "self_test": self_test,
+        "not_covered": list(NOT_COVERED),
+    }
+
+
+def digest_of(document: dict[str, Any]) -> str:
+    """Return the digest by which the next document of the same worker names this one."""
+    content = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file as bare hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def utc() -> str:
+    """Return the time of now in UTC, RFC 3339."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# -- readers of /proc ----------------------------------------------------------------------------------
+
+
+def _start_time(text: str) -> tuple[int, str]:
+    """Return field 22 and the state of /proc/PID/stat; the name in field 2 may hold anything."""
+    fields = text.rpartition(")")[2].split()
+    return int(fields[19]), fields[0]
+
+
+def _namespaces(folder: Path) -> dict[str, str] | None:
+    try:
+        return {name: str((folder / "ns" / name).readlink()) for name in NAMESPACES}
+    except OSError:
+        return None
+
+
+def _descriptors(folder: Path) -> dict[int, str] | None:
+    try:
+        return {int(e.name): _kind(str(e.readlink())) for e in (folder / "fd").iterdir()}
+    except OSError:
+        return None
+
+
+def _kind(target: str) -> str:
+    return "pipe" if target.startswith("pipe:[") else target
+
+
+def _mounts(folder: Path) -> tuple[Mount, ...] | None:
+    try:
+        text = (folder / "mountinfo").read_text(errors="surrogateescape")
+    except OSError:
+        return None
+    out = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        fields, tail = left.split(" "), right.split(" ")
+        # Read-only by the mount or by the file system below it.
+        sealed = "ro" in fields[5].split(",") or "ro" in tail[2].split(",")
+        out.append(Mount(unescape(fields[4]), not sealed, tail[0]))
+    return tuple(out)
+
+
+def _executable(folder: Path) -> str | None:
+    try:
+        return str((folder / "exe").readlink())
+    except OSError:
+        return None
+
+
+def _links(folder: Path) -> tuple[str, ...] | None:
+    try:
+        lines = (folder / "net/dev").read_text().splitlines()[2:]
+    except OSError:
+        return None
+    return tuple(line.partition(":")[0].strip() for line in lines)
+
+
+def _addresses(folder: Path) -> tuple[str, ...] | None:
+    """Return local addresses: an interface that is up has some even without routes."""
+    try:
+        trie = (folder / "net/fib_trie").read_text()
+        six = folder / "net/if_inet6"
+        found = [line.split()[0] for line in six.read_text().splitlines()] if six.exists() else []
+    except OSError:
+        return None
+    found += [line.split()[-1] for line in trie.splitlines() if line.lstrip().startswith("|--")]
+    return tuple(dict.fromkeys(found))
+
+
+def _lines(path: Path, *, skip: int) -> int | None:
+    try:
+        return max(0, len(path.read_text().splitlines()) - skip)
+    except OSError:
+        return None
+
+
+def _sockets(folder: Path) -> int | None:
+    """Count the sockets of the network namespace over all protocols that list them."""
+    total = 0
+    for name in ("tcp", "tcp6", "udp", "udp6", "udplite", "raw", "raw6", "unix", "packet"):
+        found = _lines(folder / "net" / name, skip=1)
+        if found is None and (folder / "net" / name).exists():
+            return None
+        total += found or 0
+    return total
+
+
+def inherited_filters() -> int:
+    """Return how many filters the broker itself runs under: a child inherits them."""
+    status = parse_status(Path("/proc/self/status").read_text())
+    return int(status.get("Seccomp_filters", "0"))

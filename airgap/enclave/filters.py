@@ -1,0 +1,176 @@
+"""BPF programs for seccomp, built from `tables` and nothing else (enclave.md 4).
+
+Stage 1 is a deny list, installed before exec; stage 2 an allow list, installed by the worker after
+warm-up; no-exec closes exec for a conversion. Both stages run on every call and the stricter answer
+wins. The published digests are what an auditor compares a live process with; stage 2 names the
+worker's own process id, so its template is published for pid 1 (a worker in its own PID namespace).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import struct
+
+from airgap.enclave import linux, tables
+from airgap.enclave.tables import ENOSYS, EPERM
+
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, k
+
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW, KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_NR, _ARCH, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; an argument is 8 bytes, low half first
+
+_SET_MODE_FILTER, _TSYNC, _LOG = 1, 1, 2
+
+# SHA-256 of the bytes below; a test rebuilds them and the files under `published/`.
+PUBLISHED = {
+    "stage1.x86_64": "",
+    "stage2.x86_64": "",
+    "no_exec.x86_64": "",
+    "stage1.aarch64": "",
+    "stage2.aarch64": "",
+    "no_exec.aarch64": "",
+}
+
+
+def stage1(arch: str = "x86_64") -> bytes:
+    """Return the deny list: no network, no other process, no namespace, no rare kernel surface."""
+    code = _head(arch)
+    code += [(_AT_LEAST, 0, 1, tables.CEILING + 1), (_RETURN, 0, 0, _ERRNO | ENOSYS)]
+    for _, error, calls in tables.STAGE1:
+        for name in calls:
+            code += _answer(tables.number(name, arch), _ERRNO | error)
+    code += _rule(tables.number("clone", arch), _clone_threads_only())
+    code += _rule(tables.number("ioctl", arch), _deny_values(1, tables.TERMINAL_IOCTLS))
+    code += _rule(tables.number("prlimit64", arch), _allow_values(0, (0,)))
+    return _pack([*code, (_RETURN, 0, 0, ALLOW)])
+
+
+def no_exec(arch: str = "x86_64") -> bytes:
+    """Return the filter that closes exec; a conversion installs it before any third-party import."""
+    code = _head(arch)
+    for name in tables.NO_EXEC:
+        code += _answer(tables.number(name, arch), _ERRNO | EPERM)
+    return _pack([*code, (_RETURN, 0, 0, ALLOW)])
+
+
+def stage2(pid: int, arch: str = "x86_64") -> bytes:
+    """Return the allow list for a worker that sees itself as `pid`."""
+    code = _head(arch)
+    for name in tables.STAGE2:
+        code += _answer(tables.number(name, arch), ALLOW)
+    code += _rule(tables.number("write", arch), _allow_values(0, tables.WRITABLE))
+    for name in ("mmap", "mprotect"):
+        code += _rule(tables.number(name, arch), _deny_bits(2, tables.PROT_EXEC))
+    code += _rule(tables.number("clone", arch), _clone_threads_only())
+    code += _answer(tables.number("clone3", arch), _ERRNO | ENOSYS)
+    code += _rule(tables.number("tgkill", arch), _allow_values(0, (pid,)))
+    return _pack([*code, (_RETURN, 0, 0, _ERRNO | EPERM)])
+
+
+def waiting_parent(child: int, arch: str = "x86_64") -> bytes:
+    """Return the filter of the process that only waits for `child`: it may wait, kill it and exit."""
+    code = _head(arch)
+    for name in ("wait4", "waitid", "exit", "exit_group", "rt_sigreturn", "restart_syscall"):
+        code += _answer(tables.number(name, arch), ALLOW)
+    for name in ("munmap", "madvise", "brk", "futex", "rt_sigprocmask", "sched_yield"):
+        code += _answer(tables.number(name, arch), ALLOW)  # what an interpreter does to its own memory
+    for name in ("mmap", "mprotect"):
+        code += _rule(tables.number(name, arch), _deny_bits(2, tables.PROT_EXEC))
+    code += _rule(tables.number("kill", arch), _allow_values(0, (child,)))
+    return _pack([*code, (_RETURN, 0, 0, _ERRNO | EPERM)])
+
+
+def digest(program: bytes) -> str:
+    """Return the SHA-256 of a filter as bare hex."""
+    return hashlib.sha256(program).hexdigest()
+
+
+def count(program: bytes) -> int:
+    """Return how many instructions a filter has."""
+    return len(program) // 8
+
+
+def unpack(program: bytes) -> list[Instruction]:
+    """Read a filter back into instructions."""
+    return [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]  # type: ignore[misc]
+
+
+class _Program(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def install(program: bytes) -> None:
+    """Install a filter on every thread of this process; OSError when the kernel does anything else."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    head = _Program(count(program), ctypes.addressof(buffer))
+    answer = linux.call("seccomp", _SET_MODE_FILTER, _TSYNC | _LOG, ctypes.byref(head))
+    if answer != 0:
+        raise OSError(3, f"thread {answer} could not take the filter")
+
+
+# -- assembler ---------------------------------------------------------------------------------------
+
+
+def _head(arch: str) -> list[Instruction]:
+    """Kill on a foreign architecture (and x32), then leave the call number in the accumulator."""
+    code = [
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 1, 0, tables.ARCHITECTURES[arch]),
+        (_RETURN, 0, 0, KILL_PROCESS),
+        (_LOAD, 0, 0, _NR),
+    ]
+    if arch == "x86_64":
+        code += [(_AT_LEAST, 0, 1, tables.X32_BIT), (_RETURN, 0, 0, KILL_PROCESS)]
+    return code
+
+
+def _answer(nr: int | None, verdict: int) -> list[Instruction]:
+    return [] if nr is None else [(_EQUAL, 0, 1, nr), (_RETURN, 0, 0, verdict)]
+
+
+def _rule(nr: int | None, body: list[Instruction]) -> list[Instruction]:
+    return [] if nr is None else [(_EQUAL, 0, len(body), nr), *body]
+
+
+def _argument(index: int) -> Instruction:
+    return (_LOAD, 0, 0, _ARGUMENT + 8 * index)
+
+
+def _allow_values(index: int, values: tuple[int, ...]) -> list[Instruction]:
+    """Allow when the low half of the argument is one of `values`, else EPERM."""
+    tests = [(_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
+    return [_argument(index), *tests, (_RETURN, 0, 0, _ERRNO | EPERM), (_RETURN, 0, 0, ALLOW)]
+
+
+def _deny_values(index: int, values: tuple[int, ...]) -> list[Instruction]:
+    tests = [(_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
+    return [_argument(index), *tests, (_RETURN, 0, 0, ALLOW), (_RETURN, 0, 0, _ERRNO | EPERM)]
+
+
+def _deny_bits(index: int, bits: int) -> list[Instruction]:
+    return [
+        _argument(index),
+        (_ANY_BIT, 0, 1, bits),
+        (_RETURN, 0, 0, _ERRNO | EPERM),
+        (_RETURN, 0, 0, ALLOW),
+    ]
+
+
+def _clone_threads_only() -> list[Instruction]:
+    """No namespaces and no processes: a thread or EPERM."""
+    return [
+        _argument(0),
+        (_ANY_BIT, 0, 1, tables.CLONE_NEW),
+        (_RETURN, 0, 0, _ERRNO | EPERM),
+        (_ANY_BIT, 1, 0, tables.CLONE_THREAD),
+        (_RETURN, 0, 0, _ERRNO | EPERM),
+        (_RETURN, 0, 0, ALLOW),
+    ]
+
+
+def _pack(code: list[Instruction]) -> bytes:
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)

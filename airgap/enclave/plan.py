@@ -1,0 +1,312 @@
+"""Turns a host survey and a wish into the exact list of what a sealed process gets (enclave.md 3, 5).
+
+Pure apart from looking at which files exist. The launcher executes the plan and adds nothing; the
+evidence is compared with the same plan.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import struct
+import sys
+import sysconfig
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from airgap.enclave import filters
+from airgap.enclave.survey import HostSurvey, free_uid, mapped
+
+Mode = Literal["read", "write", "device"]
+
+
+class Bind(TypedDict):
+    """One path in the private root; `owner` is the (uid, gid) whose files the worker may read."""
+
+    path: str
+    mode: Mode
+    owner: list[int] | None
+
+
+class LandlockPlan(TypedDict):
+    """The rules and the ABI to ask for."""
+
+    abi: int
+    rules: list[list[str]]
+
+
+class Plan(TypedDict):
+    """All that the launcher is told."""
+
+    rung: str
+    profile: str
+    broker: int
+    namespaces: bool
+    mapping: list[int] | None
+    identity: list[int] | None
+    binds: list[Bind]
+    links: list[list[str]]
+    root_kib: int
+    check: list[str]
+    landlock: LandlockPlan | None
+    limits: dict[str, int]
+    argv: list[str]
+    env: dict[str, str]
+    stage1: str
+
+
+PACKAGES = ("airgap", "bundle", "policy")
+ROOT_KIB = 1024
+_MIB = 1 << 20
+_SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib64", "/lib32")
+_SYSTEM_FILES = ("/etc/ld.so.cache",)
+# onnxruntime and torch size their thread pools by these; everything else of /proc and /sys is absent.
+_KERNEL_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+INSIDE_ID = 61184  # the id inside, where the id outside is 0 of an outer user namespace
+
+
+class PlanError(Exception):
+    """The wish cannot be met on this host; `layer` names why."""
+
+    def __init__(self, layer: str, message: str) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
+def package_folders() -> dict[str, str]:
+    """Return the folder of each of our packages; all three lie side by side, installed or editable."""
+    parent = Path(__file__).resolve().parents[2]
+    return {name: str(parent / name) for name in PACKAGES if (parent / name).is_dir()}
+
+
+def site_folders() -> list[str]:
+    """Return the folders of third-party packages that this interpreter uses."""
+    found = [*site.getsitepackages(), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    if site.ENABLE_USER_SITE:
+        found.append(site.getusersitepackages())
+    return list(dict.fromkeys(folder for folder in found if Path(folder).is_dir()))
+
+
+def interpreter() -> str:
+    """Return the real file of this interpreter."""
+    return os.path.realpath(sys.executable)
+
+
+def loader(program: str) -> str | None:
+    """Return the dynamic loader that an ELF program names, None for a static one."""
+    with Path(program).open("rb") as file:
+        head = file.read(64)
+        if head[:5] != b"\x7fELF\x02":
+            raise PlanError("files", f"the interpreter {program} is not a 64-bit ELF program")
+        start, size, count = (
+            *struct.unpack_from("<Q", head, 32),
+            *struct.unpack_from("<HH", head, 54),
+        )
+        file.seek(start)
+        table = file.read(size * count)
+        for at in range(0, size * count, size):
+            kind, _, offset = struct.unpack_from("<IIQ", table, at)
+            if kind == 3:  # noqa: PLR2004 - PT_INTERP
+                (length,) = struct.unpack_from("<Q", table, at + 32)
+                file.seek(offset)
+                return file.read(length).rstrip(b"\0").decode()
+    return None
+
+
+def runtime_folders() -> list[str]:
+    """Return what an interpreter needs to run our packages: prefixes, site folders, sources, /usr."""
+    wanted = [
+        "/usr",
+        os.path.realpath(sys.base_prefix),
+        sys.base_prefix,
+        sys.prefix,
+        str(Path(interpreter()).parent),
+        *site_folders(),
+        *package_folders().values(),
+    ]
+    return prune(wanted)
+
+
+def prune(paths: Iterable[str]) -> list[str]:
+    """Drop what lies below another path of the list; shortest first."""
+    out: list[str] = []
+    for path in sorted(dict.fromkeys(os.path.normpath(path) for path in paths), key=len):
+        if not any(path == kept or path.startswith(kept.rstrip("/") + "/") for kept in out):
+            out.append(path)
+    return out
+
+
+def built_environment(*, threads: int, scratch: str | None = None) -> dict[str, str]:
+    """Return the whole environment of a sealed process: built from nothing, inherited by nobody."""
+    home = scratch or "/nonexistent"
+    out = {
+        "PATH": "/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": home,
+        "OMP_NUM_THREADS": str(threads),
+        "ORT_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if scratch is not None:
+        out["TMPDIR"] = scratch
+    return out
+
+
+def require_silent(hits: Sequence[str], environment: dict[str, str]) -> None:
+    """Refuse a wheel that phones home unless its switch is off in this very environment."""
+    if hits and environment.get("ORT_DISABLE_TELEMETRY") != "1":
+        raise PlanError(
+            "telemetry",
+            f"onnxruntime carries a telemetry client ({', '.join(hits)}) and "
+            "ORT_DISABLE_TELEMETRY=1 is not set for the sealed process",
+        )
+
+
+def folder_bytes(paths: Iterable[str]) -> int:
+    """Add up the sizes of the files at and below `paths`."""
+    total = 0
+    for path in paths:
+        if Path(path).is_dir():
+            for parent, _, names in os.walk(path):
+                total += sum(Path(parent, name).lstat().st_size for name in names)
+        else:
+            total += Path(path).stat().st_size
+    return total
+
+
+def identity_of(facts: HostSurvey, uid: int | None) -> tuple[list[int] | None, list[int] | None]:
+    """Return (ids to become, ids to map): root becomes a uid of its own, a user maps itself.
+
+    Raises:
+        PlanError: The worker would be uid 0.
+
+    """
+    if facts.uid != 0:
+        return None, [os.getuid(), os.getgid()]
+    chosen = free_uid() if uid is None else uid
+    if chosen == 0:
+        raise PlanError("identity", "the worker's uid would be 0")
+    if mapped(facts, chosen):
+        return [chosen, chosen], None
+    if any(first <= 0 < first + count and outside == 0 for first, outside, count in facts.uid_map):
+        raise PlanError(
+            "identity", "root of this user namespace is root outside, and there is no other id"
+        )
+    return None, [INSIDE_ID, INSIDE_ID]
+
+
+def build(
+    facts: HostSurvey,
+    *,
+    rung: str,
+    profile: str,
+    part: str,
+    read_only: Sequence[str],
+    out: str | None,
+    environment: dict[str, str],
+    memory_mb: int,
+    descriptors: int,
+    file_mb: int,
+    uid: int | None,
+) -> Plan:
+    """Return the plan of one sealed process.
+
+    Args:
+        facts: The survey that the rung was chosen by.
+        rung: A, B or C.
+        profile: worker, screen or convert; recorded.
+        part: What `entry.py` runs after exec.
+        read_only: The inputs; everything else that is readable belongs to the interpreter.
+        out: The one writable folder, None for none.
+        environment: The whole environment.
+        memory_mb: Limit on data in MiB; address space gets twice the inputs and 4 GiB more.
+        descriptors: Limit on open descriptors.
+        file_mb: Largest file that may be written, in MiB.
+        uid: The worker's uid for a start by root; None picks a free one.
+
+    """
+    namespaces = rung == "A"
+    identity, mapping = identity_of(facts, uid)
+    if not namespaces and mapping is not None and facts.uid == 0:
+        raise PlanError("identity", "without namespaces the worker would stay uid 0")
+    readable = [
+        *runtime_folders(),
+        *(path for path in _SYSTEM_LINKS if Path(path).is_dir() and not Path(path).is_symlink()),
+        *(path for path in (*_SYSTEM_FILES, *_KERNEL_FILES) if Path(path).exists()),
+    ]
+    binds: list[Bind] = [{"path": path, "mode": "read", "owner": None} for path in readable]
+    covered = prune(readable)
+    for path in prune(read_only):
+        if not any(path == kept or path.startswith(kept + "/") for kept in covered):
+            binds.append({"path": path, "mode": "read", "owner": _owner(path, identity)})
+    if out is not None:
+        binds.append({"path": out, "mode": "write", "owner": None})
+    packages = package_folders()
+    program = interpreter()
+    entry = f"{packages['airgap']}/enclave/entry.py"
+    where = _where(packages)
+    megabytes = memory_mb * _MIB
+    inputs = folder_bytes(read_only)
+    return {
+        "rung": rung,
+        "profile": profile,
+        "broker": os.getpid(),
+        "namespaces": namespaces,
+        "mapping": mapping if namespaces else None,
+        "identity": identity,
+        "binds": sorted(binds, key=lambda bind: len(bind["path"])),
+        "links": [[p, os.readlink(p)] for p in _SYSTEM_LINKS if Path(p).is_symlink()],
+        "root_kib": ROOT_KIB,
+        "check": [program, entry, *site_folders(), *prune(read_only)],
+        "landlock": _landlock(facts, rung, binds, program),
+        "limits": {
+            "CORE": 0,
+            "NOFILE": descriptors,
+            "FSIZE": file_mb * _MIB,
+            "DATA": megabytes,
+            "AS": megabytes + 2 * inputs + 4096 * _MIB,
+        },
+        "argv": [program, "-I", "-S", "-B", entry, part, where],
+        "env": environment,
+        "stage1": filters.digest(filters.stage1(facts.arch)),
+    }
+
+
+def launcher_argv(incoming: int, outgoing: int) -> list[str]:
+    """Return the command line of the launcher itself."""
+    packages = package_folders()
+    entry = f"{packages['airgap']}/enclave/entry.py"
+    where = _where(packages, third_party=False)
+    ends = [str(incoming), str(outgoing), str(os.getpid())]
+    return [interpreter(), "-I", "-S", "-B", entry, "launcher", where, *ends]
+
+
+def _where(packages: dict[str, str], *, third_party: bool = True) -> str:
+    import json  # noqa: PLC0415 - used here alone
+
+    return json.dumps({"packages": packages, "site": site_folders() if third_party else []})
+
+
+def _owner(path: str, identity: list[int] | None) -> list[int] | None:
+    """Return the owner of an input for an id map, when the worker is another user than the owner."""
+    if identity is None:
+        return None
+    status = Path(path).stat()
+    return [status.st_uid, status.st_gid]
+
+
+def _landlock(
+    facts: HostSurvey, rung: str, binds: Sequence[Bind], program: str
+) -> LandlockPlan | None:
+    """Return the file rules; rung A does without where the kernel has none, rung C always."""
+    if facts.landlock_abi < 1 or rung == "C":
+        return None
+    rules = [[bind["path"], bind["mode"]] for bind in binds]
+    rules += [[path, "device"] for path in _DEVICES]
+    rules += [[path, "exec"] for path in (program, loader(program)) if path]
+    return {"abi": facts.landlock_abi, "rules": rules}
