@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from airgap.enclave.channel import Frame, ProgramError
     from airgap.enclave.convert import SealedResult, run_sealed
     from airgap.enclave.seal import Caps, Enclave, SealRefused, SealSpec, launch
-    from airgap.enclave.survey import HostSurvey, survey
+    from airgap.enclave.host import HostSurvey, survey
 
 __all__ = [
     "Caps",
@@ -33,14 +33,14 @@ _HOME = {
     "Caps": "seal",
     "Enclave": "seal",
     "Frame": "channel",
-    "HostSurvey": "survey",
+    "HostSurvey": "host",
     "ProgramError": "channel",
     "SealRefused": "seal",
     "SealSpec": "seal",
     "SealedResult": "convert",
     "launch": "seal",
     "run_sealed": "convert",
-    "survey": "survey",
+    "survey": "host",
 }
 
 

@@ -103,7 +103,9 @@ class Reader:
         head = self._exactly(HEAD.size, deadline, first=True)
         length, kind, found = HEAD.unpack(head)
         if kind not in tuple(kinds):
-            raise ChannelError("unknown", f"a frame of kind {kind!r} came, expected {sorted(kinds)}")
+            raise ChannelError(
+                "unknown", f"a frame of kind {kind!r} came, expected {sorted(kinds)}"
+            )
         if request is not None and found != request:
             raise ChannelError("unknown", f"a frame for request {found} came, expected {request}")
         if length > cap:

@@ -13,21 +13,22 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from airgap.enclave import channel, evidence, filters, plan as plans, survey as surveys
+from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import plan as plans
 from airgap.enclave.plan import Plan, PlanError
 from airgap.enclave.seal import Process, SealRefused
-from airgap.enclave.survey import HostSurvey
+from airgap.enclave.host import HostSurvey
 from policy.errors import FaultError
 
 START_S = 30.0  # seconds for the seal itself, before the program starts
 DESCRIPTORS = 1024
-SCRATCH = ".scratch"  # the program's HOME and TMPDIR; removed before the folder is looked at
 DEPTH_LIMIT = 3
 ENTRY_LIMIT = 1000
 _INTERPRETER_FLAGS = frozenset({"-I", "-S", "-B", "-E", "-s", "-u"})  # the seal sets these itself
@@ -110,15 +111,15 @@ def run_sealed(
         FaultError: `enclave.deadline`, the program took too long.
 
     """
-    facts = surveys.survey()
-    least = min_rung or surveys.default_min_rung(facts)
+    facts = host.survey()
+    least = min_rung or host.default_min_rung(facts)
     if "C" in (least, rung):
         raise SealRefused("rung", "a conversion opens files, so rung C would leave it unsealed")
     program = parse_argv(job.argv)
     out = fresh_folder(job.out)
     inputs = [os.path.abspath(path) for path in job.read_only]  # noqa: PTH100 - symbolic links stay
     limit = (out_limit_mb or 1024 + 4 * plans.folder_bytes(inputs) // _MIB) * _MIB
-    rungs, left_out = surveys.candidate_rungs(facts, least)
+    rungs, left_out = host.candidate_rungs(facts, least)
     tried = [{"rung": name, "reason": reason} for name, reason in sorted(left_out.items())]
     for name in [name for name in rungs if rung in (None, name)]:
         try:
@@ -145,35 +146,20 @@ def _run(
     threads: int,
     tried: Sequence[dict[str, str]],
 ) -> SealedResult:
-    environment = plans.built_environment(threads=threads, scratch=str(out / SCRATCH))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        plans.require_silent(facts.telemetry, environment)
-        plan = plans.build(
-            facts,
-            rung=rung,
-            profile="convert",
-            part="convert",
-            read_only=inputs,
-            out=str(out),
-            environment=environment,
-            memory_mb=job.memory_mb,
-            descriptors=DESCRIPTORS,
-            file_mb=limit // _MIB,
-            uid=None,
-        )
-    except PlanError as error:
-        raise SealRefused(error.layer, str(error)) from error
-    hand_over(out, plan)
-    process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S)
-    try:
-        document = _seal(process, plan, facts, tried)
-        started = time.monotonic()
-        process.send(channel.REQUEST, json.dumps(program).encode())
-        _wait(process, out, limit, started + job.timeout_s)
-        seconds = time.monotonic() - started
+        plan = _plan(job, rung, facts, inputs, limit, threads, (out, scratch))
+        process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S)
+        try:
+            document = _seal(process, plan, facts, tried)
+            started = time.monotonic()
+            process.send(channel.REQUEST, json.dumps(program).encode())
+            _wait(process, (out, scratch), limit, started + job.timeout_s)
+            seconds = time.monotonic() - started
+        finally:
+            end = process.kill()
     finally:
-        end = process.kill()
-    shutil.rmtree(out / SCRATCH, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     files: tuple[Path, ...] = ()
     if end["status"] == 0:
         files = collect(out, limit=limit, expected=expected)
@@ -184,6 +170,40 @@ def _run(
         empty(out)
     document["exit"] = end
     return SealedResult(end["status"], end["signal"], process.words(), files, document, seconds)
+
+
+def _plan(
+    job: Job,
+    rung: str,
+    facts: HostSurvey,
+    inputs: Sequence[str],
+    limit: int,
+    threads: int,
+    writable: tuple[Path, Path],
+) -> Plan:
+    """Plan the seal and give both writable folders, result and scratch, to the worker's uid."""
+    environment = plans.built_environment(threads=threads, scratch=str(writable[1]))
+    try:
+        plans.require_silent(facts.telemetry, environment)
+        plan = plans.build(
+            facts,
+            rung=rung,
+            profile="convert",
+            part="convert",
+            read_only=inputs,
+            writable=[str(folder) for folder in writable],
+            environment=environment,
+            memory_mb=job.memory_mb,
+            descriptors=DESCRIPTORS,
+            file_mb=limit // _MIB,
+            uid=None,
+        )
+    except PlanError as error:
+        raise SealRefused(error.layer, str(error)) from error
+    if plan["identity"] is not None:
+        for folder in writable:
+            os.chown(folder, *plan["identity"], follow_symlinks=False)
+    return plan
 
 
 def _seal(
@@ -218,7 +238,7 @@ def _seal(
     )
 
 
-def _wait(process: Process, out: Path, limit: int, deadline: float) -> None:
+def _wait(process: Process, folders: tuple[Path, Path], limit: int, deadline: float) -> None:
     """Wait for the end of the program; a folder over its limit or a late end kills it."""
     pause = _POLL_S
     while process.alive:
@@ -229,7 +249,7 @@ def _wait(process: Process, out: Path, limit: int, deadline: float) -> None:
                 f"the sealed program did not end in time; its last words: {process.words()[-400:]!r}",
                 hint="give it more time, or look at what it was doing",
             )
-        used = folder_size(out)
+        used = sum(folder_size(folder) for folder in folders)
         if used > limit:
             process.kill()
             raise SealRefused("output", f"the program wrote {used} bytes, the limit is {limit}")
@@ -274,15 +294,6 @@ def fresh_folder(out: Path) -> Path:
     if any(path.iterdir()):
         raise SealRefused("job", f"{path} is not empty")
     return path
-
-
-def hand_over(out: Path, plan: Plan) -> None:
-    """Make the scratch folder, and give both to the worker's uid when root starts it."""
-    scratch = out / SCRATCH
-    scratch.mkdir(mode=0o700, exist_ok=True)
-    if plan["identity"] is not None:
-        for path in (out, scratch):
-            os.chown(path, *plan["identity"], follow_symlinks=False)
 
 
 def folder_size(folder: Path) -> int:

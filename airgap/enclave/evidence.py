@@ -17,7 +17,7 @@ from typing import Any
 from airgap.enclave import filters, linux
 from airgap.enclave.launcher import unescape
 from airgap.enclave.plan import Plan
-from airgap.enclave.survey import HostSurvey, parse_status
+from airgap.enclave.host import HostSurvey, parse_status
 
 NAMESPACES = ("net", "pid", "mnt", "ipc", "uts", "cgroup", "user")
 UNSHARED = ("net", "pid", "mnt", "ipc", "uts", "cgroup")
@@ -84,7 +84,9 @@ def read(pid: int, proc: Path = Path("/proc")) -> Facts:
         start_time=start,
         state=state,
         uids=tuple(int(word) for word in status["Uid"].split()),
-        capabilities={key: status[name].lstrip("0") or "0" for key, name in _CAPABILITY_SETS.items()},
+        capabilities={
+            key: status[name].lstrip("0") or "0" for key, name in _CAPABILITY_SETS.items()
+        },
         no_new_privs=int(status["NoNewPrivs"]),
         seccomp=int(status["Seccomp"]),
         filters=int(status["Seccomp_filters"]) if "Seccomp_filters" in status else None,
@@ -289,14 +291,18 @@ def seal_document(
         },
         "ns": {name: [host.get(name), spaces.get(name)] for name in NAMESPACES},
         "net": {
-            "links": None if sealed.links is None else [f"{link}:DOWN" for link in sealed.links]
+            "links": None
+            if sealed.links is None
+            else [f"{link}:DOWN" for link in sealed.links]
             if plan["namespaces"]
             else list(sealed.links),
             "addrs": None if sealed.addresses is None else list(sealed.addresses),
             "routes": sealed.routes,
             "sockets": sealed.sockets if plan["namespaces"] else 0,
         },
-        "fds": None if descriptors is None else [f"{n}:{k}" for n, k in sorted(descriptors.items())],
+        "fds": None
+        if descriptors is None
+        else [f"{n}:{k}" for n, k in sorted(descriptors.items())],
         "mounts": None
         if mounts is None or not plan["namespaces"]
         else [f"{m.point}:{'rw' if m.writable else 'ro'}" for m in mounts],

@@ -19,7 +19,11 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, k
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NR, _ARCH, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; an argument is 8 bytes, low half first
+_NR, _ARCH, _ARGUMENT = (
+    0,
+    4,
+    16,
+)  # offsets in struct seccomp_data; an argument is 8 bytes, low half first
 
 _SET_MODE_FILTER, _TSYNC, _LOG = 1, 1, 2
 
@@ -75,7 +79,9 @@ def waiting_parent(child: int, arch: str = "x86_64") -> bytes:
     for name in ("wait4", "waitid", "exit", "exit_group", "rt_sigreturn", "restart_syscall"):
         code += _answer(tables.number(name, arch), ALLOW)
     for name in ("munmap", "madvise", "brk", "futex", "rt_sigprocmask", "sched_yield"):
-        code += _answer(tables.number(name, arch), ALLOW)  # what an interpreter does to its own memory
+        code += _answer(
+            tables.number(name, arch), ALLOW
+        )  # what an interpreter does to its own memory
     for name in ("mmap", "mprotect"):
         code += _rule(tables.number(name, arch), _deny_bits(2, tables.PROT_EXEC))
     code += _rule(tables.number("kill", arch), _allow_values(0, (child,)))

@@ -17,7 +17,9 @@ import struct
 
 from airgap.enclave import linux
 
-TYPE_CHECKING = False  # the launcher has no use for the `typing` module; type checkers know this name
+TYPE_CHECKING = (
+    False  # the launcher has no use for the `typing` module; type checkers know this name
+)
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -42,9 +44,7 @@ READ = _READ_FILE | _READ_DIR
 EXECUTE = _READ_FILE | _EXECUTE
 DEVICE = _READ_FILE | _WRITE_FILE
 # A program may make and remove plain files and folders; no sockets, FIFOs, devices or symbolic links.
-WRITE = (
-    READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
-)
+WRITE = READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 _CREATE_VERSION = 1
 _RULE_PATH_BENEATH = 1
@@ -157,4 +157,3 @@ def _verify_tcp() -> None:
     if answer != errno.EACCES:
         found = errno.errorcode.get(answer, "success")
         raise LandlockError(f"a TCP connect answered {found}, expected EACCES")
-

@@ -21,7 +21,9 @@ import struct
 from airgap.enclave import channel, filters, landlock, linux, tables
 from airgap.enclave.tables import CHANNEL_IN, CHANNEL_OUT
 
-TYPE_CHECKING = False  # the launcher has no use for the `typing` module; type checkers know this name
+TYPE_CHECKING = (
+    False  # the launcher has no use for the `typing` module; type checkers know this name
+)
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -464,13 +466,19 @@ def mounts_below(base: str) -> list[tuple[str, list[str]]]:
 
 
 def parse_mounts(mountinfo: str, base: str) -> list[tuple[str, list[str]]]:
-    """Read mountinfo(5): field 5 is the mount point with octal escapes, field 6 its options."""
+    """Read mountinfo(5): id, parent id, device, root, mount point with octal escapes, options.
+
+    Only what hangs below the last mount at `base` counts: that mount may cover others, whose names
+    look the same.
+    """
+    rows = [line.split(" ") for line in mountinfo.splitlines()]
+    own = [row[0] for row in rows if unescape(row[4]) == base]
+    inside = set(own[-1:])
     out = []
-    for line in mountinfo.splitlines():
-        fields = line.split(" ")
-        point = unescape(fields[4])
-        if point.startswith(base + "/"):
-            out.append((point, fields[5].split(",")))
+    for row in rows:  # a mount is listed after its parent
+        if row[1] in inside:
+            inside.add(row[0])
+            out.append((unescape(row[4]), row[5].split(",")))
     return out
 
 
@@ -556,7 +564,9 @@ def apply_landlock(plan: Plan) -> None:
     if wanted is None:
         return
     if not landlock.can_open("/", os.O_RDONLY | os.O_DIRECTORY):
-        raise Refusal("landlock", "the root folder does not open before the rules, so no test is left")
+        raise Refusal(
+            "landlock", "the root folder does not open before the rules, so no test is left"
+        )
     abi = wanted["abi"]
     landlock.restrict([(path, _RIGHTS[kind]) for path, kind in wanted["rules"]], abi)
     outside = None if plan["namespaces"] else plan["broker"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from airgap.enclave import filters
-from airgap.enclave.survey import HostSurvey, free_uid, mapped
+from airgap.enclave.host import HostSurvey, free_uid, mapped
 
 Mode = Literal["read", "write", "device"]
 
@@ -207,7 +207,7 @@ def build(
     profile: str,
     part: str,
     read_only: Sequence[str],
-    out: str | None,
+    writable: Sequence[str],
     environment: dict[str, str],
     memory_mb: int,
     descriptors: int,
@@ -222,7 +222,7 @@ def build(
         profile: worker, screen or convert; recorded.
         part: What `entry.py` runs after exec.
         read_only: The inputs; everything else that is readable belongs to the interpreter.
-        out: The one writable folder, None for none.
+        writable: The only folders that may be written to; none for a worker.
         environment: The whole environment.
         memory_mb: Limit on data in MiB; address space gets twice the inputs and 4 GiB more.
         descriptors: Limit on open descriptors.
@@ -244,8 +244,7 @@ def build(
     for path in prune(read_only):
         if not any(path == kept or path.startswith(kept + "/") for kept in covered):
             binds.append({"path": path, "mode": "read", "owner": _owner(path, identity)})
-    if out is not None:
-        binds.append({"path": out, "mode": "write", "owner": None})
+    binds += [{"path": path, "mode": "write", "owner": None} for path in writable]
     packages = package_folders()
     program = interpreter()
     entry = f"{packages['airgap']}/enclave/entry.py"

@@ -22,11 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from airgap.enclave import channel, evidence, filters, plan as plans, survey as surveys
+from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame, Reader, Writer
 from airgap.enclave.launcher import REFUSED_STATUS, SIGNAL_BASE
 from airgap.enclave.plan import Plan, PlanError
-from airgap.enclave.survey import HostSurvey
+from airgap.enclave.host import HostSurvey
 from airgap.enclave.worker import LOAD_STATUS
 from policy.errors import CODES, AirgapError, FaultError, RefusedError
 
@@ -119,9 +120,9 @@ def launch(spec: SealSpec) -> Enclave:
         FaultError: The program failed to load.
 
     """
-    facts = surveys.survey()
-    min_rung = spec.min_rung or surveys.default_min_rung(facts)
-    rungs, left_out = surveys.candidate_rungs(facts, min_rung)
+    facts = host.survey()
+    min_rung = spec.min_rung or host.default_min_rung(facts)
+    rungs, left_out = host.candidate_rungs(facts, min_rung)
     tried = [{"rung": rung, "reason": reason} for rung, reason in sorted(left_out.items())]
     if spec.rung is not None:
         rungs = [rung for rung in rungs if rung == spec.rung]
@@ -135,7 +136,9 @@ def launch(spec: SealSpec) -> Enclave:
                 raise
             tried.append({"rung": rung, "reason": f"{refused.code}: {refused.message}"})
     reasons = "; ".join(f"{entry['rung']}: {entry['reason']}" for entry in tried)
-    refusal = SealRefused("rung", f"this host reaches no rung from {min_rung} up ({reasons})", facts=facts)
+    refusal = SealRefused(
+        "rung", f"this host reaches no rung from {min_rung} up ({reasons})", facts=facts
+    )
     refusal.tried = tried
     raise refusal
 
@@ -154,7 +157,7 @@ def _launch_on(
             profile=spec.profile,
             part="worker",
             read_only=read_only,
-            out=None,
+            writable=(),
             environment=environment,
             memory_mb=memory,
             descriptors=spec.caps.descriptors,
@@ -185,7 +188,11 @@ def _launch_on(
             policy=_policy(spec, min_rung),
             live=live,
             last_filter=stage2,
-            artifacts={**_library(facts), **spec.artifacts, "program": _json(frame.payload).get("program")},
+            artifacts={
+                **_library(facts),
+                **spec.artifacts,
+                "program": _json(frame.payload).get("program"),
+            },
             tried=tried,
             probe=None,
             self_test=self_test,
@@ -264,7 +271,9 @@ class Process:
         incoming, self._to = os.pipe()
         self._from, outgoing = os.pipe()
         try:
-            self._popen = _spawner().start(plans.launcher_argv(incoming, outgoing), (incoming, outgoing))
+            self._popen = _spawner().start(
+                plans.launcher_argv(incoming, outgoing), (incoming, outgoing)
+            )
         finally:
             os.close(incoming)
             os.close(outgoing)
@@ -283,7 +292,7 @@ class Process:
         pid = int(frame.payload)
         self._pidfd = os.pidfd_open(pid)
         self.pid = pid
-        status = surveys.parse_status(Path(f"/proc/{pid}/status").read_text())
+        status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
         parent = os.getpid() if not self.plan["namespaces"] else self._popen.pid
         if int(status["PPid"]) != parent:
             raise SealRefused("parent", f"process {pid} is not a child of {parent}")
@@ -321,7 +330,9 @@ class Process:
         words = self.words()
         tail = f"; its last words: {words[-400:]!r}" if words else ""
         if end["signal"] == signal.SIGSYS:
-            return SealRefused("incident", f"the process made a forbidden call and was killed{tail}")
+            return SealRefused(
+                "incident", f"the process made a forbidden call and was killed{tail}"
+            )
         if error.kind == "late":
             return SealRefused("deadline", f"nothing came within {self.deadline_s:g} s{tail}")
         if error.kind == "closed":
@@ -361,7 +372,9 @@ class Process:
         """Compare the filters of the live process with the built ones, where the broker may look."""
         live = evidence.live_filters(self.pid, [filters.stage1(facts.arch), last], facts)
         if live is False:
-            raise SealRefused("stage2", "the filters of the live process are not the published ones")
+            raise SealRefused(
+                "stage2", "the filters of the live process are not the published ones"
+            )
         return live
 
     def words(self) -> str:
@@ -553,7 +566,9 @@ class Enclave:
             )
             received += len(frame.payload) + channel.HEAD.size
             if received > caps.reply_bytes:
-                raise ChannelError("over", f"one request brought more than {caps.reply_bytes} bytes")
+                raise ChannelError(
+                    "over", f"one request brought more than {caps.reply_bytes} bytes"
+                )
             yield frame
             if frame.kind != channel.PART:
                 return

@@ -19,7 +19,9 @@ from airgap.enclave import landlock, tables
 
 _PROC = Path("/proc")
 _CAP_SYS_ADMIN = 21
-_WORKER_UIDS = range(61184, 65520)  # systemd's range for dynamic users: no distribution assigns them
+_WORKER_UIDS = range(
+    61184, 65520
+)  # systemd's range for dynamic users: no distribution assigns them
 _NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "9p", "afs", "fuse.sshfs"}
 )
