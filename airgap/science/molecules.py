@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rdkit import Chem, rdBase
-from rdkit.Chem import QED, rdinchi, rdMolDescriptors
+from rdkit.Chem import QED, rdDepictor, rdinchi, rdMolDescriptors
 from rdkit.Chem.MolStandardize import rdMolStandardize
 
 from airgap.science.grammar import PromptError, check_field, check_smiles, scan_smiles
@@ -257,6 +259,38 @@ def residue_smiles() -> dict[str, str]:
     The authors do not publish whether their residue SMILES is the free acid or the form in a chain.
     """
     return {letter: canonical(Chem.MolFromSequence(letter)) for letter in "ACDEFGHIKLMNPQRSTVWY"}
+
+
+_SDF_FIELDS = (
+    *("rank", "votes", "logprob", "per_token", "removed_mass", "inchikey", "formula"),
+    *("mw", "logp", "tpsa", "qed", "fsp3", "built"),
+)
+
+
+def write_sdf(row: Mapping[str, Any]) -> str:
+    """Return SDF records of the molecules of a row: the molecule, the reactants or the linkers.
+
+    Coordinates are of the drawing: two-dimensional, no conformer was computed.
+    """
+    parts = row.get("reactants") or row.get("linkers") or ([row] if "smiles" in row else [])
+    out: list[str] = []
+    for number, part in enumerate(parts, 1):
+        molecule = read_molecule(str(part["smiles"]), "row")
+        rdDepictor.Compute2DCoords(molecule)
+        name = f"row {row['rank']}" + (f" part {number}" if len(parts) > 1 else "")
+        molecule.SetProp("_Name", name)
+        fields = {"smiles": str(part["smiles"])}
+        fields.update({key: str(row[key]) for key in _SDF_FIELDS if key in row})
+        fields.update({key: str(part[key]) for key in _SDF_FIELDS if key in part})
+        if "reaction" in row:
+            fields["reaction"] = str(row["reaction"])
+        body = "".join(f"> <{key}>\n{_one_line(value)}\n\n" for key, value in fields.items())
+        out.append(f"{Chem.MolToMolBlock(molecule)}{body}$$$$\n")
+    return "".join(out)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"[\r\n]+", " ", text)[:2_000] or "-"
 
 
 _METAL = re.compile(r"\[(\d*)([A-Z][a-z]?)([^\[\]]*)\]")

@@ -14,8 +14,11 @@ Requests and replies::
      "finish_reason": "eos", "logprob": -4.1, "tokens": 5, "removed_mass": 0.0}, ...]}
     -> {"task", "rows", "invalid", "track", "output_screen", "summary", "unchecked"}
     {"op": "draw", "task": ..., "inputs": {...}, "rows": [...], "track": {...} or null}
-    -> {"drawings": {"subject": "<svg ..>", "1": ["<svg ..>", ...], ...}, "next": 17 or null}
-    {"op": "sdf", "rows": [...]} -> {"sdf": "..."}
+    -> {"drawings": {"subject": ["<svg ..>"], "1": ["<svg ..>", ...], ...}, "next": 17 or null}
+    {"op": "sdf", "task": ..., "rows": [...]} -> {"sdf": "..."}
+
+Drawings are keyed by the rank of their row; `next` is the number of rows drawn when not all were,
+because a reply has a largest size: ask again with the rest.
 
 `inputs` are the same in every request of a run: the helper keeps nothing between requests. A refusal
 is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not one of
@@ -30,8 +33,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from rdkit import Chem
+
 from airgap.enclave.channel import ProgramError
-from airgap.science import assessment, molecules, screens, structures, tasks
+from airgap.science import assessment, drawing, molecules, screens, structures, tasks
 from airgap.science.grammar import PromptError, require_tokens
 
 SAMPLE_TEXT_LIMIT = 200_000
@@ -56,6 +61,7 @@ class Program:
         """Load everything that is ever needed, run each operation once, and say what is loaded."""
         molecules.warm_up()
         structures.warm_up()
+        drawing.warm_up()
         self._residues = molecules.residue_smiles()
         pack = screens.load_pack()
         self._screener = screens.Screener(pack)
@@ -73,6 +79,8 @@ class Program:
             reply = operation(self, request)
         except PromptError as error:
             raise ProgramError(error.code, error.message, error.hint) from error
+        except KeyError as error:
+            raise _malformed(f"the request lacks {error}") from error
         raw = _encode(reply)
         if len(raw) > REPLY_LIMIT:
             raise ProgramError(
@@ -141,10 +149,38 @@ class Program:
         subject, _ = self.subject(task, inputs, [])
         return assessment.assess(task, subject, _samples(request), self.screener)
 
+    def draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Draw the subject and as many rows as fit one reply."""
+        task, inputs = _task_and_inputs(request)
+        rows = _rows(request)
+        found: dict[str, list[str]] = {}
+        size = 0
+        product = None
+        if task.name == "retrosynthesis":
+            product = molecules.read_product(
+                inputs.get("smiles", ""), fix=inputs.get("fix", False), notes=[]
+            )
+            found["subject"] = [drawing.draw_molecule(product)]
+        if request.get("track"):
+            found["subject"] = [drawing.draw_track(_track(request))]
+        for number, row in enumerate(rows):
+            drawn = _draw_row(task, row, product)
+            size += sum(map(len, drawn)) + 64
+            if size > REPLY_LIMIT - 512_000 and number:
+                return {"drawings": found, "next": number}
+            found[str(int(row["rank"]))] = drawn
+        return {"drawings": found, "next": None}
+
+    def sdf(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the molecules of the rows as SDF with their data fields."""
+        return {"sdf": "".join(molecules.write_sdf(row) for row in _rows(request))}
+
 
 _OPERATIONS: dict[str, Callable[[Program, Mapping[str, Any]], dict[str, Any]]] = {
     "prepare": Program.prepare,
     "assess": Program.assess,
+    "draw": Program.draw,
+    "sdf": Program.sdf,
 }
 
 
@@ -185,6 +221,18 @@ def _subject_document(subject: tasks.Subject) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in document.items()
     }
+
+
+def _draw_row(task: tasks.Task, row: Mapping[str, Any], product: Chem.Mol | None) -> list[str]:
+    if task.name == "retrosynthesis" and product is not None:
+        return [drawing.draw_scheme(product, [_molecule(one) for one in row["reactants"]])]
+    if task.name == "material":
+        return [drawing.draw_molecule(_molecule(one)) for one in row["linkers"]]
+    return [] if task.name == "binding-site" else [drawing.draw_molecule(_molecule(row))]
+
+
+def _molecule(item: Mapping[str, Any]) -> Chem.Mol:
+    return molecules.read_molecule(str(item["smiles"]), "row")
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -228,6 +276,28 @@ def _task_and_inputs(request: Mapping[str, Any]) -> tuple[tasks.Task, dict[str, 
     if not isinstance(name, str):
         raise _malformed("`task` is not a text")
     return tasks.find_task(name), _object(request, "inputs", {})
+
+
+def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = request.get("rows")
+    if not isinstance(rows, list) or len(rows) > tasks.SAMPLES_LIMIT:
+        raise _malformed(f"`rows` is not a list of at most {tasks.SAMPLES_LIMIT}")
+    if not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
+        raise _malformed("a row is not an object with a rank")
+    return rows
+
+
+def _track(request: Mapping[str, Any]) -> dict[str, Any]:
+    track = _object(request, "track")
+    lists = [track.get(name) for name in ("sequence", "labels", "votes")]
+    good = isinstance(lists[0], str) and isinstance(lists[1], list) and isinstance(lists[2], list)
+    if not good or len({len(one) for one in lists if one is not None}) != 1:
+        raise _malformed("`track` has no sequence, labels and votes of one length")
+    if type(track.get("copies")) is not int or not all(
+        type(vote) is int for vote in lists[2] or ()
+    ):
+        raise _malformed("`track` has votes that are no numbers")
+    return track
 
 
 def _samples(request: Mapping[str, Any]) -> list[assessment.Sample]:
@@ -276,7 +346,9 @@ def _rehearse(program: Program) -> None:
     for name, (inputs, text) in completions.items():
         head = {"task": name, "inputs": inputs}
         program.prepare({**head, "context": context})
-        program.assess({**head, "samples": [{**sample, "text": text}]})
+        reply = program.assess({**head, "samples": [{**sample, "text": text}]})
+        program.draw({**head, "rows": reply["rows"], "track": reply["track"]})
+        program.sdf({**head, "rows": reply["rows"]})
 
 
 def _every_tag() -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from airgap.science.grammar import PromptError, parse_prompt
 from policy.errors import FaultError
 
 REPLY_LIMIT = 4 * 1024 * 1024
@@ -223,8 +224,16 @@ class Drawings(_Strict):
 
 
 def parse_prepared(reply: bytes) -> Prepared:
-    """Read a reply of `prepare`; FaultError `science.reply` if it is not one."""
-    return _parse(Prepared, reply)
+    """Read a reply of `prepare`; FaultError `science.reply` if it is not one.
+
+    The prompt is parsed again by the grammar, because it is about to be sent to a model.
+    """
+    prepared = _parse(Prepared, reply)
+    try:
+        parse_prompt(prepared.prompt, prepared.task, level=prepared.subject.level)
+    except (PromptError, KeyError) as error:
+        raise _wrong("the prompt is none of its task") from error
+    return prepared
 
 
 def parse_assessed(reply: bytes) -> Assessed:
