@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bundle.graphs import Graphs, parse_graphs, require_matches
 from bundle.manifest import FileEntry, Manifest
+from bundle.scan.bom import require_bom
 from bundle.scan.config import lint_config
 from bundle.scan.onnx import Onnx, parse_onnx
 from bundle.scan.roles import Role, payload_role
@@ -52,7 +53,7 @@ def scan_payload(source: Path | Reader, manifest: Manifest) -> ScanReport:
         manifest: Already verified; the scan covers its list and nothing else.
 
     Raises:
-        RefusedError: `scan.*`.
+        RefusedError: `scan.*`, `bom.mismatch`.
         FaultError: `host.io`.
 
     """
@@ -70,6 +71,9 @@ def scan_payload(source: Path | Reader, manifest: Manifest) -> ScanReport:
     for folder in sorted({entry.path.rpartition("/")[0] for entry in entries}):
         inside = [entry for entry in entries if entry.path.rpartition("/")[0] == folder]
         findings += _scan_folder(folder, inside, files, read, manifest)
+    for entry in manifest.files:
+        if entry.role == "sbom":
+            require_bom(read(entry.path), manifest)
     return ScanReport(files, tuple(findings))
 
 

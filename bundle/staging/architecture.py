@@ -1,0 +1,179 @@
+"""Which architecture a snapshot claims, and whether its tensors are exactly the ones that follow.
+
+Decides whether the weights belong to the configuration: every tensor that the configuration implies
+is there with its shape, and no other. Catches truncated shards, renamed files and a wrong config
+before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bundle.scan.safetensors import Tensor
+from policy.errors import RefusedError
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_IGNORED = (".rotary_emb.inv_freq",)  # written by old releases, computed by every loader
+_MAX = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The shape of a decoder-only transformer, in the field's own words."""
+
+    kind: str
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+
+
+def parse_architecture(
+    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> Architecture:
+    """Read `config.json`, and the end tokens of `generation_config.json` where it lists more.
+
+    Raises:
+        RefusedError: `source.architecture`.
+
+    """
+    kind = config.get("model_type")
+    classes = config.get("architectures")
+    if kind not in CLASSES or (classes is not None and classes != [CLASSES[str(kind)]]):
+        raise RefusedError(
+            "source.architecture",
+            f"model_type {kind!r:.60} with architectures {classes!r:.80} is not converted; known: "
+            + ", ".join(sorted(CLASSES)),
+            hint="take a release in one of these architectures, or carry this model by other means",
+        )
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
+    stops = [*_ids(config, "eos_token_id"), *_ids(generation or {}, "eos_token_id")]
+    if not stops:
+        raise RefusedError(
+            "source.architecture",
+            "no eos_token_id in config.json or generation_config.json: generation would not end",
+        )
+    if config.get("quantization_config") is not None:
+        raise RefusedError(
+            "source.architecture",
+            "the weights are quantised already; the parity proof needs the original ones",
+            hint="take the release in bf16, fp16 or fp32",
+        )
+    return Architecture(
+        kind=str(kind),
+        layers=_count(config, "num_hidden_layers"),
+        hidden=hidden,
+        feed_forward=_count(config, "intermediate_size"),
+        heads=heads,
+        kv_heads=_count(config, "num_key_value_heads", heads),
+        head_dim=_count(config, "head_dim", hidden // heads),
+        vocabulary=_count(config, "vocab_size"),
+        context=_count(config, "max_position_embeddings"),
+        tied=config.get("tie_word_embeddings", False) is True,
+        attention_bias=config.get("attention_bias", kind == "qwen2") is True,
+        mlp_bias=config.get("mlp_bias", False) is True,
+        bos_id=next(iter(_ids(config, "bos_token_id")), None),
+        eos_ids=tuple(dict.fromkeys(stops)),
+        pad_id=next(iter(_ids(config, "pad_token_id")), None),
+    )
+
+
+def expected_tensors(shape: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return every tensor that the architecture has, with its shape."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    found: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
+    }
+    if not shape.tied:
+        found["lm_head.weight"] = (shape.vocabulary, shape.hidden)
+    projections = {"q": queries, "k": keys, "v": keys}
+    for layer in range(shape.layers):
+        at = f"model.layers.{layer}."
+        found[f"{at}input_layernorm.weight"] = (shape.hidden,)
+        found[f"{at}post_attention_layernorm.weight"] = (shape.hidden,)
+        for name, size in projections.items():
+            found[f"{at}self_attn.{name}_proj.weight"] = (size, shape.hidden)
+            if shape.attention_bias:
+                found[f"{at}self_attn.{name}_proj.bias"] = (size,)
+        found[f"{at}self_attn.o_proj.weight"] = (shape.hidden, queries)
+        if shape.attention_bias and shape.kind != "qwen2":
+            found[f"{at}self_attn.o_proj.bias"] = (shape.hidden,)
+        if shape.kind == "qwen3":
+            found[f"{at}self_attn.q_norm.weight"] = (shape.head_dim,)
+            found[f"{at}self_attn.k_norm.weight"] = (shape.head_dim,)
+        for name, sizes in (
+            ("gate", (shape.feed_forward, shape.hidden)),
+            ("up", (shape.feed_forward, shape.hidden)),
+            ("down", (shape.hidden, shape.feed_forward)),
+        ):
+            found[f"{at}mlp.{name}_proj.weight"] = sizes
+            if shape.mlp_bias:
+                found[f"{at}mlp.{name}_proj.bias"] = (sizes[0],)
+    return found
+
+
+def require_tensors(shape: Architecture, tensors: Mapping[str, Tensor]) -> None:
+    """Compare the tensors of all weight files with those of the architecture.
+
+    Raises:
+        RefusedError: `source.shape`, naming the first tensor that differs and how many do.
+
+    """
+    expected = expected_tensors(shape)
+    found = {name: t.shape for name, t in tensors.items() if not name.endswith(_IGNORED)}
+    if shape.tied and "lm_head.weight" in found:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]  # a tied copy is allowed
+    problems = [
+        f"{name} has shape {list(found[name])}, config.json implies {list(size)}"
+        for name, size in expected.items()
+        if name in found and found[name] != size
+    ]
+    problems += [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name!r:.100} is not part of it" for name in found if name not in expected]
+    kinds = sorted({t.dtype for t in tensors.values()} - {"F32", "F16", "BF16"})
+    if kinds:
+        problems.append(f"weights of type {', '.join(kinds)} are not converted")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RefusedError(
+            "source.shape",
+            f"the weights are not those of config.json: {problems[0]}{more}",
+            hint="download the snapshot again; if it is complete, tell its publisher",
+        )
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or not 1 <= value < _MAX:
+        raise RefusedError(
+            "source.architecture", f"config.json: {key} is {value!r:.40}, not a count of 1 or more"
+        )
+    return value
+
+
+def _ids(config: Mapping[str, Any], key: str) -> list[int]:
+    value = config.get(key)
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and 0 <= item < _MAX for item in items):
+        raise RefusedError("source.architecture", f"{key} is {value!r:.60}, not a token id")
+    return items

@@ -1,0 +1,431 @@
+"""`airgap inspect`: what a snapshot is, what is proved about it, and whether it may be converted.
+
+Walks the snapshot closed, parses every file by its role, hashes every byte, and compares with pins and
+the hub's records. Refusals are collected, so that one run shows all of them; the first one decides the
+exit. The report is canonical JSON without times and local paths: the same bytes give the same report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bundle.canonical import canonical_json
+from bundle.scan.config import CODE as CONFIG_CODE
+from bundle.scan.config import CONFIG_LIMIT, unknown_keys
+from bundle.scan.onnx import parse_onnx
+from bundle.scan.payload import Finding, scan_file
+from bundle.scan.roles import Role, role_of
+from bundle.scan.safetensors import Tensor, parse_safetensors
+from bundle.scan.strict import open_view, parse_object
+from bundle.scan.tokenizer import Tokenizer, parse_tokenizer
+from bundle.staging.architecture import Architecture, parse_architecture, require_tensors
+from bundle.staging.licences import LicenceFound, card_licences, licence_text, parse_card
+from bundle.staging.lineage import Hint, lineage_hints, silent_card
+from bundle.staging.provenance import (
+    HubRecords,
+    check_hub,
+    level_document,
+    parse_pins,
+    require_pins,
+)
+from bundle.staging.source import Digests, Progress, SourceFile, commit_of, hash_file, read_head
+from bundle.staging.source import walk as walk_source
+from policy.errors import RefusedError
+from policy.terms import Digest
+
+FORMAT = "airgap-inspect/1"
+_TAG = re.compile(r"<[A-Za-z]+>")
+_CARRIED = frozenset([Role.CONFIG, Role.TOKENIZER, Role.CARD, Role.LICENCE])
+_INDEX_LIMIT = 64 * 1024 * 1024
+_NEEDED = ("config.json", "tokenizer.json")
+
+
+@dataclass(slots=True)
+class InspectReport:
+    """All that inspection found. `refusals` empty means that the snapshot may be converted."""
+
+    name: str
+    files: tuple[SourceFile, ...]
+    repository: str | None = None  # on the hub, when the snapshot lies in the hub's own cache
+    roles: dict[str, Role] = field(default_factory=dict)
+    digests: dict[str, Digests] = field(default_factory=dict)
+    refusals: list[RefusedError] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    hub: HubRecords | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=dict)
+    architecture: Architecture | None = None
+    tokenizer: Tokenizer | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    licences: list[LicenceFound] = field(default_factory=list)
+    lineage: tuple[Hint, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing was refused."""
+        return not self.refusals
+
+    @property
+    def reference_model(self) -> bool:
+        """Whether the card says that this is a reference model, for trying things out."""
+        return self.card.get("reference_model") is True
+
+    @property
+    def scientific_use(self) -> bool:
+        """Whether the card leaves scientific use open; only an explicit no closes it."""
+        return self.card.get("scientific_use") is not False
+
+    @property
+    def tags(self) -> dict[str, int]:
+        """The special tokens that a prompt is built of, such as `<ProteinS>`, by id."""
+        if self.tokenizer is None:
+            return {}
+        control = {self.tokenizer.unk, *_control_tokens(self)}
+        return {
+            text: number
+            for text, number in sorted(self.tokenizer.special.items(), key=lambda item: item[1])
+            if _TAG.fullmatch(text) and text not in control
+        }
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold."""
+        total = 0
+        for tensor in self.tensors.values():
+            count = 1
+            for size in tensor.shape:
+                count *= size
+            total += count
+        return total
+
+    def carried(self) -> tuple[SourceFile, ...]:
+        """The files that travel as they are."""
+        return tuple(file for file in self.files if self.roles.get(file.path) in _CARRIED)
+
+    def weights(self) -> tuple[SourceFile, ...]:
+        """The files that the conversion reads beside those that travel."""
+        wanted = {Role.WEIGHTS, Role.INDEX}
+        return tuple(file for file in self.files if self.roles.get(file.path) in wanted)
+
+    def require_ready(self) -> None:
+        """Raise the first refusal, if there is one; its message tells how many more there are."""
+        if self.refusals:
+            first = self.refusals[0]
+            more = len(self.refusals) - 1
+            suffix = f" (and {more} more: see the report)" if more else ""
+            raise RefusedError(first.code, first.message + suffix, hint=first.hint)
+
+    def as_document(self) -> dict[str, Any]:
+        """Return the report as JSON data; no floats, no times, no local paths."""
+        return _document(self)
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical form, which is sealed as META/report.json."""
+        return canonical_json(self.as_document())
+
+    @property
+    def digest(self) -> Digest:
+        """SHA-256 of the canonical form."""
+        return Digest.of(self.to_bytes())
+
+
+def inspect_source(
+    folder: Path,
+    *,
+    pins: Path | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> InspectReport:
+    """Inspect a snapshot on disk; what it refuses stands in the report.
+
+    Args:
+        folder: In hub layout: a download folder, or a snapshot inside the hub's cache.
+        pins: A file in the form of `sha256sum` that fixes every file of the snapshot.
+        name: Of the model in the report; else that of the repository or the folder.
+        progress: Told stages, and bytes while hashing.
+
+    Raises:
+        RefusedError: `source.*` and `pin.malformed`; there is nothing to report on.
+        FaultError: `host.io`.
+
+    """
+    wanted = None if pins is None else parse_pins(pins)
+    repository = _repository_of(folder)
+    report = InspectReport(
+        name or repository or folder.absolute().name, walk_source(folder), repository
+    )
+    tell = progress or _silent
+    for number, file in enumerate(report.files):
+        tell("scan", number, len(report.files))
+        _collect(report, lambda file=file: _scan(report, file))  # type: ignore[misc]
+    tell("scan", len(report.files), len(report.files))
+    _collect(report, lambda: _check_model(report))
+    _hash_all(report, tell)
+    _collect(report, lambda: _check_origin(report, wanted, commit_of(folder)))
+    pin_digest = None if pins is None else Digest.of(bytes(open_view(pins))).hex
+    pinned = wanted if not any(r.code == "pin.mismatch" for r in report.refusals) else None
+    report.provenance = level_document(pinned, pin_digest, report.hub)
+    _read_card(report)
+    report.lineage = lineage_hints(
+        report.card, report.config, report.architecture, report.tokenizer
+    )
+    _conclude(report)
+    return report
+
+
+def _collect(report: InspectReport, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except RefusedError as error:
+        report.refusals.append(error)
+
+
+def _scan(report: InspectReport, file: SourceFile) -> None:
+    """Give one file its role and parse it; raises what it refuses."""
+    role = report.roles[file.path] = role_of(file.path, read_head(file))
+    if role in {Role.SIDE, Role.HUB}:
+        return
+    data = open_view(file.place)
+    if role is Role.WEIGHTS:
+        parsed = parse_safetensors(data, file.path)
+        for tensor in parsed.tensors:
+            if tensor.name in report.tensors:
+                raise RefusedError(
+                    "source.shape", f"tensor {tensor.name!r:.100} stands in two weight files"
+                )
+            report.tensors[tensor.name] = tensor
+    elif role is Role.TOKENIZER:
+        report.tokenizer = parse_tokenizer(data, file.path)
+    elif role is Role.INDEX:
+        parse_object(data, code=CONFIG_CODE, what=file.path, limit=_INDEX_LIMIT)
+    elif role is Role.ONNX:
+        beside = {other.path: other.size for other in report.files}
+        parse_onnx(data, sizes=beside.get, what=file.path)
+    else:
+        report.findings += [Finding(file.path, text) for text in scan_file(data, role, file.path)]
+
+
+def _check_model(report: InspectReport) -> None:
+    """Check that the files make up one model of a known architecture."""
+    paths = {file.path: file for file in report.files}
+    for path in _NEEDED:
+        if path not in paths:
+            raise RefusedError(
+                "source.incomplete",
+                f"{path} is missing",
+                hint="point at the folder that holds config.json, and let the download finish",
+            )
+    if any(r.code == CONFIG_CODE for r in report.refusals):
+        return
+    report.config = _json(paths["config.json"])
+    generation = paths.get("generation_config.json")
+    report.findings += [
+        Finding("config.json", f"key {key!r:.60} is not one of this architecture")
+        for key in unknown_keys(report.config)
+    ]
+    report.architecture = parse_architecture(report.config, _json(generation) if generation else {})
+    _require_weights(report)
+    require_tensors(report.architecture, report.tensors)
+    _require_vocabulary(report.architecture, report.tokenizer)
+
+
+def _require_weights(report: InspectReport) -> None:
+    weights = [path for path, role in report.roles.items() if role is Role.WEIGHTS]
+    refused = {r.code for r in report.refusals}
+    if not weights and not refused & {"scan.pickle", "scan.safetensors"}:
+        raise RefusedError(
+            "source.incomplete",
+            "there is no *.safetensors file",
+            hint="let the download finish; only weights in safetensors are converted",
+        )
+    for path, role in report.roles.items():
+        if role is not Role.INDEX:
+            continue
+        file = next(item for item in report.files if item.path == path)
+        listed = _json(file, _INDEX_LIMIT).get("weight_map")
+        if not isinstance(listed, dict):
+            raise RefusedError("source.incomplete", f"{path} holds no weight_map")
+        shards = sorted({str(name) for name in listed.values()} - set(weights))
+        names = sorted(set(listed) ^ set(report.tensors))
+        if shards or (names and "scan.safetensors" not in refused):
+            odd = f"shard {shards[0]!r:.80}" if shards else f"tensor {names[0]!r:.80}"
+            raise RefusedError(
+                "source.incomplete",
+                f"{path} and the weight files differ: {odd}",
+                hint="let the download finish, or download the missing shard again",
+            )
+
+
+def _require_vocabulary(shape: Architecture, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        return
+    if tokenizer.size > shape.vocabulary:
+        raise RefusedError(
+            "source.shape",
+            f"tokenizer.json has ids up to {tokenizer.size - 1:,}, the weights "
+            f"{shape.vocabulary:,} rows",
+            hint="download the tokenizer that belongs to these weights",
+        )
+    ids = [shape.bos_id, shape.pad_id, *shape.eos_ids]
+    if any(number is not None and number >= shape.vocabulary for number in ids):
+        raise RefusedError("source.shape", "config.json names a token id outside the vocabulary")
+
+
+def _hash_all(report: InspectReport, tell: Progress) -> None:
+    total, done = sum(file.size for file in report.files), 0
+    tell("hash", 0, total)
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        tell("hash", done, total)
+
+    for file in report.files:
+        report.digests[file.path] = hash_file(file, tick)
+
+
+def _check_origin(
+    report: InspectReport, pins: Mapping[str, str] | None, commit: str | None
+) -> None:
+    report.hub = check_hub({file.path: file for file in report.files}, report.digests, commit)
+    if pins is not None:
+        require_pins(pins, report.digests)
+
+
+def _read_card(report: InspectReport) -> None:
+    """Read licences and the front matter of the card."""
+    for file in report.files:
+        role = report.roles.get(file.path)
+        if role not in {Role.CARD, Role.LICENCE}:
+            continue
+        text = bytes(open_view(file.place)).decode("utf-8", "replace")
+        sha256 = report.digests[file.path].sha256
+        if role is Role.LICENCE:
+            found = licence_text(file.path, text)
+            report.licences.append(
+                found or LicenceFound("LicenseRef-unknown", file.path, sha256, "declared")
+            )
+        elif file.path == "README.md":
+            _collect(report, lambda text=text: report.card.update(parse_card(text)))  # type: ignore[misc]
+            report.licences += card_licences(report.card, file.path, sha256)
+
+
+def _conclude(report: InspectReport) -> None:
+    """Add the findings that need everything else."""
+    names = sorted({found.spdx for found in report.licences})
+    if not names:
+        report.findings.append(Finding("README.md", "no licence is stated anywhere"))
+    if len(names) > 1:
+        report.findings.append(
+            Finding("licences", f"{len(names)} licences are stated: {', '.join(names)}")
+        )
+    silent = silent_card(report.card, report.lineage)
+    if silent:
+        report.findings.append(Finding("README.md", silent))
+
+
+def _document(report: InspectReport) -> dict[str, Any]:
+    shape = report.architecture
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "model": report.name,
+        "verdict": "ready" if report.ready else "refused",
+        "refusals": [
+            {"code": error.code, "message": error.message, "hint": error.hint}
+            for error in report.refusals
+        ],
+        "findings": [{"path": item.path, "text": item.text} for item in report.findings],
+        "provenance": report.provenance,
+        "files": [_file_document(report, file) for file in report.files],
+        "licences": [
+            {"spdx": item.spdx, "place": item.place, "sha256": item.sha256, "status": item.status}
+            for item in report.licences
+        ],
+        "lineage": [
+            {
+                "relation": hint.relation,
+                "party": hint.party,
+                "basis": hint.basis,
+                "status": hint.status,
+            }
+            for hint in report.lineage
+        ],
+        "use": {
+            "reference_model": report.reference_model,
+            "scientific_use": report.scientific_use,
+            "status": "declared",
+        },
+        "weights": {
+            "files": sum(role is Role.WEIGHTS for role in report.roles.values()),
+            "tensors": len(report.tensors),
+            "parameters": report.parameters,
+            "bytes": sum(tensor.end - tensor.start for tensor in report.tensors.values()),
+            "types": sorted({tensor.dtype for tensor in report.tensors.values()}),
+        },
+    }
+    if report.hub is not None:
+        document["revision"] = report.hub.commit
+    if shape is not None:
+        document["architecture"] = {
+            "kind": shape.kind,
+            "layers": shape.layers,
+            "hidden": shape.hidden,
+            "feed_forward": shape.feed_forward,
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocabulary": shape.vocabulary,
+            "context": shape.context,
+            "tied": shape.tied,
+        }
+    if report.tokenizer is not None:
+        document["tokenizer"] = {
+            "model": report.tokenizer.model,
+            "size": report.tokenizer.size,
+            "special": len(report.tokenizer.special),
+            "tags": report.tags,
+        }
+    return document
+
+
+def _file_document(report: InspectReport, file: SourceFile) -> dict[str, Any]:
+    role = report.roles.get(file.path)
+    digests = report.digests[file.path]
+    return {
+        "path": file.path,
+        "role": role.value if role else "refused",
+        "size": file.size,
+        "sha256": digests.sha256,
+        "git_blob": digests.git_blob,
+        "carried": role in _CARRIED,
+    }
+
+
+def _control_tokens(report: InspectReport) -> set[str]:
+    shape, tokenizer = report.architecture, report.tokenizer
+    if shape is None or tokenizer is None:
+        return set()
+    ids = {shape.bos_id, shape.pad_id, *shape.eos_ids}
+    return {text for text, number in tokenizer.special.items() if number in ids}
+
+
+def _repository_of(folder: Path) -> str | None:
+    """Return ORG/NAME when the snapshot lies in the hub's own cache."""
+    folder = folder.absolute()
+    holder = folder.parent.parent.name
+    if commit_of(folder) is None or not holder.startswith("models--"):
+        return None
+    return holder.removeprefix("models--").replace("--", "/", 1)
+
+
+def _json(file: SourceFile, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
+    return parse_object(open_view(file.place), code=CONFIG_CODE, what=file.path, limit=limit)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""

@@ -1,0 +1,667 @@
+"""`airgap build`: from a snapshot to a draft of the release, signed by the builder and by nobody else.
+
+inspect -> convert (sealed) -> parity (sealed) -> bill of materials -> admission -> archive. The same
+snapshot, facts and tools give the same body and manifest: no clock is read, `created` is an argument.
+Everything happens in one work folder beside the output, which goes away however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bundle.archive import Member, write_archive
+from bundle.canonical import canonical_json
+from bundle.envelope import Envelope, sign_statement
+from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
+from bundle.keys import Signer
+from bundle.manifest import (
+    REPORT,
+    Evidence,
+    Licence,
+    LicenceFound,
+    Lineage,
+    Manifest,
+    ModelEntry,
+    Origin,
+    Release,
+    Role,
+    Supplier,
+    first_problem,
+)
+from bundle.manifest import Parity as ParityClaim
+from bundle.scan.bom import PATH as BOM_PATH
+from bundle.scan.payload import scan_payload
+from bundle.scan.roles import Role as FileRole
+from bundle.scan.strict import open_view
+from bundle.scan.tokenizer import Tokenizer
+from bundle.staging.architecture import Architecture
+from bundle.staging.bom import bill_of_materials
+from bundle.staging.convert import EXTERNAL, GRAPH, Converted, convert, place_inputs
+from bundle.staging.inspect import InspectReport, inspect_source
+from bundle.staging.parity import TOLERANCE, Parity, prove_parity, statement
+from bundle.staging.sealed import RunSealed
+from bundle.staging.source import Progress
+from bundle.statement import PAYLOAD_TYPE, seal_statement
+from bundle.trust import BUILDER, Trust, chain_document
+from policy.errors import FaultError, RefusedError
+from policy.terms import URI_BASE, Digest
+
+Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
+"""Gives the canonical record of the admission decision, or raises `policy.*`."""
+
+STAGES = ("inspect", "convert", "parity", "describe", "seal")
+VECTORS_PATH = "META/vectors/parity.json"
+_ATTEST = "META/attest"
+_SPACE = 6  # times the bytes of the weights: fp32 graph, its copy while it is written, the archive
+_FLOOR = 64 * 1024 * 1024
+_MEDIA = {".json": "application/json", ".md": "text/markdown", ".txt": "text/plain"}
+# A sealed process holds the weights in fp32, the graph and a copy of it; and two libraries.
+_MEMORY_FACTOR, _MEMORY_FLOOR = 5, 6144
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the builder states; None leaves it to the snapshot.
+
+    `revision` defaults to the hub's commit, else to a digest over the digests of all files.
+    """
+
+    model_id: str
+    version: str
+    created: datetime
+    expires: datetime
+    epoch: int
+    source: str | None = None
+    revision: str | None = None
+    supplier: str | None = None
+    jurisdiction: str | None = None
+    modalities: tuple[str, ...] = ()
+    intended_use: str | None = None
+    bundle_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A finished draft."""
+
+    path: Path
+    manifest: Manifest
+    report: InspectReport
+    parity: Parity
+    builder: str
+    decision: Mapping[str, Any]
+    seal: Mapping[str, object]
+
+
+def build(
+    folder: Path,
+    out: Path,
+    facts: Facts,
+    *,
+    trust: Trust,
+    signer: Signer,
+    run_sealed: RunSealed | None,
+    admit: Admit,
+    pins: Path | None = None,
+    progress: Progress | None = None,
+) -> Built:
+    """Build the draft of a release.
+
+    Args:
+        folder: The snapshot.
+        out: The bundle; replaced if it exists, and untouched until the draft is complete.
+        facts: What the snapshot does not say.
+        trust: Of this site; names the person whose key `signer` is.
+        signer: The builder's key.
+        run_sealed: Runs a program without a network; refused when there is none.
+        admit: Asks the policy for the admission.
+        pins: A file in the form of `sha256sum`.
+        progress: Told stages and units.
+
+    Raises:
+        RefusedError: Codes of inspection, conversion, parity, policy and manifest.
+        FaultError: `host.*`.
+
+    """
+    if run_sealed is None:
+        raise RefusedError(
+            "build.seal",
+            "there is no sealed runner; a model is never converted outside the seal",
+            hint="run `airgap doctor` to see what this host lacks, or convert on another one",
+        )
+    tell = progress or _silent
+    builder = require_builder(trust, signer, facts.created)
+    _require_output(out)
+    report = inspect_source(folder, pins=pins, name=facts.model_id, progress=progress)
+    report.require_ready()
+    _require_space(report, out)
+    with work_folder(out) as work:
+        source = work / "source"
+        place_inputs(report, source)
+        memory = memory_of(report)
+        tell("convert", 0, 1)
+        converted = convert(
+            report, source, work / "graph", run_sealed=run_sealed, memory_mb=memory
+        )
+        tell("convert", 1, 1)
+        tell("parity", 0, 1)
+        parity = prove_parity(
+            source, work / "graph", work / "parity", run_sealed=run_sealed, memory_mb=memory
+        )
+        tell("parity", 1, 1)
+        tell("describe", 0, 1)
+        draft = describe(report, facts, converted, parity, admit=admit, pins=pins)
+        tell("describe", 1, 1)
+
+        def seal(manifest: Manifest) -> Envelope:
+            scan_payload(_reader(draft.members), manifest)
+            payload = seal_statement(
+                manifest, builder=builder, policy_pack_digests=draft.pack_digests
+            ).to_bytes()
+            return sign_statement(payload, PAYLOAD_TYPE, signer)
+
+        manifest = write_archive(
+            out,
+            draft.release,
+            draft.members,
+            trust_chain=chain_document(trust),
+            seal=seal,
+            progress=lambda done, total: tell("seal", done, total),
+        )
+    return Built(out, manifest, report, parity, builder, draft.decision, converted.seal)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """All that goes into the archive, before it is written."""
+
+    release: Release
+    members: tuple[Member, ...]
+    decision: Mapping[str, Any]
+    pack_digests: tuple[Digest, ...]
+
+
+def describe(
+    report: InspectReport,
+    facts: Facts,
+    converted: Converted,
+    parity: Parity,
+    *,
+    admit: Admit,
+    pins: Path | None,
+) -> Draft:
+    """Make every document of the release and ask the policy."""
+    model = model_entry(report, facts)
+    payload = _payload(report, facts, converted)
+    digests = {member.path: _digest(member) for member in payload}
+    graph_files = {
+        path: digest
+        for path, digest in digests.items()
+        if path.endswith((f"/{GRAPH}", f"/{EXTERNAL}"))
+    }
+    weights = {
+        file.path: report.digests[file.path].sha256
+        for file in report.weights()
+        if report.roles[file.path] is FileRole.WEIGHTS
+    }
+    payload_digest = Digest.of(
+        "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items())).encode()
+    )
+    record = admit([model], payload_digest)
+    decision = _decision(record)
+    tools = {**converted.versions, **parity.versions}
+    bom = bill_of_materials(
+        model,
+        facts.version,
+        report,
+        parity,
+        files=[(member.path, digests[member.path], _size(member)) for member in payload],
+        tools=tools,
+        created=facts.created,
+    )
+    evidence, evidence_members = _evidence(report, facts.model_id, pins)
+    documents: list[tuple[str, bytes, Role]] = [
+        (REPORT, report.to_bytes(), "report"),
+        (f"{_ATTEST}/parity.json", statement(parity, graph_files, weights), "attestation"),
+        (f"{_ATTEST}/scan.json", _scan_statement(report, weights), "attestation"),
+        (
+            f"{_ATTEST}/conversion.json",
+            _conversion_statement(graph_files, weights, tools, converted.seal),
+            "attestation",
+        ),
+        (BOM_PATH, bom, "sbom"),
+        ("META/policy/admission.json", record, "policy"),
+        (VECTORS_PATH, canonical_json(parity.vectors_document(facts.model_id)), "vectors"),
+    ]
+    members = [
+        *(Member(path, data, role, "application/json") for path, data, role in documents),
+        *evidence_members,
+        *payload,
+    ]
+    release = _release(facts, model, evidence, parity)
+    return Draft(release, tuple(members), decision, _pack_digests(decision))
+
+
+def _release(
+    facts: Facts, model: ModelEntry, evidence: tuple[Evidence, ...], parity: Parity
+) -> Release:
+    return Release(
+        bundle_id=facts.bundle_id or facts.model_id,
+        name=facts.model_id,
+        version=facts.version,
+        created=facts.created,
+        not_before=facts.created,
+        expires=facts.expires,
+        epoch=facts.epoch,
+        models=(model,),
+        evidence=evidence,
+        parity=(
+            ParityClaim(
+                model=facts.model_id,
+                precision="fp32",
+                provider=parity.provider,
+                tolerance=str(TOLERANCE),
+                vectors=VECTORS_PATH,
+            ),
+        ),
+    )
+
+
+def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
+    """Return the manifest's entry: stated facts first, then those of the card and the hub.
+
+    Raises:
+        RefusedError: `build.facts`; a fact is not of the form that the manifest demands.
+
+    """
+    try:
+        return _model_entry(report, facts)
+    except ValidationError as error:
+        raise RefusedError(
+            "build.facts",
+            f"a fact about the model: {first_problem(error)}",
+            hint="state it with an option of `airgap build`; names hold letters, digits and . _ + -",
+        ) from error
+
+
+def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
+    card = report.card
+    stated = [found for found in report.licences if found.place.endswith("#license")]
+    first = next(iter([*stated, *report.licences]), None)
+    supplier = card.get("supplier")
+    named = supplier if isinstance(supplier, dict) else {"legal_name": supplier}
+    return ModelEntry(
+        id=facts.model_id,
+        source=facts.source or _source(report, facts.model_id),
+        revision=facts.revision or _revision(report),
+        provenance_level=report.provenance["level"],
+        precisions=("fp32",),
+        licence=Licence(
+            spdx=first.spdx if first else "NOASSERTION",
+            text_digest=f"sha256:{first.sha256}" if first else None,
+            status="declared",
+        ),
+        licences_found=tuple(
+            LicenceFound.model_validate(
+                {"spdx": f.spdx, "place": f.place, "sha256": f.sha256, "status": f.status}
+            )
+            for f in report.licences
+        ),
+        supplier=Supplier(
+            legal_name=facts.supplier or _text(named.get("legal_name")) or "not stated",
+            jurisdiction=facts.jurisdiction or _text(named.get("jurisdiction")) or "unknown",
+            status="declared",
+        ),
+        base_models=tuple(
+            dict.fromkeys(h.party for h in report.lineage if h.relation == "derived_from")
+        ),
+        lineage=tuple(
+            Lineage.model_validate({"relation": h.relation, "party": h.party, "status": h.status})
+            for h in report.lineage
+        ),
+        modalities=facts.modalities or modalities_of(report),
+        intended_use=facts.intended_use or _text(card.get("intended_use")) or "not stated",
+        reference_model=report.reference_model,
+        scientific_use=report.scientific_use,
+    )
+
+
+def modalities_of(report: InspectReport) -> tuple[str, ...]:
+    """Return what the model reads and writes: as the card says, else as its tags tell."""
+    stated = report.card.get("modalities")
+    if isinstance(stated, list) and stated and all(isinstance(item, str) for item in stated):
+        return tuple(stated)
+    by_tag = {
+        "<ReverseReact>": "retrosynthesis",
+        "<MoleculeS>": "molecule",
+        "<ProteinS>": "protein",
+        "<AntibodyS>": "antibody",
+        "<MaterialS>": "material",
+    }
+    return tuple(name for tag, name in by_tag.items() if tag in report.tags) or ("text",)
+
+
+def require_builder(trust: Trust, signer: Signer, at: datetime) -> str:
+    """Return the person whose key signs, who must be enrolled as a builder.
+
+    Raises:
+        RefusedError: `seal.role`.
+
+    """
+    keyid = signer.public_key.keyid
+    who = trust.document.find_person(keyid)
+    person = trust.document.people.get(who or "")
+    if who is None or person is None or BUILDER not in person.roles or not person.is_enrolled(at):
+        found = "nobody's here" if who is None else f"{who}'s, who is not enrolled as a builder"
+        raise RefusedError(
+            "seal.role",
+            f"key {keyid} is {found}; a draft is signed by an enrolled builder",
+            hint="`airgap trust show` lists people and roles; `airgap trust add` enrols a key",
+        )
+    return who
+
+
+def memory_of(report: InspectReport) -> int:
+    """Return the memory in MiB that the sealed processes may take."""
+    return _MEMORY_FLOOR + _MEMORY_FACTOR * 4 * report.parameters // (1024 * 1024)
+
+
+@contextlib.contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """Make a folder beside `out` for everything unfinished, and remove it however it ends."""
+    work = out.parent / f".{out.name}.work"
+    if work.exists():
+        shutil.rmtree(work)  # of a build that was killed
+    work.mkdir(mode=0o700)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple[Member, ...]:
+    base = f"payload/{facts.model_id}"
+    derived = tuple(
+        sorted(
+            f"sha256:{report.digests[file.path].sha256}"
+            for file in report.weights()
+            if report.roles[file.path] is FileRole.WEIGHTS
+        )
+    )
+    members = []
+    for file in report.carried():
+        if "/" in file.path:
+            continue
+        role = report.roles[file.path]
+        known: Role = "config" if role is FileRole.CONFIG else "document"
+        digests = report.digests[file.path]
+        members.append(
+            Member(
+                f"{base}/{file.path}",
+                file.place,
+                "tokenizer" if role is FileRole.TOKENIZER else known,
+                _MEDIA.get(Path(file.path).suffix, "text/plain"),
+                origin=Origin(sha256=digests.sha256, git_blob=digests.git_blob),
+                sha256=digests.sha256,
+            )
+        )
+    members.append(
+        Member(f"{base}/{GRAPH}", converted.folder / GRAPH, "onnx", derived_from=derived)
+    )
+    if converted.external:
+        members.append(
+            Member(
+                f"{base}/{EXTERNAL}",
+                converted.folder / EXTERNAL,
+                "external-data",
+                derived_from=derived,
+            )
+        )
+    graphs = _graphs(report, facts, converted, {member.path: _digest(member) for member in members})
+    members.append(
+        Member(f"{base}/graphs.json", canonical_graphs(graphs), "graphs", "application/json")
+    )
+    return tuple(members)
+
+
+def _graphs(
+    report: InspectReport, facts: Facts, converted: Converted, digests: Mapping[str, str]
+) -> Graphs:
+    base = f"payload/{facts.model_id}"
+    shape, tokenizer = _shape_of(report)
+    name = f"{base}/{EXTERNAL}"
+    external = (FileRef(path=EXTERNAL, sha256=digests[name]),) if name in digests else ()
+    return Graphs(
+        model=facts.model_id,
+        architecture=shape.kind,
+        vocab_size=shape.vocabulary,
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_context=shape.context,
+        bos_id=shape.bos_id,
+        eos_ids=shape.eos_ids,
+        pad_id=shape.pad_id,
+        unk_id=None if tokenizer.unk is None else tokenizer.ids[tokenizer.unk],
+        reference_model=report.reference_model,
+        scientific_use=report.scientific_use,
+        tokenizer=FileRef(path="tokenizer.json", sha256=digests[f"{base}/tokenizer.json"]),
+        tags=report.tags,
+        graphs=(
+            Graph(
+                name="reference",
+                precision="fp32",
+                path=GRAPH,
+                sha256=digests[f"{base}/{GRAPH}"],
+                external=external,
+                inputs=converted.graph.inputs,
+                outputs=converted.graph.outputs,
+                kv_layout="BHSD",
+            ),
+        ),
+    )
+
+
+def _evidence(
+    report: InspectReport, model_id: str, pins: Path | None
+) -> tuple[tuple[Evidence, ...], list[Member]]:
+    """Return what proves the origin: digests of the source, the pin file, the hub's records."""
+    sums = "".join(
+        f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files
+    ).encode()
+    items = [("source-digests", "META/evidence/source.sha256", sums, "every file as inspected")]
+    if pins is not None:
+        items.append(
+            (
+                "pins",
+                "META/evidence/pins.sha256",
+                bytes(open_view(pins)),
+                report.provenance["sentence"],
+            )
+        )
+    if report.hub is not None:
+        text = next(
+            item["text"]
+            for item in report.provenance["evidence"]
+            if item["kind"] == "hub-revision"
+        )
+        items += [
+            ("hub-revision", f"META/evidence/hub/{name}", bytes(open_view(place)), text)
+            for name, place in _hub_records(report)
+        ]
+    return (
+        tuple(
+            Evidence(
+                kind=kind, path=path, sha256=Digest.of(data).hex, subject=model_id, summary=text
+            )
+            for kind, path, data, text in items
+        ),
+        [Member(path, data, "evidence", "text/plain") for _, path, data, _ in items],
+    )
+
+
+def _hub_records(report: InspectReport) -> list[tuple[str, Path]]:
+    return [
+        (file.path.rpartition("/download/")[2], file.place)
+        for file in report.files
+        if report.roles.get(file.path) is FileRole.HUB and file.path.endswith(".metadata")
+    ]
+
+
+def _scan_statement(report: InspectReport, weights: Mapping[str, str]) -> bytes:
+    return canonical_json(
+        {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [
+                {"name": path, "digest": {"sha256": digest}}
+                for path, digest in sorted(weights.items())
+            ],
+            "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
+            "predicate": {
+                "result": "PASSED" if not report.findings else "WARNED",
+                "configuration": [
+                    {"name": REPORT, "digest": {"sha256": report.digest.hex}},
+                    {
+                        "name": "outside scanners",
+                        "annotations": {"status": "skipped", "reason": "none is installed"},
+                    },
+                ],
+                "passedTests": [file.path for file in report.files],
+                "warnedTests": sorted({finding.path for finding in report.findings}),
+                "failedTests": [],
+            },
+        }
+    )
+
+
+def _conversion_statement(
+    graphs: Mapping[str, str],
+    weights: Mapping[str, str],
+    tools: Mapping[str, str],
+    seal: Mapping[str, object],
+) -> bytes:
+    return canonical_json(
+        {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [
+                {"name": path, "digest": {"sha256": digest}}
+                for path, digest in sorted(graphs.items())
+            ],
+            "predicateType": "https://slsa.dev/provenance/v1",
+            "predicate": {
+                "buildDefinition": {
+                    "buildType": f"{URI_BASE}convert/v1",
+                    "externalParameters": {"task": "text-generation-with-past", "dtype": "fp32"},
+                    "internalParameters": {"network": "none", "seal": stable_evidence(seal)},
+                    "resolvedDependencies": [
+                        {"name": path, "digest": {"sha256": digest}}
+                        for path, digest in sorted(weights.items())
+                    ],
+                },
+                "runDetails": {
+                    "builder": {"id": f"{URI_BASE}staging/v1", "version": dict(tools)},
+                },
+            },
+        }
+    )
+
+
+def stable_evidence(seal: Mapping[str, object]) -> dict[str, object]:
+    """Return the part of a seal's evidence that two runs on one host share: no ids, no times."""
+    kept = ("profile", "rung", "stage1", "layers", "filters")
+    return {key: seal[key] for key in kept if isinstance(seal.get(key), str | list | int)}
+
+
+def _decision(record: bytes) -> Mapping[str, Any]:
+    from bundle.canonical import parse_strict
+
+    value = parse_strict(record, code="build.facts", what="the admission decision", limit=1 << 22)
+    return value if isinstance(value, dict) else {}
+
+
+def _pack_digests(decision: Mapping[str, Any]) -> tuple[Digest, ...]:
+    found = decision.get("pack_digests", [])
+    items = found if isinstance(found, list) else []
+    return tuple(Digest.parse(str(item)) for item in items)
+
+
+def _shape_of(report: InspectReport) -> tuple[Architecture, Tokenizer]:
+    if report.architecture is None or report.tokenizer is None:
+        raise RefusedError("source.incomplete", "the snapshot holds no complete model")
+    return report.architecture, report.tokenizer
+
+
+def _source(report: InspectReport, model_id: str) -> str:
+    return f"local:{model_id}" if report.repository is None else f"hf:{report.repository}"
+
+
+def _revision(report: InspectReport) -> str:
+    """Return the commit of the hub, else a digest over the digests of all files."""
+    if report.hub is not None:
+        return report.hub.commit
+    sums = "".join(f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files)
+    return str(Digest.of(sums.encode()))
+
+
+def _reader(members: Sequence[Member]) -> Callable[[str], memoryview]:
+    by_path = {member.path: member.source for member in members}
+
+    def read(path: str) -> memoryview:
+        source = by_path[path]
+        return memoryview(source) if isinstance(source, bytes) else open_view(source)
+
+    return read
+
+
+def _require_output(out: Path) -> None:
+    parent = out.absolute().parent
+    if not out.name or out.is_dir() or not parent.is_dir():
+        raise RefusedError(
+            "build.output",
+            f"{str(out)!r:.160} cannot be a file: it is a folder, or its folder does not exist",
+            hint="name a file in an existing folder, for example -o model-1.0.agb",
+        )
+    if not os.access(parent, os.W_OK):
+        raise FaultError("host.io", f"{str(parent)!r:.160} cannot be written")
+
+
+def _require_space(report: InspectReport, out: Path) -> None:
+    weights = sum(tensor.end - tensor.start for tensor in report.tensors.values())
+    needed = _FLOOR + _SPACE * weights
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise FaultError(
+            "host.space",
+            f"building needs about {needed // 1024**2:,} MiB beside {out.name!r:.80}, "
+            f"free are {free // 1024**2:,}",
+            hint="free space, or name an output on a larger disk",
+        )
+
+
+def _digest(member: Member) -> str:
+    source = member.source
+    if member.sha256 is not None:
+        return member.sha256
+    return Digest.of(source if isinstance(source, bytes) else bytes(open_view(source))).hex
+
+
+def _size(member: Member) -> int:
+    source = member.source
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _text(value: object) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""

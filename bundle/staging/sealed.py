@@ -1,0 +1,91 @@
+"""What the staging side asks of the sealed runner, which it is given and never brings itself.
+
+`bundle.staging` may not import the enclave; the command that enters staging passes its runner in.
+Without one nothing is converted: there is no unsealed default (enclave, section 1).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bundle.scan.strict import open_view
+from policy.errors import RefusedError
+
+STDERR_LIMIT = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SealedJob:
+    """One run: a Python file and its arguments, in a process without a network.
+
+    `argv[0]` is the program; `read_only` lists what it may read besides the interpreter; `out` is an
+    empty folder and the only place where it may write. Memory in MiB, time in seconds.
+    """
+
+    argv: tuple[str, ...]
+    read_only: tuple[Path, ...]
+    out: Path
+    memory_mb: int
+    timeout_s: float
+    stderr_limit: int = STDERR_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class SealedResult:
+    """How the run ended; `evidence` is what the seal says about itself."""
+
+    exit_status: int
+    stderr: bytes
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+RunSealed = Callable[[SealedJob], SealedResult]
+
+
+def require_success(result: SealedResult, what: str, code: str) -> None:
+    """Refuse with `code` unless the run ended well; quotes the last line that it wrote."""
+    if result.exit_status == 0:
+        return
+    lines = result.stderr.decode("utf-8", "replace").strip().splitlines()
+    last = lines[-1] if lines else "it wrote nothing"
+    if result.exit_status < 0:
+        last = f"ended by signal {-result.exit_status}; {last}"
+    raise RefusedError(
+        code,
+        f"{what} failed: {last!r:.240}",
+        hint="see that memory and disk suffice (about 3 times the weights in fp32); `airgap doctor` "
+        "shows what the seal needs",
+    )
+
+
+def take(out: Path, name: str, limit: int, code: str) -> memoryview:
+    """Return a file that a sealed run left, opened without following links and within `limit` bytes.
+
+    Raises:
+        RefusedError: `code`; missing, not a regular file, or too large.
+
+    """
+    path = out / name
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > limit:
+        raise RefusedError(code, f"the sealed run left no {name!r} of at most {limit:,} bytes")
+    return open_view(path)
+
+
+def require_only(out: Path, names: set[str], code: str) -> None:
+    """Refuse anything in `out` that is not an expected regular file."""
+    for entry in sorted(os.scandir(out), key=lambda item: item.name):
+        if entry.name not in names or not entry.is_file(follow_symlinks=False):
+            raise RefusedError(code, f"the sealed run left {entry.name!r:.80}, which is not expected")
+
+
+def place_file(source: Path, target: Path) -> None:
+    """Give `target` the bytes of `source`: by a hard link where the disk can, else by a copy."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(source, target, follow_symlinks=False)
