@@ -108,6 +108,36 @@ class Decision:
             return ""
         return "HAZ" if first.hazard else first.rule
 
+    def refusal(self, *, reference: str = "") -> RefusedError:
+        """Word the refusal for the person who asked; of a hazard it tells only the reference.
+
+        The code is `policy.denied` or `policy.held`; for a hazard always `policy.held`, because the
+        result of a screen is an oracle.
+        """
+        if self.permitted:
+            raise TypeError("this decision permits")
+        blocking = [each for each in self.reasons if each.blocks and not each.hazard]
+        if not blocking:
+            number = f" Reference {reference}." if reference else ""
+            return RefusedError(
+                "policy.held",
+                f"Held for review.{number}",
+                hint="give the reference to the hazard officer",
+            )
+        denied = any(each.effect is Outcome.DENY for each in blocking)
+        asks = "; ".join(
+            question
+            for each in self.missing
+            if each.blocks and not each.hazard
+            for question in each.questions
+        )
+        return RefusedError(
+            "policy.denied" if denied else "policy.held",
+            f"{self.scope} {'denied' if denied else 'held'} as of {self.as_of}: "
+            + "; ".join(f"{each.rule}: {each.plain} [{each.citation}]" for each in blocking),
+            hint=f"settle what is missing: {asks}"[:600] if asks else "airgap policy explain",
+        )
+
     def as_document(self) -> dict[str, Any]:
         """The record `airgap/decision/1` as plain values."""
         return record.document(self)
@@ -153,25 +183,6 @@ def require(decision: Decision, *, reference: str = "") -> Decision:
             `policy.held`, with the reference only.
 
     """
-    if decision.permitted:
-        return decision
-    blocking = [each for each in decision.reasons if each.blocks]
-    open_reasons = [each for each in blocking if not each.hazard]
-    if not open_reasons:
-        number = f" Reference {reference}." if reference else ""
-        raise RefusedError(
-            "policy.held",
-            f"Held for review.{number}",
-            hint="give the reference to the hazard officer",
-        )
-    denied = any(each.effect is Outcome.DENY for each in open_reasons)
-    asks = "; ".join(
-        question for each in decision.missing if not each.hazard for question in each.questions
-    )
-    hint = f"settle what is missing: {asks}"[:600] if asks else "airgap policy explain"
-    words = "; ".join(f"{each.rule}: {each.plain} [{each.citation}]" for each in open_reasons)
-    raise RefusedError(
-        "policy.denied" if denied else "policy.held",
-        f"{decision.scope} {'denied' if denied else 'held'} as of {decision.as_of}: {words}",
-        hint=hint,
-    )
+    if not decision.permitted:
+        raise decision.refusal(reference=reference)
+    return decision

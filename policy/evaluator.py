@@ -35,6 +35,7 @@ class Request:
         facts: Supplied facts by registered name; an absent one is unknown.
         starts: First steps of lineage paths by start name; an absent one is unknown.
         screens: What the hazard screens report of themselves, for the record.
+        day_source: Where the legal day came from, for the record.
 
     """
 
@@ -47,6 +48,7 @@ class Request:
     facts: Mapping[str, Fact] = field(default_factory=dict)
     starts: Mapping[str, Start] = field(default_factory=dict)
     screens: tuple[Mapping[str, str | int | None], ...] = ()
+    day_source: str = "caller"
 
 
 @dataclass(frozen=True, slots=True)

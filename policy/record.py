@@ -1,4 +1,4 @@
-"""What a decision says of itself: reasons, missing facts, next change, record (policy, section 6)."""
+"""What a decision says of itself: reasons, missing facts, next change, record (policy, 6)."""
 
 from __future__ import annotations
 
@@ -262,6 +262,7 @@ def document(decision: Decision) -> dict[str, Any]:
         "outcome": str(decision.outcome),
         "summary": summary(decision),
         "as_of": decision.as_of.isoformat(),
+        "as_of_source": request.day_source,
         "known_at": instant(decision.known_at),
         "packs": [
             {

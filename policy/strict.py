@@ -82,11 +82,13 @@ class Source:
         """Make the RefusedError `code` that names the place of `path`."""
         return RefusedError(code, f"{self.where(path)}: {problem}", hint=hint)
 
-    def build(self, model: type[Model]) -> Model:
-        """Validate the document against `model`; RefusedError `pack.schema` on the first fault."""
-        return self.build_part(model, (), self.value)
+    def build(self, model: type[Model], *, code: str = "pack.schema") -> Model:
+        """Validate the document against `model`; RefusedError `code` names the first fault."""
+        return self.build_part(model, (), self.value, code=code)
 
-    def build_part(self, model: type[Model], at: Path, value: object) -> Model:
+    def build_part(
+        self, model: type[Model], at: Path, value: object, *, code: str = "pack.schema"
+    ) -> Model:
         """Validate `value`, the node at `at`."""
         try:
             return model.model_validate(value)
@@ -97,7 +99,7 @@ class Source:
             found = "" if first["type"] == "missing" else f", found {first['input']!r:.60}"
             more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
             raise self.refusal(
-                "pack.schema", path, f"{field or 'document'}: {first['msg']}{found}{more}"
+                code, path, f"{field or 'document'}: {first['msg']}{found}{more}"
             ) from error
 
 

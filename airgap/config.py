@@ -1,0 +1,454 @@
+"""`site.toml`: what an institution says about itself, its systems, projects and people (policy, 2).
+
+The file is the site's own statement, kept by its administrator. Tables bear the groups of policy's
+facts; a key that is not given is an unknown fact, never a yes. Limits and settings of the enclave
+have safe defaults. Every refusal names the line.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
+
+from policy.errors import RefusedError
+from policy.strict import Frozen, Source, Words
+from policy.terms import FACTS
+
+FILE_NAME = "site.toml"
+MAX_BYTES = 1 << 20
+MAX_PEOPLE = 10_000
+MAX_SAMPLES = 10_000
+
+ProjectId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Account = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+LogOrigin = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]{0,127}$")]
+PersonId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
+
+
+def _of_fact(fact: str) -> AfterValidator:
+    """Validate a value against the registered type of a fact."""
+
+    def check(value: Any) -> Any:
+        fault = FACTS[fact].fault(value)
+        if fault:
+            raise ValueError(fault)
+        return value
+
+    return AfterValidator(check)
+
+
+def _names(value: object) -> object:
+    """Turn a list of names into a set; a repeated name is a mistake worth naming."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        return value
+    if len(set(value)) != len(value):
+        raise ValueError("a name stands twice")
+    return frozenset(value)
+
+
+NameSet = Annotated[frozenset[str], BeforeValidator(_names)]
+
+
+def _zone(name: str) -> str:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise ValueError("no such time zone on this machine; `UTC` always exists") from error
+    return name
+
+
+class Institution(Frozen):
+    """The institution."""
+
+    name: Words
+    kind: Literal["university", "national_lab", "company", "nonprofit", "government"] | None = None
+    state: Annotated[str, _of_fact("institution.state")] | None = None
+    public: bool | None = None
+    legal_zone: Annotated[str, AfterValidator(_zone)] = "UTC"
+
+
+class Crypto(Frozen):
+    """What is recorded of the cryptographic module; recording it says nothing of its merit."""
+
+    module: Words
+    certificate: Words | None = None
+    status: Words
+    checked_on: date
+
+
+class System(Frozen):
+    """This machine and its boundary."""
+
+    id: ProjectId = "this-host"
+    owner: Annotated[str, _of_fact("system.owner")] | None = None
+    ic_nss: bool | None = None
+    state_business: bool | None = None
+    cui_authorised: bool | None = None
+    in_ssp: bool | None = None
+    crypto: Crypto | None = None
+
+
+class Transaction(Frozen):
+    """How a model is acquired."""
+
+    buyer: Annotated[str, _of_fact("transaction.buyer")] | None = None
+    kind: Annotated[str, _of_fact("transaction.kind")] | None = None
+    interconnection_only: bool | None = None
+    under_existing_contract: bool | None = None
+    counterparty: Words | None = None
+
+
+class Deliverable(Frozen):
+    """What the project delivers."""
+
+    to_dod: bool | None = None
+    embeds_model_or_output: bool | None = None
+
+
+class Performance(Frozen):
+    """What the work performs."""
+
+    dod_contract: bool | None = None
+
+
+class Data(Frozen):
+    """What the input data of the project are marked and classified as."""
+
+    markings: Annotated[NameSet, _of_fact("data.markings")] | None = None
+    export_class: Annotated[str, _of_fact("data.export_class")] | None = None
+
+
+class Project(Frozen):
+    """One project, as its award describes it."""
+
+    id: ProjectId
+    title: Words | None = None
+    sponsors: Annotated[NameSet, _of_fact("project.sponsors")] | None = None
+    instrument: Annotated[str, _of_fact("project.instrument")] | None = None
+    federal_funds: bool | None = None
+    award_date: date | None = None
+    active: bool | None = None
+    closed: bool | None = None
+    principal_investigators: Annotated[frozenset[PersonId], BeforeValidator(_names)] = frozenset()
+    actions: NameSet | None = None
+    subjects: Annotated[NameSet, _of_fact("task.subjects")] | None = None
+    transaction: Transaction | None = None
+    deliverable: Deliverable = Deliverable()
+    performance: Performance = Performance()
+    data: Data = Data()
+
+
+class Person(Frozen):
+    """One named person and the local account by which this machine knows the person."""
+
+    id: PersonId
+    name: Words | None = None
+    account: (
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")] | None
+    ) = None
+    uid: int | None = Field(default=None, ge=0, le=2**32 - 2)
+    roles: NameSet = frozenset()
+    projects: Annotated[frozenset[ProjectId], BeforeValidator(_names)] = frozenset()
+    training_until: date | None = None
+    us_person: bool | None = None
+    export_licence: bool | None = None
+    record: Words | None = None
+    affiliations: tuple[Words, ...] | None = Field(default=None, strict=False)
+
+
+class PolicySettings(Frozen):
+    """How the rules apply here; `as_of` fixes the legal day, for a replay or a demonstration."""
+
+    as_of: date | None = None
+
+
+class EnclaveSettings(Frozen):
+    """The weakest seal that is accepted; None: A for root and B for users."""
+
+    min_rung: Literal["A", "B", "C", "U"] | None = None
+
+
+class AuditSettings(Frozen):
+    """Name of this log in checkpoints; None is made from the host."""
+
+    origin: (
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]{0,127}$")] | None
+    ) = None
+
+
+class Limits(Frozen):
+    """Caps of one request."""
+
+    samples: int = Field(default=10_000, ge=1, le=MAX_SAMPLES)
+    prompt_bytes: int = Field(default=65_536, ge=256, le=1 << 20)
+    new_tokens: int = Field(default=1_024, ge=1, le=32_768)
+    frame_bytes: int = Field(default=4 << 20, ge=65_536, le=64 << 20)
+    seconds: int = Field(default=600, ge=1, le=86_400)
+
+
+class Site(Frozen):
+    """The whole file."""
+
+    institution: Institution
+    system: System = System()
+    transaction: Transaction = Transaction()
+    project: tuple[Project, ...] = Field(default=(), max_length=MAX_PEOPLE, strict=False)
+    person: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE, strict=False)
+    policy: PolicySettings = PolicySettings()
+    enclave: EnclaveSettings = EnclaveSettings()
+    audit: AuditSettings = AuditSettings()
+    limits: Limits = Limits()
+
+    def find_project(self, project: str) -> Project | None:
+        """The project of this id, or None."""
+        return next((each for each in self.project if each.id == project), None)
+
+    def require_project(self, project: str) -> Project:
+        """The project of this id; RefusedError `site.project`."""
+        found = self.find_project(project)
+        if found is None:
+            known = ", ".join(each.id for each in self.project) or "none"
+            raise RefusedError(
+                "site.project",
+                f"site.toml holds no project {project!r:.80}; it holds {known:.300}",
+                hint="use one of them, or ask the administrator to add it",
+            )
+        return found
+
+    def find_person(self, person: str) -> Person | None:
+        """The person of this id, or None."""
+        return next((each for each in self.person if each.id == person), None)
+
+    def require_account(self, uid: int, account: str) -> Person:
+        """The one person behind a local account; RefusedError `site.person`."""
+        found = [
+            each
+            for each in self.person
+            if each.uid == uid or (each.uid is None and each.account == account)
+        ]
+        if len(found) != 1:
+            raise RefusedError(
+                "site.person",
+                f"the account {account!r:.80} (uid {uid}) is that of {len(found)} people in"
+                " site.toml, expected one",
+                hint="the administrator adds a [[person]] with this uid",
+            )
+        return found[0]
+
+    def legal_day(self, now: datetime, as_of: date | None = None) -> LegalDay:
+        """The day whose law applies, and where it came from.
+
+        `now` is the clock, with a zone. A day `as_of` that the caller asked for goes before the
+        file's own, and that before the clock.
+        """
+        fixed = as_of or self.policy.as_of
+        if fixed is not None:
+            source = "--as-of" if as_of is not None else "site.toml [policy] as_of"
+            return LegalDay(fixed, datetime.combine(fixed, time(23, 59, 59), UTC), source)
+        zone = self.institution.legal_zone
+        return LegalDay(now.astimezone(ZoneInfo(zone)).date(), now, f"clock of this host in {zone}")
+
+
+@dataclass(frozen=True, slots=True)
+class LegalDay:
+    """`as_of` and `known_at` of a decision, and where the date came from."""
+
+    as_of: date
+    known_at: datetime
+    source: str
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def load_site(root: Path) -> Site:
+    """Read `<root>/site.toml`.
+
+    Raises:
+        RefusedError: `site.missing`, `site.toml` or `site.schema`, with the line.
+
+    """
+    path = root / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RefusedError(
+            "site.missing",
+            f"no {FILE_NAME} in {root}",
+            hint="airgap site init writes a commented one to fill in",
+        ) from error
+    except (IsADirectoryError, PermissionError, NotADirectoryError) as error:
+        raise RefusedError("site.missing", f"{path} cannot be read: {error.strerror}") from error
+    return parse_site(content, str(path))
+
+
+def parse_site(content: bytes, name: str = FILE_NAME) -> Site:
+    """Parse the bytes of a site.toml; RefusedError `site.toml` or `site.schema`."""
+    if len(content) > MAX_BYTES:
+        raise RefusedError("site.toml", f"{name}: more than {MAX_BYTES} bytes")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise RefusedError(
+            "site.toml",
+            f"{name}: line {line}: byte 0x{content[error.start]:02x} is not UTF-8",
+            hint="save the file as UTF-8",
+        ) from error
+    try:
+        value = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        problem = str(error) or type(error).__name__
+        raise RefusedError("site.toml", f"{name}: {problem:.200}") from error
+    source = Source(name, value, _places(text))
+    site = source.build(Site, code="site.schema")
+    _check(source, site)
+    return site
+
+
+def _check(source: Source, site: Site) -> None:
+    """Check what ties the tables together."""
+    groups: tuple[tuple[str, list[str | int | None]], ...] = (
+        ("project", [each.id for each in site.project]),
+        ("person", [each.id for each in site.person]),
+        ("person", [each.uid for each in site.person]),
+        ("person", [each.account for each in site.person if each.uid is None]),
+    )
+    for group, ids in groups:
+        seen: set[str | int] = set()
+        for at, each in enumerate(ids):
+            if each is not None and each in seen:
+                raise source.refusal("site.schema", (group, at), f"{each!r} stands twice")
+            if each is not None:
+                seen.add(each)
+    projects = {each.id for each in site.project}
+    people = {each.id for each in site.person}
+    for at, project in enumerate(site.project):
+        _check_members(
+            source,
+            ("project", at, "principal_investigators"),
+            project.principal_investigators,
+            people,
+        )
+        for action in sorted(project.actions or ()):
+            fault = FACTS["task.action"].fault(action)
+            if fault:
+                raise source.refusal("site.schema", ("project", at, "actions"), fault)
+    for at, person in enumerate(site.person):
+        _check_members(source, ("person", at, "projects"), person.projects, projects)
+
+
+def _check_members(
+    source: Source, path: tuple[str | int, ...], named: frozenset[str], known: set[str]
+) -> None:
+    strange = sorted(named - known)
+    if strange:
+        raise source.refusal("site.schema", path, f"{strange[0]!r:.80} is not in this file")
+
+
+_TABLE = re.compile(r"\s*(\[\[?)\s*([A-Za-z0-9_.-]+)\s*\]\]?\s*(?:#.*)?")
+_KEY = re.compile(r"\s*([A-Za-z0-9_-]+)\s*=")
+
+
+def _places(text: str) -> Mapping[tuple[str | int, ...], tuple[int, int]]:
+    """Find the line of tables and keys: enough to point at a fault, since tomllib keeps none."""
+    places: dict[tuple[str | int, ...], tuple[int, int]] = {}
+    counts: dict[str, int] = {}
+    table: tuple[str | int, ...] = ()
+    for number, line in enumerate(text.split("\n"), 1):
+        if found := _TABLE.fullmatch(line.rstrip("\r")):
+            head, *rest = found[2].split(".")
+            if found[1] == "[[":
+                counts[head] = counts.get(head, -1) + 1
+            table = (head, counts[head], *rest) if head in counts else (head, *rest)
+            places.setdefault(table, (number, 1))
+        elif found := _KEY.match(line):
+            places.setdefault((*table, found[1]), (number, found.start(1) + 1))
+    return places
+
+
+# -- the template ---------------------------------------------------------------------------------
+
+
+def default_site_toml() -> str:
+    """Return a commented site.toml in which every answer is open, so that nothing is permitted."""
+    return _TEMPLATE
+
+
+_TEMPLATE = """\
+# What this site says about itself. Rules of the policy read these facts; a key that is not given is
+# an UNKNOWN fact, and an unknown never counts as yes. Take the # away where you know the answer.
+# `airgap policy explain` shows what is missing for a decision, and whom to ask.
+
+[institution]
+name = "Fill in the legal name"
+# kind = "university"          # university, national_lab, company, nonprofit, government
+# state = "MA"                 # two letters; "none" outside the United States
+# public = false               # state-owned?
+legal_zone = "UTC"             # time zone whose calendar date decides which law is in force
+
+[system]
+# owner = "institution"        # institution, DoD, DOE, NASA, IC, other_federal, state, contractor, ...
+# ic_nss = false               # national-security system of the intelligence community?
+# state_business = false       # state device, or used for state business?
+# cui_authorised = false       # authorised for CUI?
+# in_ssp = false               # described in the system security plan?
+
+# [system.crypto]              # recording the status says nothing about its merit
+# module = "OpenSSL 3.0 FIPS provider"
+# certificate = "#4282"
+# status = "historical"
+# checked_on = 2026-11-23
+
+[transaction]                  # how models come to this site
+# buyer = "institution"        # institution, DoD, other_federal, state, contractor, individual
+# kind = "free_download"       # free_download, purchase, support_contract, own_work, donation
+# counterparty = "Legal name"  # only where there is a contract
+
+# [[project]]
+# id = "chem-1"
+# title = "What it is about"
+# sponsors = ["NIH"]           # DoD, DOE, NASA, NIH, NSF, ..., state, foundation, industry, internal
+# instrument = "grant"         # contract, subcontract, grant, cooperative_agreement, ota, none
+# federal_funds = true
+# active = true
+# closed = false
+# principal_investigators = ["pi"]
+# actions = ["infer"]          # infer, evaluate, finetune, export_output, export_weights, ...
+# subjects = []                # itar, military, warfare, nuclear, ... ; [] says: none of them
+# [project.data]
+# markings = []                # CUI, ITAR, EAR, NIH-CA, PHI, proprietary; [] says: unmarked
+# export_class = "fundamental_research"   # ITAR, ECCN, EAR99, fundamental_research, unreviewed
+# [project.deliverable]
+# to_dod = false
+# embeds_model_or_output = false
+# [project.performance]
+# dod_contract = false
+
+# [[person]]
+# id = "pi"
+# name = "Full Name"
+# uid = 1000                   # the local account; `account = "name"` where uids differ by host
+# roles = ["principal_investigator"]
+# projects = ["chem-1"]
+# training_until = 2027-06-30  # first day on which the training is out of date
+# us_person = true             # from the export office's own record, never guessed
+# record = "export office, file 12"
+
+[enclave]
+# min_rung = "B"               # weakest seal accepted; default A for root, B for users
+
+[limits]
+samples = 10000                # of one request
+prompt_bytes = 65536
+new_tokens = 1024
+"""

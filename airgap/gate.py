@@ -1,0 +1,690 @@
+"""Facts for the policy: from site.toml, from the manifest and the registry, from the screens.
+
+Everything that `decide` needs is gathered here and nothing is guessed: what nobody stated is an
+unknown fact. Files are read by `load_rules` alone; day and clock are passed in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import policy.strict
+from airgap.config import Person, Project, Site, Transaction
+from bundle.manifest import ModelEntry
+from policy import snapshots
+from policy.approvals import Approvals
+from policy.engine import NO_APPROVALS, Decision, decide
+from policy.errors import RefusedError
+from policy.evaluator import Request
+from policy.facts import UNREAD
+from policy.lineage import (
+    SCHEMA as LINEAGE_SCHEMA,
+)
+from policy.lineage import (
+    ModelRecord,
+    Origin,
+    Registry,
+    Start,
+    parse_lineage,
+    unite,
+)
+from policy.pack import Packs, PolicyPack, combine, parse_pack
+from policy.snapshots import ListSnapshot, Snapshots, parse_lists
+from policy.terms import (
+    FACTS,
+    MAKER_RELATIONS,
+    MODALITIES,
+    PRECISIONS,
+    SCREEN_CLASSES,
+    Digest,
+    Fact,
+    Known,
+    Scope,
+    Unknown,
+    Value,
+)
+
+PROBING_LIMIT = 3  # hazard holds of one person in 30 days that count as repeated probing
+TIERS = ("H0", "H1", "H2", "H3", "H4")
+MAX_SITE_FILES = 64
+
+
+# -- rules ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Everything that decides, apart from facts: rule packs, list editions, lineage."""
+
+    packs: Packs
+    lists: Snapshots
+    registry: Registry
+
+
+def load_rules(root: Path | None) -> Rules:
+    """Load what the program ships and what `<root>/policy/*.yaml` adds or tightens.
+
+    Raises:
+        RefusedError: `pack.*`, with file, line and column.
+
+    """
+    shipped = _shipped()
+    own = _Files()
+    folder = None if root is None else root / "policy"
+    if folder is not None and folder.is_dir():
+        own = _parse_files(sorted(folder.glob("*.yaml"))[: MAX_SITE_FILES + 1])
+    return Rules(
+        packs=combine(shipped.packs, own.packs),
+        lists=Snapshots((*shipped.lists, *own.lists)),
+        registry=unite((*shipped.registries, *own.registries)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    packs: tuple[PolicyPack, ...] = ()
+    lists: tuple[ListSnapshot, ...] = ()
+    registries: tuple[Registry, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> _Files:
+    home = Path(policy.strict.__file__).parent
+    paths = [
+        path for each in ("packs", "lists", "registry") for path in (home / each).glob("*.yaml")
+    ]
+    return _parse_files(sorted(paths))
+
+
+def _parse_files(paths: Sequence[Path]) -> _Files:
+    if len(paths) > MAX_SITE_FILES:
+        raise RefusedError("pack.limit", f"more than {MAX_SITE_FILES} files in {paths[0].parent}")
+    found_packs: list[PolicyPack] = []
+    found_lists: list[ListSnapshot] = []
+    found_registries: list[Registry] = []
+    for path in paths:
+        with path.open("rb") as file:
+            content = file.read(policy.strict.MAX_BYTES + 1)
+        name = str(path)
+        value = policy.strict.read_yaml(content, name).value
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema == snapshots.SCHEMA:
+            found_lists += parse_lists(content, name)
+        elif schema == LINEAGE_SCHEMA:
+            found_registries.append(parse_lineage(content, name))
+        else:
+            found_packs.append(parse_pack(content, name))
+    return _Files(tuple(found_packs), tuple(found_lists), tuple(found_registries))
+
+
+# -- facts of a bundle ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFacts:
+    """Facts and first lineage steps of a bundle."""
+
+    facts: Mapping[str, Fact]
+    starts: Mapping[str, Start]
+
+
+def bundle_facts(models: Sequence[ModelEntry], registry: Registry) -> BundleFacts:
+    """Gather what manifest and registry say of the models together."""
+    return _bundle_facts([_of_entry(entry, registry) for entry in models])
+
+
+def registry_facts(model: str, registry: Registry) -> BundleFacts:
+    """Gather what the registry alone says of a model; RefusedError `policy.model`."""
+    record = registry.model_of(model)
+    if record is None:
+        known = ", ".join(sorted(registry.models))
+        raise RefusedError(
+            "policy.model",
+            f"the lineage registry holds no model {model!r:.80}; it holds {known:.300}",
+            hint="a site adds a model in a registry file of its own, under policy/ of its root",
+        )
+    return _bundle_facts([_of_record(record)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is known of one model."""
+
+    source: str
+    licences: frozenset[str]
+    origins: tuple[Origin, ...]
+    unknown_makers: Mapping[str, str]
+    base_origins: tuple[Origin, ...]
+    unknown_bases: Mapping[str, str]
+    modalities: frozenset[str] | None
+    tuned_on_nih_ca: bool | None
+    precisions: frozenset[str] = frozenset()
+    level: int | None = None
+    complete: bool | None = None
+    texts: bool | None = None
+
+
+_NO_RECORD = "the lineage registry holds no record of this model"
+
+
+def _of_record(record: ModelRecord) -> _Part:
+    source = f"registry: {record.id}"
+    origins = [
+        Origin(relation, party, sure=True, source=source)
+        for relation, parties in (
+            ("developed_by", record.developed_by),
+            ("codeveloped_by", record.codeveloped_by),
+            ("fine_tuned_by", record.fine_tuned_by),
+            ("distributed_by", record.distributed_by),
+        )
+        for party in parties
+    ]
+    bases: list[Origin] = []
+    unknown_bases: dict[str, str] = {}
+    if record.derived_from is None:
+        unknown_bases = dict.fromkeys(MAKER_RELATIONS, "the base model is not recorded")
+    for base in record.derived_from or ():
+        if base.developer is None:
+            unknown_bases["developed_by"] = f"nobody recorded who made {base.family}"
+        else:
+            sure = base.confidence in {"high", "medium"}
+            words = f"{source}, base {base.family}"
+            bases.append(Origin("developed_by", base.developer, sure=sure, source=words))
+    licences = {each.id for each in record.licences_declared or ()} or {UNREAD}
+    return _Part(
+        source=source,
+        licences=frozenset(licences),
+        origins=tuple(origins),
+        unknown_makers={},
+        base_origins=tuple(bases),
+        unknown_bases=unknown_bases,
+        modalities=None if record.modalities is None else frozenset(record.modalities),
+        tuned_on_nih_ca=record.tuned_on_nih_ca,
+    )
+
+
+def _of_entry(entry: ModelEntry, registry: Registry) -> _Part:
+    """Join a manifest entry with its record: the record answers, the manifest may only add."""
+    record = registry.model_of(entry.source)
+    known = _of_record(record) if record is not None else None
+    origins = list(known.origins) if known else []
+    bases = list(known.base_origins) if known else []
+    unknown_makers = dict(
+        known.unknown_makers if known else dict.fromkeys(MAKER_RELATIONS, _NO_RECORD)
+    )
+    unknown_bases = dict(
+        known.unknown_bases if known else dict.fromkeys(MAKER_RELATIONS, _NO_RECORD)
+    )
+    for edge in entry.lineage:
+        source = f"manifest of {entry.id} ({edge.status})"
+        if edge.relation in MAKER_RELATIONS:
+            origins.append(Origin(edge.relation, edge.party, sure=True, source=source))
+            if edge.status == "verified":
+                unknown_makers.pop(edge.relation, None)
+    for name in (*entry.base_models, *_derived_from(entry)):
+        party = registry.publisher_of(name if ":" in name else f"hf:{name}")
+        if party is None:
+            unknown_bases["developed_by"] = f"nobody recorded who made the base model {name:.80}"
+        else:
+            source = f"manifest of {entry.id}, base {name:.80}"
+            bases.append(Origin("developed_by", party, sure=True, source=source))
+    suppliers = (entry.supplier.legal_name, registry.publisher_of(entry.source))
+    for supplier in suppliers:
+        if supplier and supplier.casefold() not in _NOBODY:
+            source = f"manifest of {entry.id}, supplier ({entry.supplier.status})"
+            origins.append(Origin("distributed_by", supplier, sure=True, source=source))
+    licences = set(known.licences) if known else {UNREAD}
+    for spdx in (entry.licence.spdx, *(each.spdx for each in entry.licences_found)):
+        licences |= licence_ids(spdx)
+    return _Part(
+        source=known.source if known else f"manifest of {entry.id}",
+        licences=frozenset(licences),
+        origins=tuple(dict.fromkeys(origins)),
+        unknown_makers=unknown_makers,
+        base_origins=tuple(dict.fromkeys(bases)),
+        unknown_bases=unknown_bases,
+        modalities=frozenset(entry.modalities),
+        tuned_on_nih_ca=known.tuned_on_nih_ca if known else None,
+        precisions=frozenset(entry.precisions),
+        level=int(entry.provenance_level.removeprefix("L")),
+        complete=entry.supplier.legal_name.casefold() not in _NOBODY
+        and UNREAD not in licence_ids(entry.licence.spdx),
+        texts=entry.licence.text_digest is not None
+        and all(each.sha256 is not None for each in entry.licences_found),
+    )
+
+
+_NOBODY = frozenset({"", "unknown", "none", "noassertion", "not stated"})
+
+
+def _derived_from(entry: ModelEntry) -> tuple[str, ...]:
+    return tuple(each.party for each in entry.lineage if each.relation == "derived_from")
+
+
+def _bundle_facts(parts: Sequence[_Part]) -> BundleFacts:
+    if not parts:
+        return BundleFacts(MappingProxyType({}), MappingProxyType({}))
+    source = "; ".join(dict.fromkeys(part.source for part in parts))
+    facts: dict[str, Fact] = {
+        "bundle.licences": Known(frozenset().union(*(part.licences for part in parts)), source),
+        "bundle.modalities": _union([part.modalities for part in parts], MODALITIES, source),
+        "bundle.precisions": _union([part.precisions for part in parts], PRECISIONS, source),
+        "bundle.tuned_on_nih_ca": _any_true([part.tuned_on_nih_ca for part in parts], source),
+        "bundle.provenance_level": _least([part.level for part in parts], source),
+        "bundle.manifest_complete": _all_true([part.complete for part in parts], source),
+        "bundle.licence_texts_recorded": _all_true([part.texts for part in parts], source),
+    }
+    makers = Start()
+    bases = Start()
+    for part in parts:
+        makers = makers.united(Start(part.origins, part.unknown_makers))
+        bases = bases.united(Start(part.base_origins, part.unknown_bases))
+    return BundleFacts(facts, {"bundle": makers, "base_bundles": bases})
+
+
+def _union(sets: Sequence[frozenset[str] | None], members: frozenset[str], source: str) -> Fact:
+    found: set[str] = set()
+    for each in sets:
+        if each is None:
+            return Unknown("not recorded", source)
+        found |= each
+    strange = sorted(found - members)
+    if strange:
+        return Unknown(f"{strange[0]!r:.60} is not in the vocabulary", source)
+    return Known(frozenset(found), source)
+
+
+def _any_true(values: Sequence[bool | None], source: str) -> Fact:
+    if True in values:
+        return Known(value=True, source=source)
+    return Unknown("not recorded", source) if None in values else Known(value=False, source=source)
+
+
+def _all_true(values: Sequence[bool | None], source: str) -> Fact:
+    if False in values:
+        return Known(value=False, source=source)
+    return Unknown("not recorded", source) if None in values else Known(value=True, source=source)
+
+
+def _least(values: Sequence[int | None], source: str) -> Fact:
+    known = [each for each in values if each is not None]
+    if len(known) < len(values):
+        return Unknown("not recorded", source)
+    return Known(min(known), source)
+
+
+_LICENCE_ALIASES = {
+    "llama-3.2": "llama-3.2-community",
+    "llama-3.2-aup": "llama-3.2-community",  # the use policy is part of the licence's terms
+    "llama3.2": "llama-3.2-community",
+}
+_NO_LICENCE = frozenset({"", "noassertion", "none", "unknown", "other", "license", "proprietary"})
+_OPERATORS = re.compile(r"\s+(?:and|or|with)\s+|[()]")
+
+
+def licence_ids(expression: str) -> frozenset[str]:
+    """Read an SPDX expression as the union of its licences: the product never picks one.
+
+    A licence that names nothing gives `unread`.
+    """
+    found: set[str] = set()
+    for part in _OPERATORS.split(expression.casefold().strip()):
+        name = part.strip().removeprefix("licenseref-")
+        if not name and expression.strip():
+            continue
+        name = _LICENCE_ALIASES.get(name, name)
+        good = name not in _NO_LICENCE and FACTS["bundle.licences"].fault_of_member(name) is None
+        found.add(name if good else UNREAD)
+    return frozenset(found or {UNREAD})
+
+
+# -- facts of the site ----------------------------------------------------------------------------
+
+
+def _stated(facts: dict[str, Fact], name: str, value: Value | None, source: str) -> None:
+    if value is not None:
+        facts[name] = Known(value, source, asserted_by="site")
+
+
+def site_facts(site: Site) -> dict[str, Fact]:
+    """Facts of institution and system."""
+    facts: dict[str, Fact] = {}
+    where = "site.toml [institution]"
+    _stated(facts, "institution.state", site.institution.state, where)
+    _stated(facts, "institution.public", site.institution.public, where)
+    where = "site.toml [system]"
+    for name in ("owner", "ic_nss", "state_business", "cui_authorised", "in_ssp"):
+        _stated(facts, f"system.{name}", getattr(site.system, name), where)
+    if site.system.crypto is not None:
+        facts["system.crypto_recorded"] = Known(value=True, source="site.toml [system.crypto]")
+    return facts
+
+
+def project_facts(site: Site, project: Project) -> dict[str, Fact]:
+    """Facts of one project."""
+    facts: dict[str, Fact] = {}
+    where = f"site.toml [[project]] {project.id}"
+    for name in ("sponsors", "instrument", "federal_funds", "award_date", "active", "closed"):
+        _stated(facts, f"project.{name}", getattr(project, name), where)
+    for name in ("to_dod", "embeds_model_or_output"):
+        _stated(facts, f"deliverable.{name}", getattr(project.deliverable, name), where)
+    _stated(facts, "performance.dod_contract", project.performance.dod_contract, where)
+    _stated(facts, "data.markings", project.data.markings, where)
+    _stated(facts, "data.export_class", project.data.export_class, where)
+    deal = project.transaction or site.transaction
+    where = where if project.transaction else "site.toml [transaction]"
+    for name in ("buyer", "kind", "interconnection_only", "under_existing_contract"):
+        _stated(facts, f"transaction.{name}", getattr(deal, name), where)
+    return facts
+
+
+def _shared_facts(site: Site) -> dict[str, Fact]:
+    """Facts on which all projects of the site agree, for an admission that names no project."""
+    per_project = [
+        project_facts(site, project) for project in site.project if project.active is not False
+    ]
+    shared: dict[str, Fact] = {}
+    for name in dict.fromkeys(name for facts in per_project for name in facts):
+        found = [facts.get(name) for facts in per_project]
+        values = {each.value if isinstance(each, Known) else None for each in found}
+        first = found[0]
+        if len(values) == 1 and isinstance(first, Known):
+            shared[name] = Known(first.value, "site.toml, all projects alike", asserted_by="site")
+        else:
+            shared[name] = Unknown("the projects of the site differ; name one", "site.toml")
+    return shared
+
+
+def _counterparty(deal: Transaction) -> Start:
+    if deal.counterparty is not None:
+        return Start.parties([deal.counterparty], "site.toml, counterparty")
+    if deal.kind in {"free_download", "own_work"}:
+        return Start()
+    return Start.nothing_known("no counterparty is named in site.toml")
+
+
+def _personnel(people: Iterable[Person]) -> Start:
+    origins: list[Origin] = []
+    unknown: dict[str, str] = {}
+    found = list(people)
+    for person in found:
+        source = f"site.toml [[person]] {person.id}"
+        if person.affiliations is None:
+            unknown["affiliated_with"] = f"the affiliations of {person.id} are not recorded"
+        origins += [
+            Origin("affiliated_with", each, sure=True, source=source)
+            for each in person.affiliations or ()
+        ]
+    if not found:
+        unknown["affiliated_with"] = "site.toml names nobody on the project"
+    return Start(tuple(origins), unknown)
+
+
+# -- admission ------------------------------------------------------------------------------------
+
+
+def decide_admission(
+    site: Site,
+    rules: Rules,
+    models: Sequence[ModelEntry] | BundleFacts,
+    *,
+    bundle_digest: Digest | None,
+    project: str | None,
+    as_of: date,
+    known_at: datetime,
+    verified: bool | None = None,
+    submitter: str | None = None,
+    approvals: Approvals = NO_APPROVALS,
+    day_source: str = "caller",
+    assumed: Mapping[str, Fact] = MappingProxyType({}),
+) -> Decision:
+    """Decide whether a bundle may enter.
+
+    `models` are those of its manifest, or facts gathered before. Without a `project` the bundle is
+    for all of them, and a fact on which they differ is unknown. `verified` says whether seal and
+    hashes hold; None when nobody looked. `submitter` brings it in, and so cannot approve it.
+    `assumed` are facts of a what-if, with a source that says so.
+
+    Raises:
+        RefusedError: `site.project`.
+
+    """
+    about = models if isinstance(models, BundleFacts) else bundle_facts(models, rules.registry)
+    chosen = site.require_project(project) if project is not None else None
+    facts = {**about.facts, **site_facts(site)}
+    facts |= project_facts(site, chosen) if chosen else _shared_facts(site)
+    if verified is not None:
+        facts["bundle.verified"] = Known(verified, "verification of the bundle")
+    facts |= assumed
+    people = [each for each in site.person if chosen is None or chosen.id in each.projects]
+    deal = (chosen.transaction if chosen else None) or site.transaction
+    request = Request(
+        scope=Scope.ADMISSION,
+        bundle=bundle_digest,
+        project=project,
+        submitter=submitter,
+        leads=chosen.principal_investigators if chosen else frozenset(),
+        facts=facts,
+        starts={
+            **about.starts,
+            "counterparty": _counterparty(deal),
+            "personnel": _personnel(people),
+        },
+        day_source=day_source,
+    )
+    return _decide(request, rules, approvals, as_of, known_at)
+
+
+def _decide(
+    request: Request, rules: Rules, approvals: Approvals, as_of: date, known_at: datetime
+) -> Decision:
+    return decide(
+        request,
+        rules.packs,
+        rules.lists,
+        rules.registry,
+        approvals,
+        as_of=as_of,
+        known_at=known_at,
+    )
+
+
+# -- use ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFacts:
+    """What is to be done. `None` is unknown; markings and class of the project apply in any case.
+
+    Args:
+        name: The task as the user calls it, for example `retrosynthesis`.
+        modality: Kind of material that it makes (`science.md` 2); None is unknown and is screened.
+        markings: Of this input, beside those of the project's data.
+        recipient: Name of the party to whom an output goes.
+
+    """
+
+    name: str
+    modality: str | None
+    action: str = "infer"
+    subjects: frozenset[str] | None = None
+    markings: frozenset[str] = frozenset()
+    export_class: str | None = None
+    max_sequence_nt: int | None = None
+    recipient: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenFacts:
+    """What a hazard screen found; made from the helper's reply by `of`."""
+
+    status: str
+    tier: int
+    classes: frozenset[str]
+    pack: str
+    mode: str
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> ScreenFacts:
+        """Read a ScreenResult; whatever cannot be read makes the screen incomplete, which holds."""
+        tier = document.get("tier")
+        named = document.get("classes")
+        status = document.get("status")
+        classes = [_screen_class(each) for each in named] if isinstance(named, list) else [None]
+        good = status == "complete" and tier in TIERS and None not in classes
+        return cls(
+            status="complete" if good else "incomplete",
+            tier=TIERS.index(tier) if tier in TIERS else 0,
+            classes=frozenset(each for each in classes if each is not None),
+            pack=str(document.get("pack", ""))[:200],
+            mode=str(document.get("mode", ""))[:200],
+        )
+
+
+_PARAGRAPH = re.compile(r"([123])[ab][0-9]{2}(\.listed)?")
+
+
+def _screen_class(name: object) -> str | None:
+    """Map a class of the screen pack (`1a03`, `1a03.listed`) to the vocabulary, or None."""
+    if not isinstance(name, str):
+        return None
+    if name in SCREEN_CLASSES:
+        return name
+    found = _PARAGRAPH.fullmatch(name)
+    if found is None:
+        return None
+    if found[1] == "1":
+        return "cwc1_exact" if found[2] else "cwc1_family"
+    return f"cwc{found[1]}"
+
+
+def decide_use(
+    site: Site,
+    rules: Rules,
+    models: Sequence[ModelEntry] | BundleFacts,
+    *,
+    bundle_digest: Digest | None,
+    person: str,
+    project: str,
+    task: TaskFacts,
+    screen: ScreenFacts | Mapping[str, Any] | None,
+    as_of: date,
+    known_at: datetime,
+    admitted: bool | None = None,
+    hazard_holds: int | None = None,
+    approvals: Approvals = NO_APPROVALS,
+    day_source: str = "caller",
+    assumed: Mapping[str, Fact] = MappingProxyType({}),
+) -> Decision:
+    """Decide whether a person may run a task; asked before the run and again before the release.
+
+    `screen` is the result for input or output; without one the answer is no where one is needed.
+    `admitted` says whether the bundle is installed with a permitting admission; None is unknown.
+    `hazard_holds` counts the hazard holds of this person in the last 30 days; None, nobody counted,
+    is an unknown as well, and denies where a screen is needed.
+
+    Raises:
+        RefusedError: `site.project`; `policy.request` for a word outside the vocabulary.
+
+    """
+    about = models if isinstance(models, BundleFacts) else bundle_facts(models, rules.registry)
+    chosen = site.require_project(project)
+    found = site.find_person(person)
+    facts = {**about.facts, **site_facts(site), **project_facts(site, chosen)}
+    facts |= _person_facts(person, found, chosen, as_of)
+    facts |= _task_facts(task, chosen)
+    if admitted is not None:
+        facts["bundle.admitted"] = Known(admitted, "installed store")
+    screens: tuple[Mapping[str, str | int | None], ...] = ()
+    if screen is not None:
+        result = screen if isinstance(screen, ScreenFacts) else ScreenFacts.of(screen)
+        facts |= _screen_facts(result, task)
+        screens = ({"pack": result.pack, "mode": result.mode, "tier": result.tier},)
+    if hazard_holds is not None:
+        probing = hazard_holds >= PROBING_LIMIT
+        facts["screen.repeated_probing"] = Known(
+            probing, "hazard holds of 30 days in the audit log"
+        )
+    facts |= assumed
+    recipient = Start.nothing_known("no recipient is named")
+    if task.recipient is not None:
+        recipient = Start.parties([task.recipient], "task")
+    request = Request(
+        scope=Scope.USE,
+        bundle=bundle_digest,
+        project=project,
+        task=task.name,
+        submitter=person,
+        leads=chosen.principal_investigators,
+        facts=facts,
+        starts={**about.starts, "recipient": recipient},
+        screens=screens,
+        day_source=day_source,
+    )
+    return _decide(request, rules, approvals, as_of, known_at)
+
+
+def _person_facts(
+    name: str, person: Person | None, project: Project, as_of: date
+) -> dict[str, Fact]:
+    if person is None:
+        source = f"site.toml names nobody {name!r:.60}"
+        return {"person.on_project": Known(value=False, source=source)}
+    facts: dict[str, Fact] = {}
+    where = f"site.toml [[person]] {person.id}"
+    _stated(facts, "person.on_project", project.id in person.projects, where)
+    if person.training_until is not None:
+        _stated(facts, "person.training_current", as_of < person.training_until, where)
+    where = person.record or where  # the site's own record is the source, never a guess
+    _stated(facts, "person.us_person", person.us_person, where)
+    _stated(facts, "person.export_licence", person.export_licence, where)
+    return facts
+
+
+def _task_facts(task: TaskFacts, project: Project) -> dict[str, Fact]:
+    facts: dict[str, Fact] = {"task.action": Known(task.action, "task")}
+    where = f"site.toml [[project]] {project.id}"
+    _stated(facts, "task.modality", task.modality, "task")
+    if project.actions is not None:
+        _stated(facts, "task.action_allowed", task.action in project.actions, where)
+    subjects = (project.subjects, task.subjects)
+    if any(each is not None for each in subjects):
+        union = frozenset().union(*(each for each in subjects if each is not None))
+        _stated(facts, "task.subjects", union, where)
+    if project.data.markings is not None:
+        _stated(facts, "data.markings", project.data.markings | task.markings, where)
+    elif task.markings:
+        facts["data.markings"] = Unknown("the markings of the project are not recorded", where)
+    classes = [each for each in (project.data.export_class, task.export_class) if each is not None]
+    _stated(facts, "data.export_class", min(classes, key=_strictness, default=None), where)
+    _stated(facts, "output.max_sequence_nt", task.max_sequence_nt, "output")
+    return facts
+
+
+# A task may be stricter than its project's data, never looser.
+_STRICT_FIRST = ("ITAR", "ECCN", "unreviewed", "EAR99", "fundamental_research")
+
+
+def _strictness(export_class: str) -> int:
+    known = export_class in _STRICT_FIRST
+    return _STRICT_FIRST.index(export_class) if known else 0  # the engine refuses a strange word
+
+
+def _screen_facts(screen: ScreenFacts, task: TaskFacts) -> dict[str, Fact]:
+    source = f"hazard screen, pack {screen.pack}"
+    facts: dict[str, Fact] = {
+        "screen.status": Known(screen.status, source),
+        "screen.tier": Known(screen.tier, source),
+        "screen.classes": Known(screen.classes, source),
+    }
+    if task.modality == "retrosynthesis" and screen.status == "complete":
+        # Input and output of a retrosynthesis are the target and its precursors alike.
+        facts["screen.target_tier"] = Known(screen.tier, source)
+    return facts
