@@ -259,7 +259,7 @@ def strict_hash(text: str) -> bytes:
 
 
 def _parse_signature(line: str) -> tuple[str, bytes]:
-    dash, name, blob = (line.split(" ") + ["", ""])[:3]
+    dash, name, blob = [*line.split(" "), "", ""][:3]
     if dash != _EM_DASH or line.count(" ") != 2 or not _NAME.fullmatch(name):  # noqa: PLR2004
         raise ValueError("a signature line is malformed")
     raw = _strict_base64(blob)

@@ -1,8 +1,8 @@
-"""The writer of the log: one thread, one durability point, acknowledge last (`audit.md`, section 4).
+"""The writer of the log: one thread, one durability point, acknowledge last.
 
-`AuditLog.append` returns a receipt once the record is on disk, read back, and covered by a signed
-head. Any fault on the way halts the log for the life of the process: it never retries a flush and
-never acknowledges again.
+It obeys `audit.md`, section 4. `AuditLog.append` returns a receipt once the record is on disk,
+read back, and covered by a signed head. Any fault on the way halts the log for the life of the
+process: it never retries a flush and never acknowledges again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -135,7 +135,7 @@ class _Batch:
 class AuditLog:
     """The log of one host, held by one process. Use `open`, or `open_log` for the usual places."""
 
-    def __init__(  # noqa: D107 - see `open`
+    def __init__(
         self,
         layout: Layout,
         key: LogKey,
@@ -207,7 +207,8 @@ class AuditLog:
             patience_s: How long `append` waits before it reports `audit.timeout`.
 
         Raises:
-            RefusedError: `audit.locked`, `audit.history`, `audit.note`, `audit.key`, `audit.absent`.
+            RefusedError: `audit.locked`, `audit.history`, `audit.note`, `audit.key` or
+                `audit.absent`.
             FaultError: `audit.key` when the key cannot be read.
             OSError: The disk failed or is full.
 
@@ -250,7 +251,7 @@ class AuditLog:
 
         """
         waiting = threading.Lock()
-        waiting.acquire()  # noqa: SIM115 - released by the writer
+        waiting.acquire()  # the writer releases it
         pending = self._submit(event, peer, waiting)
         if not waiting.acquire(timeout=self._patience_s):
             raise FaultError(

@@ -186,7 +186,9 @@ RULES: Final[dict[str, _Rule]] = {
         "settings": str, "evidence": str, "screen": str, "tier": str, "samples": int,
         "result": str,
     }, person=True),
-    "denial": _Rule(_EVENT_ONLY, {"count": int, "stage": str, "task": str, "tier": str}, person=True),
+    "denial": _Rule(_EVENT_ONLY, {
+        "count": int, "stage": str, "task": str, "tier": str,
+    }, person=True),
     "egress.probe": _Rule(_TWO, {"probe": str, "result": str}),
     "policy.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
     "model.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
@@ -409,42 +411,49 @@ def _breach(fields: Mapping[str, Any]) -> str:
         return f"{kind} {phase} needs req"
     if rule.person and "actor" not in fields:
         return f"{kind} needs an actor"
-    data = fields.get("data")
-    if data:
-        for key, value in data.items():
-            if rule.data.get(key) is not type(value):
-                return f"{kind} takes no data.{key} of this type"
-        if phase == "outcome" and data.get("result") not in RESULTS:
-            return f"data.result is one of {sorted(RESULTS)}"
-        for key in OBJECT_KEYS:
-            if key in data and not _DIGEST.fullmatch(data[key]):
-                return f"data.{key} is not a digest"
-    elif phase == "outcome":
-        return "an outcome needs data.result"
-    if kind == "inference":
-        return _inference_breach(fields, phase)
-    if kind == "denial" and not ("decision" in fields or "err" in fields):
-        return "denial needs a decision or err"
-    if kind == "decision" and not ("decision" in fields and "project" in fields):
-        return "decision needs a decision and a project"
-    return ""
+    check = _BY_KIND.get(kind)
+    return _data_breach(kind, phase, fields.get("data", {})) or (check(fields) if check else "")
 
 
-def _inference_breach(fields: Mapping[str, Any], phase: str) -> str:
-    if "project" not in fields:
-        return "inference needs a project"
-    if phase == "intent":
-        missing = [f for f in ("decision", "model", "in") if f not in fields]
-        return f"an inference intent needs {missing[0]}" if missing else ""
-    if phase == "chunk":
-        missing = [f for f in ("part", "out") if f not in fields]
-        return f"an inference chunk needs {missing[0]}" if missing else ""
-    complete = fields["data"]["result"] == "complete"
-    if complete and not ("out" in fields and "tok" in fields and "err" not in fields):
-        return "a complete inference needs out and tok, and takes no err"
-    return ""
+def _data_breach(kind: str, phase: str, data: Mapping[str, Any]) -> str:
+    known = RULES[kind].data
+    for key, value in data.items():
+        if known.get(key) is not type(value):
+            return f"{kind} takes no data.{key} of this type"
+    if phase == "outcome" and data.get("result") not in RESULTS:
+        return f"an outcome needs data.result, one of {', '.join(sorted(RESULTS))}"
+    wrong = [k for k in OBJECT_KEYS if k in data and not _DIGEST.fullmatch(data[k])]
+    return f"data.{wrong[0]} is not a digest" if wrong else ""
 
 
+def _inference_breach(fields: Mapping[str, Any]) -> str:
+    needed = _INFERENCE[fields["phase"]]
+    if fields["phase"] == "outcome" and fields["data"]["result"] == "complete":
+        if "err" in fields:
+            return "a complete inference takes no err"
+        needed += ("out", "tok")
+    missing = [name for name in needed if name not in fields]
+    return f"an inference {fields['phase']} needs {missing[0]}" if missing else ""
+
+
+def _denial_breach(fields: Mapping[str, Any]) -> str:
+    return "" if "decision" in fields or "err" in fields else "a denial needs a decision or err"
+
+
+def _decision_breach(fields: Mapping[str, Any]) -> str:
+    return "" if "decision" in fields and "project" in fields else "needs decision and project"
+
+
+_BY_KIND: Final = {
+    "inference": _inference_breach,
+    "denial": _denial_breach,
+    "decision": _decision_breach,
+}
+_INFERENCE: Final[dict[str, tuple[str, ...]]] = {
+    "intent": ("project", "decision", "model", "in"),
+    "chunk": ("project", "part", "out"),
+    "outcome": ("project",),
+}
 _DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
 
 

@@ -101,7 +101,8 @@ def recover(
         raise _refused(f"an anchor of size {head.size} has another root")
     expected[head.size] = head.root
     for index in range(len(state.segments), count):
-        _replay(layout, index, index == count - 1, state, expected, disk, suspect=suspect)
+        last = index == count - 1
+        _replay(layout, index, state, disk, last=last, expected=expected, suspect=suspect)
     state.found = max(state.found, state.edge.size)
     if state.edge.size < head.size:
         raise _refused(f"signed size {head.size}, found {state.edge.size} records")
@@ -167,11 +168,11 @@ def _start(
 def _replay(
     layout: Layout,
     index: int,
-    last: bool,
     state: Recovered,
-    expected: dict[int, bytes],
     disk: Disk,
     *,
+    last: bool,
+    expected: dict[int, bytes],
     suspect: bool,
 ) -> None:
     """Hash one segment into the state; cut or rewrite the tail of the last one."""
@@ -206,18 +207,27 @@ def _replay(
         raise _refused(f"segment {index:08d}.jsonl does not hold {SEGMENT} whole records")
     if last:
         state.found = edge.size + content.count(b"\n", offset)
-        _mend_tail(layout, index, content, signed_end, offset, state, disk, suspect=suspect)
+        _mend_tail(
+            layout,
+            index,
+            state,
+            disk,
+            content=content,
+            signed_end=signed_end,
+            good_end=offset,
+            suspect=suspect,
+        )
 
 
 def _mend_tail(
     layout: Layout,
     index: int,
-    content: bytes,
-    signed_end: int,
-    good_end: int,
     state: Recovered,
     disk: Disk,
     *,
+    content: bytes,
+    signed_end: int,
+    good_end: int,
     suspect: bool,
 ) -> None:
     """Quarantine what is torn; write whole but unsigned records once more, then flush them.
@@ -351,5 +361,5 @@ def _refused(message: str) -> RefusedError:
     return RefusedError(
         "audit.history",
         message,
-        hint="keep the folder as evidence, run `airgap audit verify`, and tell the security officer",
+        hint="keep the folder as evidence, run `airgap audit verify`, tell the security officer",
     )

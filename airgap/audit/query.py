@@ -1,0 +1,109 @@
+"""Reading a log for people: filters over records. Reading proves nothing; `verify_log` does."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from airgap.audit.layout import Layout, read_lines, segment_count
+from airgap.audit.record import Record, parse_line
+from policy.errors import RefusedError, UsageError
+
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?Z?)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a record must have; empty means anything. Times are UTC text, compared as text.
+
+    `kind` also takes a group: `admin` stands for every `admin.…`. `model` and `decision` take the
+    beginning of a digest.
+    """
+
+    person: str = ""
+    project: str = ""
+    kind: str = ""
+    phase: str = ""
+    outcome: str = ""
+    model: str = ""
+    req: str = ""
+    since: str = ""
+    until: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("since", "until"):
+            text = getattr(self, name)
+            if text and not _TIME.fullmatch(text):
+                raise UsageError(
+                    "usage.argument",
+                    f"--{name}: {text!r:.40} is no UTC time",
+                    hint="write 2026-11-25 or 2026-11-25T14:30",
+                )
+
+    def __call__(self, record: Record) -> bool:
+        """Whether the record passes."""
+        kind = record["kind"]
+        model = record.get("model", "").removeprefix("sha256:")
+        return (
+            (not self.person or record.get("actor", {}).get("name") == self.person)
+            and (not self.project or record.get("project") == self.project)
+            and (not self.kind or kind == self.kind or kind.startswith(f"{self.kind}."))
+            and (not self.phase or record["phase"] == self.phase)
+            and (not self.outcome or self.outcome in outcomes(record))
+            and (not self.model or model.startswith(self.model.removeprefix("sha256:")))
+            and (not self.req or record.get("req") == self.req)
+            and (not self.since or record["ts"] >= self.since.rstrip("Z"))
+            and (not self.until or record["ts"] < self.until.rstrip("Z"))
+        )
+
+
+def outcomes(record: Record) -> set[str]:
+    """Return the words that say how a record ended: decision, result, error code."""
+    data = record.get("data", {})
+    words = {
+        record.get("decision", {}).get("outcome"),
+        data.get("result"),
+        data.get("verdict"),
+        record.get("err", {}).get("code"),
+    }
+    return {word for word in words if isinstance(word, str)}
+
+
+def read_records(folder: Path) -> Iterator[Record]:
+    """Yield the records of the log in `folder`, in order, up to the first line that is none.
+
+    Raises:
+        RefusedError: `audit.absent`, no log there; `audit.history`, a segment is missing;
+            `audit.tampered`, a line that is no record, other than a torn last one.
+
+    """
+    layout = Layout(folder)
+    if not layout.log.is_dir():
+        raise RefusedError(
+            "audit.absent",
+            f"no audit log in {folder}",
+            hint="name the folder that holds `log/`, or use --root",
+        )
+    count = segment_count(layout)
+    for index in range(count):
+        for number, line in enumerate(read_lines(layout.segment(index))):
+            if not line.endswith(b"\n") and index == count - 1:
+                return  # A writer is at work, or a crash left it: the next open deals with it.
+            try:
+                yield parse_line(line.removesuffix(b"\n"))
+            except RefusedError as error:
+                raise RefusedError(
+                    "audit.tampered",
+                    f"{layout.segment(index).name}, line {number + 1}: {error.message}",
+                    hint="run `airgap audit verify`",
+                ) from error
+
+
+def select(folder: Path, wanted: Filter, *, last: int) -> list[Record]:
+    """Return the newest `last` records that pass, oldest first; 0 means all."""
+    found = (record for record in read_records(folder) if wanted(record))
+    return list(deque(found, maxlen=last or None))
