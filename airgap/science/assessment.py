@@ -48,11 +48,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A valid completion: what makes it equal to others, its fields, and what must be screened."""
+    """A valid completion: what makes it equal to others, its fields, and what must be screened.
+
+    `fields` is called once a row and not once a sample: properties cost milliseconds.
+    """
 
     key: str
-    fields: dict[str, Any]
+    fields: Callable[[], dict[str, Any]]
     structures: tuple[Chem.Mol, ...]
+    positions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +113,7 @@ def _row(rank: int, members: Sequence[tuple[Sample, _Reading]]) -> dict[str, Any
         "votes": len(members),
         "indices": [sample.index for sample, _ in members][:INDICES_KEPT],
         **_likelihood(best),
-        **reading.fields,
+        **reading.fields(),
     }
 
 
@@ -142,21 +146,22 @@ def _read_retrosynthesis(completion: Completion, subject: Subject) -> _Reading |
             return _Fault(f"reactant {number} does not parse: {found.message}")
         parts.append((text, found))
     ordered = sorted(parts, key=lambda part: (-part[1].GetNumHeavyAtoms(), canonical(part[1])))
-    reactants = [
-        {"smiles": canonical(mol), "inchikey": identity(mol), "text": text} for text, mol in ordered
-    ]
-    smiles = [reactant["smiles"] for reactant in reactants]
-    product = identity(Chem.MolFromSmiles(subject.product))
-    return _Reading(
-        key=" ".join(sorted(reactant["inchikey"] for reactant in reactants)),
-        fields={
-            "reactants": reactants,
+    keys = [identity(mol) for _, mol in ordered]
+
+    def fields() -> dict[str, Any]:
+        smiles = [canonical(mol) for _, mol in ordered]
+        product = identity(Chem.MolFromSmiles(subject.product))
+        return {
+            "reactants": [
+                {"smiles": text, "inchikey": key, "text": written}
+                for text, key, (written, _) in zip(smiles, keys, ordered, strict=True)
+            ],
             "reaction": f"{'.'.join(smiles)}>>{subject.product}",
-            "handed_back": any(reactant["inchikey"] == product for reactant in reactants),
+            "handed_back": product in keys,
             "atoms_balance": _balance(subject.product, [mol for _, mol in ordered]),
-        },
-        structures=tuple(mol for _, mol in ordered),
-    )
+        }
+
+    return _Reading(" ".join(sorted(keys)), fields, tuple(mol for _, mol in ordered))
 
 
 def _balance(product: str, reactants: Iterable[Chem.Mol]) -> bool:
@@ -175,7 +180,7 @@ def _read_molecule(completion: Completion, _: Subject) -> _Reading | _Fault:
     found = find_molecule(text)
     if isinstance(found, Problem):
         return _Fault(f"does not parse: {found.message}", found.at)
-    return _Reading(identity(found), {"text": text, **asdict(describe(found))}, (found,))
+    return _Reading(identity(found), lambda: {"text": text, **asdict(describe(found))}, (found,))
 
 
 def _read_binding_site(completion: Completion, subject: Subject) -> _Reading | _Fault:
@@ -191,13 +196,16 @@ def _read_binding_site(completion: Completion, subject: Subject) -> _Reading | _
         )
         where = subject.labels[at] if at < len(subject.labels) else "the end"
         return _Fault(f"is no exact copy of the sequence: differs at {where}")
-    pockets = [at for at, residue in enumerate(completion.residues) if residue.pocket]
-    fields = {
-        "sites": [subject.labels[at] for at in pockets],
-        "letters": "".join(subject.sequence[at] for at in pockets),
-        "positions": [at + 1 for at in pockets],
-    }
-    return _Reading(" ".join(map(str, pockets)), fields, ())
+    positions = tuple(at + 1 for at, residue in enumerate(completion.residues) if residue.pocket)
+
+    def fields() -> dict[str, Any]:
+        return {
+            "sites": [subject.labels[position - 1] for position in positions],
+            "letters": "".join(subject.sequence[position - 1] for position in positions),
+            "positions": list(positions),
+        }
+
+    return _Reading(" ".join(map(str, positions)), fields, (), positions)
 
 
 def _read_material(completion: Completion, _: Subject) -> _Reading | _Fault:
@@ -211,15 +219,17 @@ def _read_material(completion: Completion, _: Subject) -> _Reading | _Fault:
     for text, _dotted, named in nodes:
         if not named:
             return _Fault(f"metal node {text:.60} names no metal, or holds what is no atom")
-    described = [asdict(describe(mol)) for mol in linkers]
     keys = [*sorted(text for text, _, _ in nodes), *sorted(identity(mol) for mol in linkers)]
-    fields = {
-        "metals": [{"text": text, "node": dotted} for text, dotted, _ in nodes],
-        "linkers": [
-            {key: one[key] for key in ("smiles", "inchikey", "formula", "mw")} for one in described
-        ],
-        "built": "3D not built",
-    }
+
+    def fields() -> dict[str, Any]:
+        described = [asdict(describe(mol)) for mol in linkers]
+        names = ("smiles", "inchikey", "formula", "mw")
+        return {
+            "metals": [{"text": text, "node": dotted} for text, dotted, _ in nodes],
+            "linkers": [{name: one[name] for name in names} for one in described],
+            "built": "3D not built",
+        }
+
     return _Reading("|".join(keys), fields, tuple(linkers))
 
 
@@ -243,7 +253,7 @@ def _track(
     copies = 0
     for members in groups.values():
         copies += len(members)
-        for position in members[0][1].fields["positions"]:
+        for position in members[0][1].positions:
             votes[position - 1] += len(members)
     return {
         "sequence": subject.sequence,
