@@ -18,8 +18,8 @@ from airgap.inference.graphs import ModelFacts
 from airgap.inference.protocol import TAG, Grammar, Segment
 from airgap.inference.vocabulary import Vocabulary
 
-# What a SMILES may be written with (OpenSMILES, and `~` and `*` of its dialects); no `>`: a reaction
-# has its own tags here. Brackets and valence are not its business.
+# What a SMILES may be written with (OpenSMILES, and `~` of its dialects); no `>`: a reaction has
+# its own tags here. Brackets and valence are not its business.
 _SMILES = r"SMILES: /[A-Za-z0-9@+\-\[\]()=#$%:.\/\\*~]+/"
 _RESIDUE = "residue: /[A-Z]/"
 _SITE = "site: residue | <PocketS> residue <PocketE>"

@@ -1,4 +1,4 @@
-"""The decoding loop (inference, section 5): one prefill, fanned out to n samples that run in batches.
+"""The decoding loop (inference, section 5): one prefill, fanned out to n samples, run in batches.
 
 The memory of a request is planned before work begins; what cannot fit is refused. A sample's tokens
 depend on the request's seed and its own index alone: neither on n nor on how samples share batches.
@@ -124,7 +124,7 @@ class Decoder:
         plan = self._plan(len(prompt), request.max_new_tokens, request.n)
         prefix = self._prefill(prompt)
         cache = Cache(self._model, rows=plan.rows, capacity=plan.capacity)
-        work = _Work(request, self._model, prompt, stops, emit, self._clock)
+        work = _Work(request, self._model, prompt=prompt, stops=stops, emit=emit, clock=self._clock)
         for first in range(0, request.n, plan.rows):
             count = min(plan.rows, request.n - first)
             batch = _Batch(work, np.arange(first, first + count), constraint)
@@ -154,7 +154,7 @@ class Decoder:
         return Scores(prompt_tokens=len(prompt), scores=found)
 
     def _score(self, ids: list[int], cache: Cache, prefix: _Prefix) -> float:
-        """Return the log-likelihood of `ids` after the prompt; runs in pieces, as the prompt does."""
+        """Return the log-likelihood of `ids` after the prompt; runs in pieces like the prompt."""
         cache.fill(prefix.past, 1)
         length = prefix.past[0].shape[2]
         total = _likelihood(prefix.logits[None], ids[:1])
@@ -226,6 +226,7 @@ class _Work:
         self,
         request: Generate,
         model: Model,
+        *,
         prompt: list[int],
         stops: list[int],
         emit: Callable[[Sample | Progress], None],
@@ -300,8 +301,8 @@ class _Batch:
         """Draw one token a row and let the finished rows go.
 
         Returns:
-            The tokens of the rows that stay, and the moves (to, from) that closed the gaps; the same
-            moves are due in the cache.
+            The tokens of the rows that stay, and the moves (to, from) that closed the gaps; the
+            same moves are due in the cache.
 
         """
         drawn = self._draw(logits)

@@ -1,7 +1,7 @@
 """`graphs.json`, format `airgap-graphs/1`: all that the worker is told about a model.
 
-The secured side has checked the same file against the signed manifest (`bundle.graphs`); the worker,
-which may not import that code, reads it again and believes only what it understands.
+The secured side has checked the same file against the signed manifest (`bundle.graphs`); the
+worker, which may not import that code, reads it again and believes only what it understands.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ section 3). Both sides parse strictly: `parse_request` inside the seal, `parse_e
 exactly that token id. A text is encoded as plain text, also where it reads `<MoleculeE>`, so no
 value that a user typed can become a tag: on the reference model such a text is refused by
 `prompt.g11`, on a byte-level vocabulary it stays letters. `segments_of` cuts *our own* tagged
-strings, those that the grammar wrote; a user's value is checked before it enters one (`prompt.g03`),
-or better, put into its own segment and never pasted. The worker adds the model's start token itself,
-once, where the model has one.
+strings, those that the grammar wrote; a user's value is checked before it enters one
+(`prompt.g03`), or better, put into its own segment and never pasted. The worker adds the model's
+start token itself, once, where the model has one.
 
 Request `generate` (every field is required except `grammar`, which defaults to no constraint)::
 
@@ -39,17 +39,17 @@ Events of `generate`, in no fixed order among samples; `index` runs from 0 to n-
   stop tag is kept.
 - `finish_reason`: `eos` an end token; `stop` a tag of `stop`; `length` the budget is used up;
   `dead_end` the grammar left no token.
-- `logprob` is the natural logarithm of the probability of `ids` after the prompt, from raw logits at
-  temperature 1, before penalty and mask, the end token included.
+- `logprob` is the natural logarithm of the probability of `ids` after the prompt, from raw logits
+  at temperature 1, before penalty and mask, the end token included.
 - `removed_mass` is the mean over steps of the raw probability that the grammar took away.
 
 Reply: `{"event": "done", "prompt_tokens": 9, "tokens": 1601, "elapsed_ms": 420, "runs": 77,
 "rows": 32}`; `runs` counts calls of the graph, `rows` is the largest batch.
 
-Request `score`: `{"op": "score", "prompt": [...], "completions": [[{"text": "CC"}, ...], ...]}` gives
-the reply `{"event": "scores", "prompt_tokens": 9, "scores": [{"logprob": -4.1, "tokens": 5}, ...]}`:
-each completion's own tokens after the prompt, no end token added. Request `{"op": "info"}` gives the
-reply `{"event": "info", ...}`, the facts of the loaded model.
+Request `score`: `{"op": "score", "prompt": [...], "completions": [[{"text": "CC"}, ...], ...]}`
+gives the reply `{"event": "scores", "prompt_tokens": 9, "scores": [{"logprob": -4.1, "tokens": 5},
+...]}`: each completion's own tokens after the prompt, no end token added. Request `{"op": "info"}`
+gives the reply `{"event": "info", ...}`, the facts of the loaded model.
 
 A refusal is an error frame of the channel with a code: `request.malformed`, `request.limit`,
 `prompt.g03`, `prompt.g04`, `prompt.g10`, `prompt.g11` or `model.*`.

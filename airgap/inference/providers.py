@@ -19,8 +19,9 @@ PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CPUExecutionProvider"],
 }
-# onnxruntime's exceptions share no base but Exception.
+# onnxruntime's exceptions share no base but Exception; a bound run raises RuntimeError.
 NATIVE_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
     native.EPFail,
     native.EngineError,
     native.Fail,
@@ -32,7 +33,7 @@ NATIVE_ERRORS: tuple[type[Exception], ...] = (
     native.NotImplemented,
     native.RuntimeException,
 )
-_ERRORS_ONLY = 3  # of onnxruntime's severities; a warning may name tensors, nothing of a request
+_FATAL_ONLY = 4  # of onnxruntime's severities: an error arrives as an exception, not in a log
 
 
 def open_session(graph: Path, *, demand: str, threads: int) -> ort.InferenceSession:
@@ -78,7 +79,7 @@ def _options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _FATAL_ONLY
     # A pattern is kept for each shape, and each step of a sequence has a new one: it only grows.
     options.enable_mem_pattern = False
     return options

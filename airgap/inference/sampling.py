@@ -1,9 +1,9 @@
 """From logits to one token a row: the order of science, section 4, in float64 and without a loop.
 
-Every function here treats each row alone, so that a sample's tokens do not depend on its neighbours,
-on the size of the batch or on the order of arrival. Randomness comes from a counter and not from a
-state: Philox4x32-10 (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-keyed by the seed of the request, with (step, sample) as its counter.
+Every function here treats each row alone, so that a sample's tokens do not depend on its
+neighbours, on the size of the batch or on the order of arrival. Randomness comes from a counter and
+not from a state: Philox4x32-10 (Salmon and others, "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011) keyed by the seed of the request, with (step, sample) as its counter.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def log_likelihood(logits: npt.NDArray[np.float32], ids: Ids) -> Floats:
 
 
 def punished(scores: Floats, seen: Bools, penalty: float) -> Floats:
-    """Return scores with the repetition penalty of Keskar and others (2019), as transformers does."""
+    """Return scores under the repetition penalty of Keskar and others (2019)."""
     return np.where(seen, np.where(scores < 0.0, scores * penalty, scores / penalty), scores)
 
 
@@ -111,8 +111,8 @@ def kept(scores: Floats, *, top_k: int, top_p: float) -> tuple[Ids, Floats]:
         top_p: Then keep the smallest set of highest scores whose probability reaches this.
 
     Returns:
-        Two arrays [rows, candidates], ids ascending in each row; weights are relative probabilities,
-        the highest 1, and 0 for a candidate that was cut.
+        Two arrays [rows, candidates], ids ascending in each row; weights are relative
+        probabilities, the highest 1, and 0 for a candidate that was cut.
 
     """
     vocabulary = scores.shape[1]
@@ -133,7 +133,7 @@ def kept(scores: Floats, *, top_k: int, top_p: float) -> tuple[Ids, Floats]:
 
 
 def uniforms(seed: int, samples: npt.NDArray[np.int64], first_step: int, steps: int) -> Floats:
-    """Return float64[samples, steps] in [0, 1): entry (i, j) depends on (seed, sample i, step) alone.
+    """Return float64[samples, steps] in [0, 1); an entry depends on seed, sample and step alone.
 
     Args:
         seed: 0 to 2**64 - 1.

@@ -23,7 +23,7 @@ def parse_object(raw: bytes, *, limit: int, what: str) -> Fields:
         what: The name of the document in messages.
 
     Raises:
-        MalformedError: Too long, not UTF-8, not JSON, nested too deep, a field twice, not an object.
+        MalformedError: Too long, not UTF-8, not JSON, too deep, a field twice, not an object.
 
     """
     if len(raw) > limit:
@@ -65,7 +65,7 @@ class Fields:
         return value
 
     def optional_integer(self, name: str, low: int, high: int) -> int | None:
-        """Return a whole number, or None where the field holds null; the field itself must be there."""
+        """Return a whole number, or None for null; the field itself must be there."""
         if self._left.get(name, 0) is None:
             del self._left[name]
             return None

@@ -1,7 +1,7 @@
 """The tokenizer of the installed model: segments to ids, ids to text, and the bytes of each token.
 
-A text can never become a tag (`protocol`): it is encoded with special tokens switched off, and an id
-of a special token in the result is a refusal all the same. A text that the model cannot spell is
+A text can never become a tag (`protocol`): it is encoded with special tokens switched off, and an
+id of a special token in the result is a refusal all the same. A text that the model cannot spell is
 `prompt.g11`, with the place. No id is a constant: `graphs.json` names them and the tokenizer file
 must agree.
 """
@@ -151,7 +151,7 @@ class Vocabulary:
 
 
 def _first_hole(text: str, encoding: Encoding, unk_id: int | None) -> tuple[int, int] | None:
-    """Return the first span of `text` that is unknown or that no token covers; blanks may be bare."""
+    """Return the first span of `text` that is unknown or not covered; blanks may be bare."""
     reached = 0
     for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         if text[reached:start].strip():
