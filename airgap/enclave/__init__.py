@@ -12,8 +12,9 @@ TYPE_CHECKING = False  # the worker has no use for the `typing` module; type che
 if TYPE_CHECKING:
     from airgap.enclave.channel import Frame, ProgramError
     from airgap.enclave.convert import SealedResult, run_sealed
-    from airgap.enclave.seal import Caps, Enclave, SealRefused, SealSpec, launch
     from airgap.enclave.host import HostSurvey, survey
+    from airgap.enclave.refused import SealRefused
+    from airgap.enclave.seal import Caps, Enclave, SealSpec, launch
 
 __all__ = [
     "Caps",
@@ -35,7 +36,7 @@ _HOME = {
     "Frame": "channel",
     "HostSurvey": "host",
     "ProgramError": "channel",
-    "SealRefused": "seal",
+    "SealRefused": "refused",
     "SealSpec": "seal",
     "SealedResult": "convert",
     "launch": "seal",

@@ -22,9 +22,10 @@ from typing import Any, Protocol
 
 from airgap.enclave import channel, evidence, filters, host
 from airgap.enclave import plan as plans
-from airgap.enclave.plan import Plan, PlanError
-from airgap.enclave.seal import Process, SealRefused
 from airgap.enclave.host import HostSurvey
+from airgap.enclave.plan import Plan, PlanError
+from airgap.enclave.refused import SealRefused
+from airgap.enclave.seal import Process
 from policy.errors import FaultError
 
 START_S = 30.0  # seconds for the seal itself, before the program starts
@@ -131,7 +132,7 @@ def run_sealed(
                 raise
             tried.append({"rung": name, "reason": f"{refused.code}: {refused.message}"})
     reasons = "; ".join(f"{entry['rung']}: {entry['reason']}" for entry in tried)
-    raise SealRefused("rung", f"this host reaches no rung from {least} up ({reasons})", facts=facts)
+    raise SealRefused("rung", f"this host reaches no rung from {least} up ({reasons})")
 
 
 def _run(

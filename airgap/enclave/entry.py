@@ -44,10 +44,14 @@ def main(argv: list[str]) -> None:
         from airgap.enclave import worker  # noqa: PLC0415
 
         worker.main()
-    else:
+    elif part == "convert":
         from airgap.enclave import stub  # noqa: PLC0415
 
         stub.main()
+    else:
+        from airgap.enclave import fixture  # noqa: PLC0415
+
+        fixture.main()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from airgap.enclave import filters, linux
+from airgap.enclave.host import HostSurvey, parse_status
 from airgap.enclave.launcher import unescape
 from airgap.enclave.plan import Plan
-from airgap.enclave.host import HostSurvey, parse_status
 
 NAMESPACES = ("net", "pid", "mnt", "ipc", "uts", "cgroup", "user")
 UNSHARED = ("net", "pid", "mnt", "ipc", "uts", "cgroup")

@@ -100,7 +100,7 @@ def count(program: bytes) -> int:
 
 def unpack(program: bytes) -> list[Instruction]:
     """Read a filter back into instructions."""
-    return [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]  # type: ignore[misc]
+    return [struct.unpack_from("<HBBI", program, at) for at in range(0, len(program), 8)]
 
 
 class _Program(ctypes.Structure):

@@ -16,18 +16,19 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame, Reader, Writer
+from airgap.enclave.host import HostSurvey
 from airgap.enclave.launcher import REFUSED_STATUS, SIGNAL_BASE
 from airgap.enclave.plan import Plan, PlanError
-from airgap.enclave.host import HostSurvey
+from airgap.enclave.refused import SealRefused
 from airgap.enclave.worker import LOAD_STATUS
 from policy.errors import CODES, AirgapError, FaultError, RefusedError
 
@@ -38,30 +39,6 @@ _GRACE_S = 2.0
 _PROGRAM_ROOMS = frozenset({"prompt", "model", "request", "science", "screen"})
 # Layers whose absence is a fact of the host; the next rung does without them.
 _OF_RUNG_A = frozenset({"namespaces", "root"})
-
-_HINTS = {
-    "namespaces": "run `airgap doctor`: it names what this host is missing and how to get it",
-    "rung": "run `airgap doctor`; a lower rung is a decision of the site: `[enclave] min_rung`",
-    "files": "make the folder readable for others (chmod -R a+rX), its parent may stay closed",
-    "telemetry": "install onnxruntime 1.28, the last version without telemetry code",
-    "landlock": "run `airgap doctor`; some kernels report a Landlock that they do not have",
-    "deadline": "the program may be too large for `deadline_s`; see its last words in the message",
-    "arch": "only x86-64 has been proven; use such a machine",
-}
-
-
-class SealRefused(RefusedError):
-    """The seal could not be proven, so nothing was started; the code names the layer."""
-
-    def __init__(
-        self, layer: str, message: str, *, facts: HostSurvey | None = None, hint: str = ""
-    ) -> None:
-        super().__init__(
-            f"enclave.{layer}", message, hint=hint or _HINTS.get(layer, "run `airgap doctor`")
-        )
-        self.layer = layer
-        self.facts = facts
-        self.tried: list[dict[str, str]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +105,9 @@ def launch(spec: SealSpec) -> Enclave:
         rungs = [rung for rung in rungs if rung == spec.rung]
     for rung in rungs:
         try:
-            return _launch_on(rung, spec, facts, tried, min_rung)
+            report = twin.probe_rung(rung, spec.uid, facts, spec.state)
+            twin.require_sealed(report)
+            return start(rung, spec, facts, tried=tried, probe=report)
         except SealRefused as refused:
             refused.facts = facts
             refused.tried = tried
@@ -136,16 +115,24 @@ def launch(spec: SealSpec) -> Enclave:
                 raise
             tried.append({"rung": rung, "reason": f"{refused.code}: {refused.message}"})
     reasons = "; ".join(f"{entry['rung']}: {entry['reason']}" for entry in tried)
-    refusal = SealRefused(
-        "rung", f"this host reaches no rung from {min_rung} up ({reasons})", facts=facts
-    )
-    refusal.tried = tried
+    refusal = SealRefused("rung", f"this host reaches no rung from {min_rung} up ({reasons})")
+    refusal.facts, refusal.tried = facts, tried
     raise refusal
 
 
-def _launch_on(
-    rung: str, spec: SealSpec, facts: HostSurvey, tried: list[dict[str, str]], min_rung: str
+def start(
+    rung: str,
+    spec: SealSpec,
+    facts: HostSurvey,
+    *,
+    tried: Sequence[dict[str, str]] = (),
+    probe: dict[str, Any] | None = None,
+    leaked: tuple[int, ...] = (),
 ) -> Enclave:
+    """Start and verify a worker on `rung`; `launch` has the probe's word before it calls this.
+
+    `leaked` are descriptors that the twin of the probe hands to its launcher on purpose.
+    """
     read_only = [os.path.abspath(path) for path in spec.read_only]  # noqa: PTH100 - symbolic links stay
     environment = plans.built_environment(threads=spec.caps.threads)
     with _planning():
@@ -164,7 +151,9 @@ def _launch_on(
             file_mb=0,
             uid=spec.uid,
         )
-    process = Process(plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s)
+    process = Process(
+        plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s, leaked=leaked
+    )
     try:
         request = {
             "program": spec.program,
@@ -185,7 +174,7 @@ def _launch_on(
             plan,
             loaded,
             sealed,
-            policy=_policy(spec, min_rung),
+            policy=_policy(spec, rung),
             live=live,
             last_filter=stage2,
             artifacts={
@@ -194,7 +183,7 @@ def _launch_on(
                 "program": _json(frame.payload).get("program"),
             },
             tried=tried,
-            probe=None,
+            probe=probe,
             self_test=self_test,
             host=evidence.own_namespaces(),
         )
@@ -204,10 +193,10 @@ def _launch_on(
     return Enclave(process, sealed, document, spec)
 
 
-def _policy(spec: SealSpec, min_rung: str) -> dict[str, Any]:
+def _policy(spec: SealSpec, rung: str) -> dict[str, Any]:
     """Return what was asked for, with a digest of it."""
     wanted = {
-        "min_rung": min_rung,
+        "min_rung": spec.min_rung or rung,
         "gpu": False,
         "profile": spec.profile,
         "program": spec.program,
@@ -261,7 +250,9 @@ def _planning() -> Iterator[None]:
 class Process:
     """A launcher that was told `plan`, and what it becomes."""
 
-    def __init__(self, plan: Plan, *, stderr_cap: int, deadline_s: float) -> None:
+    def __init__(
+        self, plan: Plan, *, stderr_cap: int, deadline_s: float, leaked: tuple[int, ...] = ()
+    ) -> None:
         self.plan = plan
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
@@ -272,7 +263,7 @@ class Process:
         self._from, outgoing = os.pipe()
         try:
             self._popen = _spawner().start(
-                plans.launcher_argv(incoming, outgoing), (incoming, outgoing)
+                plans.launcher_argv(incoming, outgoing), (incoming, outgoing, *leaked)
             )
         finally:
             os.close(incoming)

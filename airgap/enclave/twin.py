@@ -1,0 +1,289 @@
+"""Asks for a probe of a rung, keeps its result, and judges it (enclave.md 7, "Probe").
+
+The result is kept for (boot, kernel, rung, who starts it, filters, the very code of this room), as
+nothing else can change it. `judge` is pure: what receivers got decides, and whatever proves nothing
+counts as open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airgap.enclave import filters, host, probe
+from airgap.enclave import plan as plans
+from airgap.enclave.host import HostSurvey
+from airgap.enclave.refused import SealRefused
+from policy.errors import CODES
+
+_LIMIT_S = 60.0
+_SIZE_LIMIT = 1 << 20
+# Each of these has a receiver, so a control that calls it open must have been heard.
+HEARD = frozenset(
+    {
+        "tcp4",
+        "tcp6",
+        "mptcp",
+        "tcp_fastopen_sendto",
+        "udp4_sendto",
+        "udp6_sendto",
+        "udp4_sendmsg",
+        "udplite",
+        "dns_udp",
+        "dns_getaddrinfo",
+        "unix_path_stream",
+        "unix_path_dgram_sendto",
+        "unix_path_dgram_sendmsg",
+        "unix_abstract_stream",
+        "socketpair_dgram_readdress",
+        "io_uring_tcp",
+        "io_uring_unix_path",
+        "inherited_tcp_fd",
+        "scm_rights_recv",
+        "proc_fd_outside",
+        "pidfd_getfd_outside",
+        "write_shared_dir",
+    }
+)
+
+_kept: dict[str, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the probe table."""
+
+    channel: str
+    control: str
+    stage1: str
+    stage2: str
+    closed_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a report means. `reason` is empty when the twin is sealed."""
+
+    reason: str
+    rows: tuple[Row, ...]
+    not_tested: tuple[str, ...]
+    control_open: int
+    control_heard: int
+    sealed_open: int
+    sealed_heard: int
+
+    @property
+    def sealed(self) -> bool:
+        """True when the control leaked and the twin did not."""
+        return not self.reason
+
+
+def probe_rung(
+    rung: str, uid: int | None, facts: HostSurvey, state: Path | None, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Return the report of a probe of `rung`, kept or made now (about a second).
+
+    Args:
+        rung: A, B or C.
+        uid: The worker's uid for a start by root; None picks a free one.
+        facts: The survey of this host.
+        state: Folder that keeps reports between processes; None keeps them in this process.
+        fresh: Make a new one in any case.
+
+    """
+    key = cache_key(rung, facts)
+    if not fresh:
+        found = _kept.get(key) or _load(state, key)
+        if found is not None:
+            _kept[key] = found
+            return found
+    if facts.uid == 0 and uid is None and host.mapped(facts, plans.INSIDE_ID):
+        uid = host.free_uid()
+    report = _run(rung, uid)
+    if judge(report).sealed:  # a refusal is not kept: the administrator may have mended the host
+        _kept[key] = report
+        _store(state, key, report)
+    return report
+
+
+def require_sealed(report: dict[str, Any]) -> None:
+    """Raise SealRefused unless the report proves the seal."""
+    refused = report.get("refused")
+    if refused:
+        layer = str(refused.get("layer"))
+        known = layer if f"enclave.{layer}" in CODES else "probe"
+        raise SealRefused(known, str(refused.get("message", ""))[:2000])
+    verdict = judge(report)
+    if not verdict.sealed:
+        raise SealRefused("probe", verdict.reason)
+
+
+def cache_key(rung: str, facts: HostSurvey) -> str:
+    """Return what a report is kept under."""
+    what = {
+        "boot": facts.boot_id,
+        "kernel": facts.kernel,
+        "rung": rung,
+        "uid": facts.uid,
+        "uid_map": facts.uid_map,
+        "landlock": facts.landlock_abi,
+        "probe": probe.VERSION,
+        "filters": [filters.digest(filters.stage1()), filters.digest(filters.stage2(1))],
+        "code": own_code(),
+        "python": plans.interpreter(),
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def own_code() -> str:
+    """Return a digest of the sources of this room."""
+    content = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()
+
+
+def _run(rung: str, uid: int | None) -> dict[str, Any]:
+    """Run the fixture as a process of its own."""
+    where = json.dumps({"packages": plans.package_folders(), "site": plans.site_folders()})
+    entry = f"{plans.package_folders()['airgap']}/enclave/entry.py"
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    environment["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        done = subprocess.run(
+            [plans.interpreter(), "-I", "-S", "-B", entry, "fixture", where],
+            input=json.dumps({"rung": rung, "uid": uid}).encode(),
+            capture_output=True,
+            timeout=_LIMIT_S,
+            check=False,
+            cwd="/",
+            env=environment,
+        )
+        report = json.loads(done.stdout[:_SIZE_LIMIT])
+    except subprocess.TimeoutExpired:
+        return {"refused": {"layer": "probe", "message": f"the probe took over {_LIMIT_S:g} s"}}
+    except ValueError:
+        words = done.stderr[-1000:].decode(errors="replace")
+        return {"refused": {"layer": "probe", "message": f"the probe did not report: {words!r}"}}
+    return dict(report)
+
+
+# -- judgement -----------------------------------------------------------------------------------------
+
+
+def judge(report: dict[str, Any]) -> Verdict:
+    """Put together what was tried and what was heard; the first reason against the seal wins."""
+    control = report.get("control") or {}
+    stage1, stage2 = report.get("stage1") or {}, report.get("stage2") or {}
+    heard = {phase: set(names) for phase, names in (report.get("received") or {}).items()}
+    rows = tuple(
+        Row(
+            name,
+            _cell(control.get(name), name in heard.get("control", ())),
+            _cell(stage1.get(name), name in heard.get("stage1", ())),
+            _cell(stage2.get(name), name in heard.get("stage2", ())),
+            probe.CLOSED_BY[name],
+        )
+        for name in probe.CHANNELS
+    )
+    sealed_open = [name for name in probe.CHANNELS if _open(stage2.get(name))]
+    leaked = sorted(heard.get("stage1", set()) | heard.get("stage2", set()))
+    reason = _reason(report, control, stage1, stage2, heard)
+    return Verdict(
+        reason=reason,
+        rows=rows,
+        not_tested=tuple(
+            f"{name}: {_cell(control.get(name), heard=False)}"
+            for name in probe.CHANNELS
+            if not _open(control.get(name))
+        ),
+        control_open=sum(_open(answer) for answer in control.values()),
+        control_heard=len(heard.get("control", ())),
+        sealed_open=len(sealed_open),
+        sealed_heard=len(leaked),
+    )
+
+
+def _reason(
+    report: dict[str, Any],
+    control: dict[str, list[str]],
+    stage1: dict[str, list[str]],
+    stage2: dict[str, list[str]],
+    heard: dict[str, set[str]],
+) -> str:
+    if report.get("refused"):
+        return f"the twin did not start: {report['refused'].get('message', '')}"
+    deaf = [name for name in probe.CORE if not _open(control.get(name))]
+    deaf += [n for n in HEARD if _open(control.get(n)) and n not in heard.get("control", ())]
+    if deaf:
+        return f"inconclusive: the control did not leak over {', '.join(sorted(set(deaf)))}"
+    missing = [name for name in probe.CHANNELS if name not in stage1 or name not in stage2]
+    if missing:
+        return f"inconclusive: the twin did not try {', '.join(missing[:8])}"
+    if report.get("rung") == "C":
+        heard = {phase: names for phase, names in heard.items() if phase != "stage1"}
+        stage1 = {}
+    leaks = [f"{n} ({p})" for p in ("stage1", "stage2") for n in sorted(heard.get(p, ()))]
+    leaks += [f"{name} (stage2, open)" for name, answer in stage2.items() if _open(answer)]
+    leaks += [
+        f"{name} (stage1, open)"
+        for name, answer in stage1.items()
+        if _open(answer) and name not in probe.OPEN_BEFORE_STAGE2
+    ]
+    if leaks:
+        return f"the sealed twin got out over {', '.join(leaks)}"
+    if _open(control.get("foreign_abi")) and report.get("foreign_abi") != signal.SIGSYS:
+        return "a call by the i386 gate did not kill the sealed twin"
+    return ""
+
+
+def _open(answer: list[str] | None) -> bool:
+    return bool(answer) and answer is not None and answer[0] == probe.OPEN
+
+
+def _cell(answer: list[str] | None, heard: bool) -> str:  # noqa: FBT001 - a cell of a table
+    if heard:
+        return "LEAK"
+    if not answer:
+        return "-"
+    return "open" if answer[0] == probe.OPEN else str(answer[1])[:20]
+
+
+# -- keeping -------------------------------------------------------------------------------------------------
+
+
+def _load(state: Path | None, key: str) -> dict[str, Any] | None:
+    """Read a kept report; one that is malformed or does not prove the seal is made again."""
+    if state is None:
+        return None
+    path = state / f"probe-{key[:32]}.json"
+    try:
+        if path.stat().st_size > _SIZE_LIMIT or path.stat().st_uid != os.geteuid():
+            return None
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("key") != key or not judge(found).sealed:
+        return None
+    return found
+
+
+def _store(state: Path | None, key: str, report: dict[str, Any]) -> None:
+    """Write beside and rename; a folder that cannot be written only costs the next start a second."""
+    report["key"] = key
+    if state is None:
+        return
+    with contextlib.suppress(OSError):
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, beside = tempfile.mkstemp(dir=state)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(report, file)
+        Path(beside).rename(state / f"probe-{key[:32]}.json")
