@@ -1,0 +1,463 @@
+"""One request from typed input to an answer with a receipt (architecture, section 4).
+
+The order is the promise: prepare and screen the input in the sealed helper; ask the policy; make
+the intent durable; let the sealed worker decode; assess and screen the output in the helper; ask
+the policy again; make the outcome durable; only then answer. Whatever fails on the way closes the
+intent with an outcome that says so, and nothing is released.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, commitment, new_ulid
+from airgap.config import Limits
+from airgap.enclave import Enclave
+from airgap.enclave.channel import ProgramError
+from airgap.inference import protocol
+from airgap.inference.strict import MalformedError
+from airgap.science import results
+from airgap.science.results import Assessed, Prepared, ScreenResult
+from policy.engine import Decision, require
+from policy.errors import AirgapError, FaultError, RefusedError
+from policy.terms import Digest
+
+HELPER_S = 60.0  # seconds without a frame of the helper
+WORKER_S = 120.0  # seconds without a progress frame of the worker
+NONCE_BYTES = 32
+SEED_BITS = 31  # short enough to type
+
+OnProgress = Callable[[int, int, int], None]  # tokens so far, samples finished, samples wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a person asks for: a task, what she has, and under which project."""
+
+    task: str
+    inputs: Mapping[str, Any]
+    project: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The installed model, as the broker names it in requests and records.
+
+    `context` is what the helper must know of the checkpoint: `model`, `max_context`, `vocab_size`
+    and `tags` by text, all from the sealed graph manifest.
+    """
+
+    id: str
+    bundle: Digest
+    name: str
+    version: str
+    precision: str
+    context: Mapping[str, Any]
+    reference_model: bool
+    scientific_use: bool
+
+
+class UsePolicy(Protocol):
+    """Asks the rules about one use; the facts of site, person and bundle are bound in it."""
+
+    def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
+        """Return the decision."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Opens the commitments of one run; given to the person who asked, never to the log."""
+
+    nonce_in: bytes
+    nonce_out: bytes
+    content_in: bytes
+    content_out: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A released answer."""
+
+    request: str
+    prepared: Prepared
+    assessed: Assessed
+    seed: int
+    totals: protocol.Done
+    decision: Decision
+    intent: Receipt
+    outcome: Receipt
+    opening: Opening
+    model: Model
+
+
+@dataclass(slots=True)
+class Broker:
+    """Serves one installed model to one person; the log, worker and helper are open and proven."""
+
+    log: AuditLog
+    worker: Enclave
+    helper: Enclave
+    model: Model
+    actor: Actor
+    use_policy: UsePolicy
+    limits: Limits = field(default_factory=Limits)
+
+    def infer(self, job: Job, on_progress: OnProgress = lambda *_: None) -> Answer:
+        """Run `job` and return the answer.
+
+        Raises:
+            RefusedError: `prompt.*` for the input, `policy.denied` or `policy.held`, `model.*`.
+            FaultError: The log, the worker or the helper failed; nothing was released.
+
+        """
+        request = new_ulid()
+        prepared = self._prepare(request, job)
+        decision = self._permit(request, job, prepared, prepared.input_screen, stage="input")
+        settings = settings_of(prepared)
+        opening_in = prepared.prompt.encode(), os.urandom(NONCE_BYTES)
+        intent = self._record_intent(request, job, decision, settings, opening_in)
+        started = time.monotonic()
+        try:
+            samples, totals = self._generate(settings, on_progress)
+            assessed = self._assess(job, samples)
+            release = self._permit_release(request, job, prepared, assessed)
+            content = canonical(assessed.model_dump(mode="json"))
+            nonce = os.urandom(NONCE_BYTES)
+            outcome = self._record(
+                request,
+                job,
+                "outcome",
+                out=commitment(content, nonce),
+                tok=(totals.prompt_tokens, totals.tokens),
+                lat_ms=elapsed_ms(started),
+                data={"result": "complete", "samples": len(samples), "task": prepared.task},
+            )
+        except BaseException as error:
+            self._close_intent(request, job, started, error)
+            raise
+        return Answer(
+            request=request,
+            prepared=prepared,
+            assessed=assessed,
+            seed=settings.seed,
+            totals=totals,
+            decision=release,
+            intent=intent,
+            outcome=outcome,
+            opening=Opening(opening_in[1], nonce, opening_in[0], content),
+            model=self.model,
+        )
+
+    def draw(self, job: Job, answer: Answer) -> dict[str, list[str]]:
+        """Return drawings by row rank (SVG that is not yet checked)."""
+        return results.draw_all(self.ask_helper, inputs=dict(job.inputs), assessed=answer.assessed)
+
+    def sdf(self, answer: Answer) -> str:
+        """Return the molecules of an answer as SDF text."""
+        rows = [row.model_dump(mode="json") for row in answer.assessed.rows]
+        reply = json.loads(
+            self.ask_helper({"op": "sdf", "task": answer.assessed.task, "rows": rows})
+        )
+        text = reply.get("sdf")
+        if not isinstance(text, str):
+            raise FaultError("science.reply", "the sealed helper sent no SDF text")
+        return text
+
+    def ask_helper(self, request: Mapping[str, Any]) -> bytes:
+        """Send one request to the sealed helper and return its reply."""
+        return self.helper.request(canonical(request), timeout=HELPER_S)
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def _prepare(self, request: str, job: Job) -> Prepared:
+        try:
+            require_small(job, self.limits)
+            reply = self.ask_helper(
+                {
+                    "op": "prepare",
+                    "task": job.task,
+                    "inputs": dict(job.inputs),
+                    "context": dict(self.model.context),
+                    "options": dict(job.options),
+                }
+            )
+            return within(results.parse_prepared(reply), self.limits)
+        except RefusedError as error:
+            # A refused prompt is an attempt to use the model, so it is on record as well.
+            self.log.append(
+                Event(
+                    "denial",
+                    req=request,
+                    actor=self.actor,
+                    project=job.project,
+                    model=self.model.bundle,
+                    err=error.code,
+                    data={"count": 1, "stage": "prompt", "task": printable(job.task)},
+                )
+            )
+            raise
+
+    def _permit(
+        self, request: str, job: Job, prepared: Prepared, screen: ScreenResult, *, stage: str
+    ) -> Decision:
+        """Ask the policy; a refusal is durable before it is told."""
+        document = screen.model_dump(mode="json")
+        decision = self.use_policy(job, modality=prepared.modality, screen=document)
+        digest = self.log.put_object(decision.canonical)
+        if decision.permitted:
+            return decision
+        receipt = self.log.append(
+            Event(
+                "denial",
+                req=request,
+                actor=self.actor,
+                project=job.project,
+                model=self.model.bundle,
+                decision=DecisionRef(digest, decision.outcome.value, decision.rule_for_log),
+                data={"count": 1, "stage": stage, "task": prepared.task},
+            )
+        )
+        return require(decision, reference=f"{receipt.origin}#{receipt.seq}")
+
+    def _permit_release(
+        self, request: str, job: Job, prepared: Prepared, assessed: Assessed
+    ) -> Decision:
+        """Decide once more with what the model wrote; a binding site that is no copy is protein."""
+        if prepared.modality == "annotation" and assessed.summary.valid < assessed.summary.n:
+            prepared = prepared.model_copy(update={"modality": "protein"})
+        return self._permit(request, job, prepared, assessed.output_screen, stage="output")
+
+    def _record_intent(
+        self,
+        request: str,
+        job: Job,
+        decision: Decision,
+        settings: protocol.Generate,
+        opening: tuple[bytes, bytes],
+    ) -> Receipt:
+        cited = self.log.put_object(canonical(self._public_settings(settings)))
+        return self._record(
+            request,
+            job,
+            "intent",
+            decision=DecisionRef(decision.digest, decision.outcome.value, decision.rule_for_log),
+            in_=commitment(*opening),
+            data={
+                "task": printable(job.task),
+                "n": settings.n,
+                "seed": settings.seed,
+                "max_new_tokens": settings.max_new_tokens,
+                "precision": self.model.precision,
+                "settings": cited,
+            },
+        )
+
+    def _public_settings(self, settings: protocol.Generate) -> dict[str, Any]:
+        """Return everything that shaped the sampling and nothing that a person typed."""
+        return {
+            "format": "airgap/settings/1",
+            "model": str(self.model.bundle),
+            "precision": self.model.precision,
+            "n": settings.n,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": str(settings.temperature),
+            "top_p": str(settings.top_p),
+            "top_k": settings.top_k,
+            "repetition_penalty": str(settings.repetition_penalty),
+            "seed": str(settings.seed),
+            "stop": list(settings.stop),
+            "grammar": settings.grammar.mode,
+        }
+
+    def _generate(
+        self, settings: protocol.Generate, on_progress: OnProgress
+    ) -> tuple[list[dict[str, Any]], protocol.Done]:
+        samples: dict[int, dict[str, Any]] = {}
+        totals: protocol.Done | None = None
+        for event in self._events(settings):
+            if isinstance(event, protocol.Progress):
+                on_progress(event.tokens, event.finished, settings.n)
+            elif isinstance(event, protocol.Done):
+                totals = event
+            else:
+                if event.index in samples or event.index >= settings.n:
+                    raise wrong_reply(f"sample {event.index} came twice or was not asked for")
+                samples[event.index] = sample_document(event)
+        if totals is None or len(samples) != settings.n:
+            raise wrong_reply(f"{len(samples)} samples came, {settings.n} were asked for")
+        on_progress(totals.tokens, settings.n, settings.n)
+        return [samples[index] for index in range(settings.n)], totals
+
+    def _events(
+        self, settings: protocol.Generate
+    ) -> Iterator[protocol.Progress | protocol.Sample | protocol.Done]:
+        try:
+            frames = self.worker.stream(settings.encode(), WORKER_S, total_s=self.limits.seconds)
+            for frame in frames:
+                if frame.is_part:
+                    yield protocol.parse_event(frame.payload)
+                    continue
+                reply = protocol.parse_reply(frame.payload)
+                if not isinstance(reply, protocol.Done):
+                    raise wrong_reply("the reply is none of `generate`")
+                yield reply
+        except MalformedError as error:
+            raise wrong_reply(str(error)) from error
+
+    def _assess(self, job: Job, samples: list[dict[str, Any]]) -> Assessed:
+        """Assess in the helper; where it fails, the screen is incomplete and the policy holds."""
+        return results.parse_assessed(
+            self.ask_helper(
+                {
+                    "op": "assess",
+                    "task": job.task,
+                    "inputs": dict(job.inputs),
+                    "samples": samples,
+                }
+            )
+        )
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _record(self, request: str, job: Job, phase: str, **fields: Any) -> Receipt:
+        return self.log.append(
+            Event(
+                "inference",
+                phase,
+                req=request,
+                actor=self.actor,
+                project=job.project,
+                model=self.model.bundle,
+                **fields,
+            )
+        )
+
+    def _close_intent(self, request: str, job: Job, started: float, error: BaseException) -> None:
+        """Say how an intent ended that gave no answer. A log that fails here has halted already."""
+        code = error.code if isinstance(error, AirgapError) else ""
+        result = "failed"
+        if isinstance(error, RefusedError):
+            result = "refused"
+        elif not isinstance(error, Exception):
+            result = "cancelled"
+        try:
+            self._record(
+                request,
+                job,
+                "outcome",
+                err=code,
+                lat_ms=elapsed_ms(started),
+                data={"result": result, "task": printable(job.task)},
+            )
+        except AirgapError:
+            return  # the first error is the one to tell; the next start closes the intent
+
+
+def require_small(job: Job, limits: Limits) -> None:
+    """Refuse typed input above the site's cap; a structure file has its own, and is cut to one."""
+    size = sum(
+        len(value.encode())
+        for name, value in job.inputs.items()
+        if isinstance(value, str) and name != "pdb"
+    )
+    if size > limits.prompt_bytes:
+        raise RefusedError(
+            "request.limit",
+            f"the input has {size} bytes; site.toml allows {limits.prompt_bytes}",
+            hint="give a smaller molecule, or a part of the protein with --region",
+        )
+
+
+def within(prepared: Prepared, limits: Limits) -> Prepared:
+    """Return `prepared` if it keeps to the site's caps."""
+    if prepared.preset.n > limits.samples:
+        raise RefusedError(
+            "request.limit",
+            f"{prepared.preset.n} samples were asked for; site.toml allows {limits.samples}",
+            hint=f"-n {limits.samples}",
+        )
+    if prepared.max_new_tokens > limits.new_tokens:
+        raise RefusedError(
+            "request.limit",
+            f"{prepared.max_new_tokens} new tokens a sample; site.toml allows {limits.new_tokens}",
+            hint="--max-new-tokens, or a smaller input",
+        )
+    return prepared
+
+
+def settings_of(prepared: Prepared) -> protocol.Generate:
+    """Return the worker's request; a seed that nobody chose is drawn here, and recorded."""
+    preset = prepared.preset
+    seed = preset.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(8)) >> (64 - SEED_BITS)
+    mode = prepared.grammar.get("mode", "none")
+    return protocol.Generate(
+        prompt=segments(prepared.prompt),
+        n=preset.n,
+        max_new_tokens=prepared.max_new_tokens,
+        temperature=preset.temperature,
+        top_p=preset.top_p,
+        top_k=preset.top_k,
+        repetition_penalty=preset.repetition_penalty,
+        seed=seed,
+        stop=tuple(prepared.stop),
+        grammar=protocol.Grammar(
+            mode=mode,
+            task=prepared.task if mode == "structure" else "",
+            sequence=prepared.subject.sequence if mode == "copy" else "",
+        ),
+    )
+
+
+def segments(prompt: str) -> tuple[protocol.Segment, ...]:
+    """Cut the helper's prompt into tags and texts; the helper is not believed either."""
+    try:
+        return protocol.segments_of(prompt)
+    except ProgramError as error:
+        raise RefusedError(error.code, error.message, hint=error.hint) from error
+
+
+def canonical(document: Mapping[str, Any]) -> bytes:
+    """Return JSON with sorted keys and no spaces, in UTF-8."""
+    return json.dumps(
+        document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def sample_document(sample: protocol.Sample) -> dict[str, Any]:
+    """Return what the helper reads of a sample."""
+    return {
+        "index": sample.index,
+        "text": sample.text,
+        "finish_reason": sample.finish_reason,
+        "logprob": sample.logprob,
+        "tokens": len(sample.ids),
+        "removed_mass": sample.removed_mass,
+    }
+
+
+def printable(text: str) -> str:
+    """Return a task name as it may stand in a record: short, printable ASCII."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text[:32])
+
+
+def elapsed_ms(started: float) -> int:
+    """Return whole milliseconds since `started` on the monotonic clock."""
+    return int((time.monotonic() - started) * 1000)
+
+
+def wrong_reply(what: str) -> FaultError:
+    """The worker broke the protocol of its room."""
+    return FaultError(
+        "model.reply",
+        f"the sealed worker sent something that is not an answer: {what:.300}",
+        hint="treat the model as hostile; run `airgap verify` on its bundle",
+    )

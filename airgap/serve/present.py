@@ -1,0 +1,155 @@
+"""From an answer to what a person keeps: table, JSON, CSV, SDF, report and receipt."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from airgap.audit import commitment
+from airgap.science import views
+from airgap.serve.broker import Answer, Broker, Job
+from policy.errors import UsageError
+
+OBLIGATIONS_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """What is printed: `json` for machines, `text` for people."""
+
+    json: dict[str, Any]
+    text: Group
+
+
+def header_of(broker: Broker, answer: Answer) -> views.Header:
+    """Return the facts that stand on every page of this answer."""
+    probe = broker.worker.evidence.get("probe") or {}
+    tried = probe.get("sealed", {})
+    model, decision = answer.model, answer.decision
+    return views.Header(
+        model=f"{model.name} {model.version}",
+        model_digest=str(model.bundle),
+        precision=model.precision,
+        seed=answer.seed,
+        prompt_commitment=commitment(answer.opening.content_in, answer.opening.nonce_in).commit,
+        decision=f"{decision.outcome} as of {decision.as_of}, {decision.digest}",
+        seal=f"rung {broker.worker.rung}; {len(tried)} channels probed, none open",
+        receipt=f"{answer.outcome.origin} record {answer.outcome.seq}",
+        created=datetime.now(UTC),
+        scientific_use=model.scientific_use,
+        reference_model=model.reference_model,
+        reasons=reasons_of(answer),
+        version=version("airgap"),
+    )
+
+
+def reasons_of(answer: Answer) -> tuple[str, ...]:
+    """Return the rules and obligations of the decision that its user may read."""
+    reasons = [
+        f"{each.rule}: {each.plain} [{each.citation}]"
+        for each in answer.decision.reasons
+        if not each.hazard
+    ]
+    duties = [f"obligation {each.id}: {each.text}" for each in answer.decision.obligations]
+    return (*reasons, *duties[:OBLIGATIONS_SHOWN])
+
+
+def present(
+    broker: Broker, job: Job, answer: Answer, outputs: Mapping[str, Path | None]
+) -> Presented:
+    """Write the files that were asked for and return what to print.
+
+    Args:
+        broker: Still open: drawings and SDF come from the sealed helper.
+        job: As it was run.
+        answer: Its answer.
+        outputs: Path or None for `csv`, `sdf`, `html` and `receipt`.
+
+    Raises:
+        UsageError: SDF of a task that makes no molecules.
+        OSError: A file could not be written; the answer is on record all the same.
+
+    """
+    header = header_of(broker, answer)
+    prepared, assessed = answer.prepared, answer.assessed
+    written: dict[str, str] = {}
+    for kind, path in outputs.items():
+        if path is None:
+            continue
+        if kind == "csv":
+            content = views.csv(assessed, header)
+        elif kind == "sdf":
+            content = broker.sdf(answer)
+        elif kind == "html":
+            content = views.html(prepared, assessed, header, broker.draw(job, answer))
+        else:
+            content = answer.outcome.as_proof()
+        write_whole(path, content)
+        written[kind] = str(path)
+    document = views.document(prepared, assessed, header) | {
+        "request": answer.request,
+        "tokens": {"prompt": answer.totals.prompt_tokens, "new": answer.totals.tokens},
+        "elapsed_ms": answer.totals.elapsed_ms,
+        "decision": str(answer.decision.digest),
+        "receipts": {
+            "intent": answer.intent.as_document(),
+            "outcome": answer.outcome.as_document(),
+        },
+        # Whoever holds these can show that this text is the one on record; the log cannot.
+        "openings": {
+            "in": answer.opening.nonce_in.hex(),
+            "out": answer.opening.nonce_out.hex(),
+        },
+        "written": written,
+    }
+    lines = [
+        f"on record: {header.receipt}; decision {header.decision}",
+        f"sealed: {header.seal}; seed {answer.seed}",
+        *(f"{kind}: {path}" for kind, path in written.items()),
+    ]
+    text = Group(
+        views.table(prepared, assessed, header), *(Text(line, style="dim") for line in lines)
+    )
+    return Presented(document, text)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file that is either complete or not there."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    beside = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.chmod(0o644)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def check_outputs(task: str, outputs: Mapping[str, Path | None]) -> None:
+    """Refuse an output that could not be written, before any work is done."""
+    if outputs.get("sdf") is not None and task in {"binding-site", "material"}:
+        raise UsageError(
+            "usage.argument",
+            f"--sdf: the task {task} makes no molecules with a structure of their own",
+            hint="use --csv or --html",
+        )
+    for option, path in outputs.items():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UsageError(
+                "usage.argument",
+                f"--{option}: {path} is a folder, or its folder does not exist",
+                hint="make the folder first, and name a file in it",
+            )

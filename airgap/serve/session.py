@@ -1,0 +1,275 @@
+"""Opens everything that a broker needs, in an order in which each step may still refuse.
+
+Site facts and rules; the installed bundle, hashed again; the log; then the two sealed processes,
+whose evidence is in the log before the first request. Embedded mode: the user's own process is the
+broker (architecture, section 4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from airgap import gate
+from airgap.audit import Actor, AuditLog, Event, new_ulid, open_log
+from airgap.audit.query import read_records
+from airgap.config import Person, Site, load_site
+from airgap.enclave import Enclave, SealSpec, launch
+from airgap.install import InstalledBundle, Store, verify_installed
+from airgap.serve.broker import Broker, Job, Model, canonical
+from bundle.graphs import Graphs, parse_graphs
+from policy.engine import Decision
+from policy.errors import AirgapError, RefusedError
+
+WORKER = "airgap.inference.program:create"
+HELPER = "airgap.science.program:create"
+PRECISION = "fp32"
+HOLDS_COUNT = timedelta(days=30)
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """Return the wall clock, UTC."""
+    return datetime.now(UTC)
+
+
+@contextlib.contextmanager
+def open_broker(
+    root: Path, *, model: str = "", project: str = "", clock: Clock = utc_now
+) -> Iterator[tuple[Broker, str]]:
+    """Open a broker on the tree `root` and yield it with the project that the job runs under.
+
+    Args:
+        root: The tree of this user.
+        model: Digest, name or name-version of an installed bundle; empty for the current one.
+        project: Its id in site.toml; empty where the person has exactly one.
+        clock: Wall clock, UTC.
+
+    Raises:
+        RefusedError: Nothing is installed, a file of the bundle has changed, the account or the
+            project is unknown, or the seal is refused.
+        FaultError: The log cannot be opened.
+
+    """
+    site = load_site(root)
+    rules = gate.load_rules(root)
+    installed = find_installed(root, model)
+    verify_installed(installed.folder)
+    person = site.require_account(os.getuid(), account_name())
+    chosen = choose_project(site, person, project)
+    described = describe(installed)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open_log(root, site=site.institution.name))
+        with loading(log, installed):
+            worker, helper = (
+                stack.enter_context(sealed(log, spec))
+                for spec in specs(installed, described, site, root / "store" / "enclave")
+            )
+        policy = UseRules(site, rules, installed, person, log, clock)
+        yield (
+            Broker(
+                log=log,
+                worker=worker,
+                helper=helper,
+                model=described,
+                actor=Actor(person.name or person.id, next(iter(sorted(person.roles)), "")),
+                use_policy=policy,
+                limits=site.limits,
+            ),
+            chosen,
+        )
+
+
+@contextlib.contextmanager
+def loading(log: AuditLog, installed: InstalledBundle) -> Iterator[None]:
+    """Put the load of a model on record, before it begins and as it ended."""
+    request = new_ulid()
+
+    def record(phase: str, **result: str) -> None:
+        log.append(
+            Event(
+                "model.load",
+                phase,
+                req=request,
+                model=installed.digest,
+                data={"digest": installed.digest, **result},
+            )
+        )
+
+    record("intent")
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(AirgapError):
+            record("outcome", result="failed")
+        raise
+    record("outcome", result="complete")
+
+
+@dataclass(slots=True)
+class UseRules:
+    """The rules with the facts of this site, this person and this bundle bound in."""
+
+    site: Site
+    rules: gate.Rules
+    installed: InstalledBundle
+    person: Person
+    log: AuditLog
+    clock: Clock
+
+    def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
+        """Return the decision on one use; see `broker.UsePolicy`."""
+        now = self.clock()
+        day = self.site.legal_day(now)
+        return gate.decide_use(
+            self.site,
+            self.rules,
+            self.installed.manifest.models,
+            bundle_digest=self.installed.digest,
+            person=self.person.id,
+            project=job.project,
+            task=gate.TaskFacts(job.task, modality),
+            screen=screen,
+            as_of=day.as_of,
+            known_at=day.known_at,
+            day_source=day.source,
+            admitted=True,  # the store activates nothing that was not admitted
+            hazard_holds=hazard_holds(self.log.folder, os.getuid(), now),
+        )
+
+
+def hazard_holds(folder: Path, uid: int, now: datetime) -> int:
+    """Return how often a hazard rule held this account in the last 30 days, from the log."""
+    since = (now - HOLDS_COUNT).strftime("%Y-%m-%dT%H:%M:%S")
+    return sum(
+        1
+        for record in read_records(folder)
+        if record["kind"] == "denial"
+        and record["actor"]["uid"] == uid
+        and record.get("decision", {}).get("rule") == "HAZ"
+        and record["ts"] >= since
+    )
+
+
+def specs(
+    installed: InstalledBundle, model: Model, site: Site, state: Path
+) -> tuple[SealSpec, SealSpec]:
+    """Return what to seal: the worker with the model, and the helper without it."""
+    min_rung = site.enclave.min_rung
+    worker = SealSpec(
+        profile="worker",
+        program=WORKER,
+        config={
+            "folder": str(installed.model_folder(model.id)),
+            "precision": model.precision,
+            "threads": os.cpu_count() or 1,
+        },
+        read_only=(installed.folder,),
+        artifacts={"bundle": str(installed.digest)},
+        min_rung=min_rung,
+        state=state,
+    )
+    helper = SealSpec(profile="screen", program=HELPER, min_rung=min_rung, state=state)
+    return worker, helper
+
+
+def account_name() -> str:
+    """Return the name of the account that runs this process, or its number."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def choose_project(site: Site, person: Person, project: str) -> str:
+    """Return the project that a job runs under; without a choice, the person's only one.
+
+    Whether the person may work for it is for the policy to say.
+    """
+    if project:
+        return site.require_project(project).id
+    if len(person.projects) == 1:
+        return next(iter(person.projects))
+    known = ", ".join(sorted(person.projects)) or "none"
+    raise RefusedError(
+        "site.project",
+        f"{person.id} is on {len(person.projects)} projects ({known}); name one",
+        hint="--project PROJECT",
+    )
+
+
+def find_installed(root: Path, model: str) -> InstalledBundle:
+    """Return the installed bundle that `model` names, or the current one."""
+    store = Store(root / "store")
+    if model:
+        return store.get(model)
+    current = store.current()
+    if current is None:
+        raise RefusedError(
+            "store.missing",
+            f"no model is installed in {root}",
+            hint="airgap install BUNDLE.agb; or name another tree with --root",
+        )
+    return current
+
+
+def describe(installed: InstalledBundle) -> Model:
+    """Return what the broker and the helper must know of the installed model."""
+    entry = installed.manifest.models[0]
+    graphs: Graphs = parse_graphs((installed.model_folder(entry.id) / "graphs.json").read_bytes())
+    return Model(
+        id=entry.id,
+        bundle=installed.digest,
+        name=installed.manifest.name,
+        version=installed.manifest.version,
+        precision=PRECISION,
+        context={
+            "model": graphs.model,
+            "max_context": graphs.max_context,
+            "vocab_size": graphs.vocab_size,
+            "tags": dict(graphs.tags),
+        },
+        reference_model=entry.reference_model,
+        scientific_use=entry.scientific_use,
+    )
+
+
+@contextlib.contextmanager
+def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
+    """Start a sealed process; its evidence is in the log first, its end last."""
+    enclave = launch(spec)
+    try:
+        evidence = log.put_object(canonical(enclave.evidence))
+        log.append(
+            Event(
+                "enclave.seal",
+                data={"rung": enclave.rung, "profile": spec.profile, "evidence": evidence},
+            )
+        )
+        yield enclave
+    finally:
+        end = enclave.close()
+        with contextlib.suppress(AirgapError):  # a halted log has said so already
+            record_end(log, spec, enclave, end)
+
+
+def record_end(log: AuditLog, spec: SealSpec, enclave: Enclave, end: Mapping[str, Any]) -> None:
+    """Append how a sealed process ended; an incident is a kind of its own."""
+    data: dict[str, Any] = {
+        "rung": enclave.rung,
+        "profile": spec.profile,
+        "evidence": log.put_object(json.dumps(end, sort_keys=True).encode()),
+    }
+    data |= {key: end[key] for key in ("status", "signal") if isinstance(end.get(key), int)}
+    if end.get("incident"):
+        log.append(Event("enclave.incident", data={**data, "reason": str(end["incident"])[:200]}))
+    else:
+        log.append(Event("enclave.exit", data=data))
