@@ -7,6 +7,7 @@ have safe defaults. Every refusal names the line.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -384,9 +385,34 @@ def default_site_toml() -> str:
     return _TEMPLATE
 
 
+def create_site(root: Path) -> Path:
+    """Write the template to `<root>/site.toml`; RefusedError `site.exists` if one is there."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = root / FILE_NAME
+    draft = root / f".{FILE_NAME}.{os.getpid()}"
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(default_site_toml())
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(draft, path)  # unlike a rename it never replaces
+    except FileExistsError as error:
+        raise RefusedError(
+            "site.exists", f"{path} is there already", hint="edit it, or move it away first"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def unnamed_site() -> Site:
+    """A site about which nothing is known: what a question without a site.toml is held against."""
+    return Site(institution=Institution(name="no site.toml"))
+
+
 _TEMPLATE = """\
-# What this site says about itself. Rules of the policy read these facts; a key that is not given is
-# an UNKNOWN fact, and an unknown never counts as yes. Take the # away where you know the answer.
+# What this site says about itself. Rules of the policy read these facts; a key that is not given
+# is an UNKNOWN fact, and an unknown never counts as yes. Take the # away where you know the answer.
 # `airgap policy explain` shows what is missing for a decision, and whom to ask.
 
 [institution]
@@ -397,7 +423,7 @@ name = "Fill in the legal name"
 legal_zone = "UTC"             # time zone whose calendar date decides which law is in force
 
 [system]
-# owner = "institution"        # institution, DoD, DOE, NASA, IC, other_federal, state, contractor, ...
+# owner = "institution"        # institution, DoD, DOE, NASA, IC, other_federal, state, ...
 # ic_nss = false               # national-security system of the intelligence community?
 # state_business = false       # state device, or used for state business?
 # cui_authorised = false       # authorised for CUI?
@@ -417,7 +443,7 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 # [[project]]
 # id = "chem-1"
 # title = "What it is about"
-# sponsors = ["NIH"]           # DoD, DOE, NASA, NIH, NSF, ..., state, foundation, industry, internal
+# sponsors = ["NIH"]           # DoD, DOE, NASA, NIH, NSF, ..., state, foundation, internal
 # instrument = "grant"         # contract, subcontract, grant, cooperative_agreement, ota, none
 # federal_funds = true
 # active = true

@@ -1,0 +1,205 @@
+"""`airgap policy explain|check` and `airgap site init`."""
+
+from __future__ import annotations
+
+import enum
+import os
+import pwd
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, stdout
+from policy.errors import RefusedError
+
+if TYPE_CHECKING:
+    from policy.engine import Decision
+
+
+class ScopeName(enum.StrEnum):
+    """What is asked."""
+
+    ADMISSION = "admission"
+    USE = "use"
+
+
+Bundle = Annotated[
+    str, typer.Option("--bundle", help="A bundle file, or the name or digest of an installed one.")
+]
+Model = Annotated[str, typer.Option("--model", help="A model that the lineage registry knows.")]
+ProjectName = Annotated[str, typer.Option("--project", help="Project of site.toml.")]
+PersonName = Annotated[
+    str, typer.Option("--person", help="Person of site.toml. Default: whose account this is.")
+]
+ScopeOption = Annotated[
+    ScopeName | None,
+    typer.Option("--scope", help="Default: use when a task is named, else admission."),
+]
+AsOf = Annotated[
+    datetime | None,
+    typer.Option("--as-of", formats=["%Y-%m-%d"], help="Day whose law applies. Default: today."),
+]
+TaskName = Annotated[str, typer.Option("--task", help="Task, as `airgap run` calls it.")]
+Action = Annotated[str, typer.Option("--action", help="What is done with the model.")]
+Assume = Annotated[
+    list[str] | None,
+    typer.Option("--assume", help="A fact for this question only, such as screen.tier=0."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add both groups."""
+    policy = typer.Typer(help="Ask the rules, and read why.", no_args_is_help=True)
+    policy.command(name="explain")(explain)
+    policy.command(name="check")(check)
+    app.add_typer(policy, name="policy")
+    site = typer.Typer(help="What this site says about itself.", no_args_is_help=True)
+    site.command(name="init")(init)
+    app.add_typer(site, name="site")
+
+
+def explain(
+    *,
+    bundle: Bundle = "",
+    model: Model = "",
+    project: ProjectName = "",
+    person: PersonName = "",
+    scope: ScopeOption = None,
+    task: TaskName = "",
+    action: Action = "infer",
+    as_of: AsOf = None,
+    assume: Assume = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Explain a decision: rules, citations, facts and their source, what is missing, dates.
+
+    Facts that only a run has (seal, installation, screens) are assumed to be good, and listed.
+    """
+    from airgap.cli.explanation import show_view, view
+    from policy import report
+
+    asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
+    answer = decide(asked, root_folder(root), what_if=True)
+    if json:
+        document = report.public_document(answer.decision, hazard_role=answer.hazard_role)
+        show({**document, "assumed": answer.assumed}, "", json=True)
+        return
+    explained = report.explain(answer.decision, hazard_role=answer.hazard_role)
+    show_view(stdout, view(explained, title=answer.title, assumed=answer.assumed))
+
+
+def check(
+    *,
+    bundle: Bundle = "",
+    model: Model = "",
+    project: ProjectName = "",
+    person: PersonName = "",
+    scope: ScopeOption = None,
+    task: TaskName = "",
+    action: Action = "infer",
+    as_of: AsOf = None,
+    assume: Assume = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Make one decision: exit 0 permitted, 1 denied or held, 3 fault. Nothing is assumed."""
+    from policy import report
+
+    asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
+    answer = decide(asked, root_folder(root), what_if=False)
+    decision = answer.decision
+    if json or decision.permitted:
+        document = report.public_document(decision, hazard_role=answer.hazard_role)
+        show({**document, "assumed": answer.assumed}, document["summary"], json=json)
+    if not decision.permitted:
+        if json:
+            raise typer.Exit(1)
+        raise decision.refusal()
+
+
+def init(*, root: Root = None, json: Json = False) -> None:
+    """Write a commented site.toml in which every answer is still open; never over another one."""
+    from airgap.config import create_site
+
+    path = create_site(root_folder(root))
+    show({"site": str(path)}, f"wrote {path}: fill it in, then `airgap policy explain`", json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options of one question."""
+
+    bundle: str
+    model: str
+    project: str
+    person: str
+    scope: ScopeName | None
+    task: str
+    action: str
+    as_of: datetime | None
+    assume: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A decision, what it is about, what was assumed, and whether the reader may see hazards."""
+
+    decision: Decision
+    title: str
+    assumed: list[str]
+    hazard_role: bool
+
+
+def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
+    """Gather the facts of a question and decide it."""
+    from airgap import inquiry
+    from airgap.config import load_site, unnamed_site
+    from airgap.gate import load_rules
+    from policy.report import HAZARD_ROLE
+    from policy.terms import Scope
+
+    notes: list[str] = []
+    try:
+        site = load_site(root)
+    except RefusedError as error:
+        if error.code != "site.missing" or not what_if:
+            raise
+        site = unnamed_site()
+        notes.append(f"there is no site.toml in {root}: every fact of the site is unknown")
+    now = datetime.now(UTC)
+    rules = load_rules(root)
+    reader = inquiry.find_reader(site, asked.person, os.getuid(), account_name())
+    subject = inquiry.find_subject(
+        bundle=asked.bundle, model=asked.model, root=root, rules=rules, now=now
+    )
+    scope = Scope(asked.scope or ("use" if asked.task else "admission"))
+    question = inquiry.Question(
+        scope=scope,
+        project=asked.project or None,
+        person=reader.id if reader else None,
+        task=inquiry.task_facts(asked.task, asked.action) if asked.task else None,
+        assumed=inquiry.parse_assumptions(asked.assume),
+    )
+    if what_if:
+        assumed = inquiry.what_if(question, subject) | dict(question.assumed)
+        question = replace(question, assumed=assumed)
+    day = site.legal_day(now, asked.as_of.date() if asked.as_of else None)
+    decision = inquiry.ask(question, subject, site, rules, day)
+    return Answered(
+        decision=decision,
+        title=question.title_of(subject),
+        assumed=[*notes, *question.assumed_words],
+        hazard_role=reader is not None and HAZARD_ROLE in reader.roles,
+    )
+
+
+def account_name() -> str:
+    """Name of the account that runs this process; its number where it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
