@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -40,6 +41,8 @@ from airgap.science import assessment, drawing, molecules, screens, structures, 
 from airgap.science.grammar import PromptError, require_tokens
 
 SAMPLE_TEXT_LIMIT = 200_000
+ALIGN_SECONDS = 6.0
+"""Time in one request for turning reactants as they lie in the product."""
 REPLY_LIMIT = 3 * 1024 * 1024
 """Largest reply in bytes; the channel takes 4 MiB."""
 
@@ -119,7 +122,7 @@ class Program:
             "subject": _subject_document(subject),
             "input_screen": screen.document(),
             "unchecked": task.unchecked,
-            "notes": notes,
+            "notes": [*notes, *tasks.reference_note(task, context)],
         }
 
     def subject(
@@ -155,6 +158,7 @@ class Program:
         rows = _rows(request)
         found: dict[str, list[str]] = {}
         size = 0
+        until = time.monotonic() + ALIGN_SECONDS
         product = None
         if task.name == "retrosynthesis":
             product = molecules.read_product(
@@ -164,7 +168,7 @@ class Program:
         if request.get("track"):
             found["subject"] = [drawing.draw_track(_track(request))]
         for number, row in enumerate(rows):
-            drawn = _draw_row(task, row, product)
+            drawn = _draw_row(task, row, product, until)
             size += sum(map(len, drawn)) + 64
             if size > REPLY_LIMIT - 512_000 and number:
                 return {"drawings": found, "next": number}
@@ -223,9 +227,12 @@ def _subject_document(subject: tasks.Subject) -> dict[str, Any]:
     }
 
 
-def _draw_row(task: tasks.Task, row: Mapping[str, Any], product: Chem.Mol | None) -> list[str]:
+def _draw_row(
+    task: tasks.Task, row: Mapping[str, Any], product: Chem.Mol | None, until: float
+) -> list[str]:
     if task.name == "retrosynthesis" and product is not None:
-        return [drawing.draw_scheme(product, [_molecule(one) for one in row["reactants"]])]
+        reactants = [_molecule(one) for one in row["reactants"]]
+        return [drawing.draw_scheme(product, reactants, until=until)]
     if task.name == "material":
         return [drawing.draw_molecule(_molecule(one)) for one in row["linkers"]]
     return [] if task.name == "binding-site" else [drawing.draw_molecule(_molecule(row))]

@@ -377,6 +377,7 @@ class Context:
         tags: Added tokens by text.
         vocabulary: Entries; 0 when unknown. A small one has one entry a chemical word; for any
             other, a text takes at most one token a byte, and this bound is used.
+        reference: It is the project's own tiny model.
 
     """
 
@@ -384,6 +385,7 @@ class Context:
     max_context: int
     tags: Mapping[str, int]
     vocabulary: int = 0
+    reference: bool = False
 
     @property
     def exact(self) -> bool:
@@ -414,7 +416,20 @@ def parse_context(document: Mapping[str, Any]) -> Context:
             "the context needs max_context (a positive number) and tags (token to id)",
             hint="they stand in graphs.json of the installed bundle",
         )
-    return Context(str(document.get("model", "the model"))[:80], size, dict(tags), words)
+    return Context(
+        str(document.get("model", "the model"))[:80],
+        size,
+        dict(tags),
+        words,
+        document.get("reference_model") is True,
+    )
+
+
+def reference_note(task: Task, context: Context) -> list[str]:
+    """Return what must be said about the reference model's own notion of a site."""
+    if context.reference and task.name == "binding-site":
+        return ["the reference model was taught a motif (N of N-X-S/T) in place of binding sites"]
+    return []
 
 
 def build_prompt(task: Task, subject: Subject, residue_smiles: Mapping[str, str]) -> str:
@@ -441,7 +456,7 @@ def display(task: Task, subject: Subject) -> str:
     if subject.sequence:
         marked = f", {len(subject.pockets)} pocket residues" if subject.pockets else ""
         return f"{task.title} for {subject.source}: {len(subject.sequence)} residues{marked}"
-    return f"{task.title}, free generation"
+    return f"{task.title}, generated freely"
 
 
 def grammar_spec(task: Task, subject: Subject) -> dict[str, str]:

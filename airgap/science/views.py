@@ -215,6 +215,9 @@ def table(prepared: Prepared, assessed: Assessed, header: Header) -> Group:
     more = len(assessed.rows) - TABLE_ROWS
     if more > 0:
         parts.append(Text(f"... and {more} more rows: --csv, --json or the report", style="dim"))
+    if top := _top_residues(assessed)[:12]:
+        named = ", ".join(f"{letter}{label} {votes}" for label, letter, votes in top)
+        parts.append(Text(f"most votes, of {summary.n}: {named}"))
     parts.append(
         Text(
             f"{summary.valid} of {summary.n} valid, {summary.unique} different; "
@@ -280,6 +283,16 @@ def composition(node: str) -> str:
     return " ".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in ordered)
 
 
+def formula(text: str) -> str:
+    """Return a molecular formula with its numbers set low and its charge set high."""
+    body, sign, charge = text.partition("-" if "-" in text else "+")
+    low, high = (
+        str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"),
+        str.maketrans("0123456789+-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻"),
+    )
+    return body.translate(low) + (charge + sign).translate(high)
+
+
 # -- report ---------------------------------------------------------------------------------------
 
 
@@ -314,7 +327,9 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=short, utc=_utc, flags=flags, composition=composition)
+    environment.filters.update(
+        short=short, utc=_utc, flags=flags, composition=composition, formula=formula
+    )
     page: str = environment.get_template("report.html.j2").render(
         style=style,
         policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; "
