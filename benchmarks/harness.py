@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -238,11 +238,13 @@ def _checked(bench: str, result: Result, conditions: dict[str, Any]) -> Result:
     figures = (result.ratio, result.target, result.ours, result.peer)
     if not all(math.isfinite(figure) for figure in figures):
         raise ValueError(f"{result.name}: a figure is not finite: {figures}")
-    return Result(
-        f"{bench}/{result.name}",
-        *(_short(figure) for figure in figures),
-        result.unit,
-        {"machine": conditions} | result.conditions,
+    return replace(
+        result,
+        name=f"{bench}/{result.name}",
+        ratio=_short(result.ratio),
+        ours=_short(result.ours),
+        peer=_short(result.peer),
+        conditions={"machine": conditions} | result.conditions,
     )
 
 

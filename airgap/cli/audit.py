@@ -11,7 +11,7 @@ from airgap.cli.common import Json, Root, root_folder, show, stderr
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
     from airgap.audit import Record, Vkey
     from airgap.audit.checkpoint import Checkpoint
@@ -221,25 +221,14 @@ class _Bar:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _table(records: list[Record]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _table(records: list[Record]) -> Text:
+    """Return aligned lines; whole cells, for a terminal may wrap them but must not cut them."""
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for heading in (
-        "seq",
-        "time (UTC)",
-        "what",
-        "person",
-        "project",
-        "decision",
-        "model",
-        "result",
-    ):
-        table.add_column(heading, justify="right" if heading == "seq" else "left", no_wrap=True)
+    rows = [("seq", "time (UTC)", "what", "person", "project", "decision", "model", "result")]
     for record in records:
         phase = "" if record["phase"] == "event" else f" {record['phase']}"
-        cells = (
+        rows.append((
             str(record["seq"]),
             record["ts"][:19].replace("T", " "),
             record["kind"] + phase,
@@ -248,9 +237,11 @@ def _table(records: list[Record]) -> Table:
             _decision(record),
             record.get("model", "")[7:19],
             _result(record),
-        )
-        table.add_row(*(escape(cell) for cell in cells))
-    return table
+        ))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    used = [c for c in range(len(widths)) if any(row[c] for row in rows[1:])]
+    lines = ["  ".join(row[c].ljust(widths[c]) for c in used).rstrip() for row in rows]
+    return Text("\n").join([Text(lines[0], style="bold"), *(Text(line) for line in lines[1:])])
 
 
 def _decision(record: Record) -> str:
