@@ -49,7 +49,7 @@ class HostSurvey:
     seccomp_actions: str | None
     seccomp_actions_logged: str | None
     core_pattern_piped: bool | None
-    autofs: tuple[str, ...]
+    autofs: tuple[str, ...]  # indirect maps: a lookup below them hands a name to a daemon
     network_mounts: tuple[str, ...]
     nodes: tuple[str, ...]
     threads: int
@@ -84,8 +84,8 @@ def survey(proc: Path = _PROC) -> HostSurvey:
         seccomp_actions=_text(proc / "sys/kernel/seccomp/actions_avail"),
         seccomp_actions_logged=_text(proc / "sys/kernel/seccomp/actions_logged"),
         core_pattern_piped=None if pattern is None else pattern.startswith("|"),
-        autofs=tuple(point for point, kind in mounts if kind == "autofs"),
-        network_mounts=tuple(point for point, kind in mounts if kind in _NETWORK_FILESYSTEMS),
+        autofs=tuple(m.point for m in mounts if m.kind == "autofs" and "direct" not in m.options),
+        network_mounts=tuple(m.point for m in mounts if m.kind in _NETWORK_FILESYSTEMS),
         nodes=tuple(node for node in _NODES if Path(node).exists()),
         threads=int(status.get("Threads", "1")),
         onnxruntime=onnxruntime_version(),
@@ -95,7 +95,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
 
 # -- which rungs can be tried ----------------------------------------------------------------------------
 
-RUNGS = ("A", "B", "C")  # U is specified and not offered
+RUNGS = ("A", "B", "C")  # U is specified and not offered: a site that allows it gets A alone
 
 
 def default_min_rung(facts: HostSurvey) -> str:
@@ -119,10 +119,16 @@ def rung_obstacles(facts: HostSurvey) -> dict[str, str]:
     return out
 
 
+def allowed_rungs(min_rung: str) -> tuple[str, ...]:
+    """Return the rungs from the best down to `min_rung`."""
+    least = "A" if min_rung == "U" else min_rung
+    return RUNGS[: RUNGS.index(least) + 1]
+
+
 def candidate_rungs(facts: HostSurvey, min_rung: str) -> tuple[list[str], dict[str, str]]:
     """Return the rungs to try, best first, and why the others are left out."""
     obstacles = rung_obstacles(facts)
-    allowed = RUNGS[: RUNGS.index(min_rung) + 1]
+    allowed = allowed_rungs(min_rung)
     left_out = dict(obstacles)
     for rung in RUNGS:
         if rung not in allowed:
@@ -226,14 +232,23 @@ def parse_id_map(text: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((row[0], row[1], row[2]) for row in rows if len(row) == 3)  # noqa: PLR2004 - columns
 
 
-def parse_mounts(text: str) -> list[tuple[str, str]]:
-    """Read mountinfo(5) into (mount point, file system type)."""
+@dataclass(frozen=True, slots=True)
+class MountLine:
+    """What the survey wants from a line of mountinfo(5)."""
+
+    point: str
+    kind: str
+    options: tuple[str, ...]
+
+
+def parse_mounts(text: str) -> list[MountLine]:
+    """Read mountinfo(5): mount point, file system type, options of the file system."""
     out = []
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        if right and len(fields) > 4:  # noqa: PLR2004 - field 5 is the mount point
-            out.append((fields[4], right.split(" ")[0]))
+        fields, tail = left.split(" "), right.split(" ")
+        if len(fields) > 4 and len(tail) > 2:  # noqa: PLR2004 - columns
+            out.append(MountLine(fields[4], tail[0], tuple(tail[2].split(","))))
     return out
 
 

@@ -7,6 +7,7 @@ and in the sealed twin, where it is an ordinary program of the worker. Standard 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -21,7 +22,7 @@ from airgap.enclave import linux
 
 TYPE_CHECKING = False  # the worker has no use for the `typing` module; type checkers know this name
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any, TypedDict
 
     class Targets(TypedDict):
@@ -165,7 +166,7 @@ def _socket(family: int, kind: int, protocol: int = 0) -> socket.socket:
 
 # -- internet -----------------------------------------------------------------------------------------
 
-_NETWORK = "stage 1, network namespace"
+_NETWORK = "stage 1, own network"
 
 
 @channel(_NETWORK)
@@ -184,17 +185,17 @@ def tcp6(t: Targets) -> object:
     return s.send(mark(t, "tcp6"))
 
 
-@channel(_NETWORK + "; Landlock misses it")
+@channel(_NETWORK)
 def mptcp(t: Targets) -> object:
-    """Multipath TCP to a plain TCP server."""
+    """Multipath TCP to a plain TCP server; Landlock does not see it."""
     s = _socket(socket.AF_INET, socket.SOCK_STREAM, 262)
     s.connect((t["ip"], t["port"]))
     return s.send(mark(t, "mptcp"))
 
 
-@channel(_NETWORK + "; Landlock misses it")
+@channel(_NETWORK)
 def tcp_fastopen_sendto(t: Targets) -> object:
-    """TCP Fast Open: data without connect()."""
+    """TCP Fast Open, data without connect(); Landlock does not see it."""
     s = _socket(socket.AF_INET, socket.SOCK_STREAM)
     s.settimeout(None)
     return s.sendto(mark(t, "tcp_fastopen_sendto"), 0x20000000, (t["ip"], t["port"]))
@@ -277,7 +278,7 @@ def dns_getaddrinfo(t: Targets) -> object:
 
 # -- local sockets -------------------------------------------------------------------------------------
 
-_LOCAL = "stage 1, private root"
+_LOCAL = "stage 1, own root"
 
 
 @channel(_LOCAL)
@@ -304,7 +305,7 @@ def unix_path_dgram_sendmsg(t: Targets) -> object:
     )
 
 
-@channel("stage 1, network namespace, Landlock scope")
+@channel("stage 1, own network, Landlock")
 def unix_abstract_stream(t: Targets) -> object:
     """Connect to an abstract Unix socket."""
     s = _socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -312,7 +313,7 @@ def unix_abstract_stream(t: Targets) -> object:
     return s.send(mark(t, "unix_abstract_stream"))
 
 
-@channel(_LOCAL + "; pipes as channel")
+@channel(_LOCAL)
 def socketpair_dgram_readdress(t: Targets) -> object:
     """Re-address one end of a datagram socket pair."""
     one, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -353,7 +354,7 @@ def af_netlink_audit(t: Targets) -> object:
 # -- io_uring ------------------------------------------------------------------------------------------
 
 
-@channel("stage 1 (ENOSYS)")
+@channel("stage 1")
 def io_uring_tcp(t: Targets) -> object:
     """TCP through a ring: no socket call is made."""
     address = struct.pack("<H", socket.AF_INET) + struct.pack(">H", t["port"])
@@ -361,7 +362,7 @@ def io_uring_tcp(t: Targets) -> object:
     return _ring_send(socket.AF_INET, address, mark(t, "io_uring_tcp"))
 
 
-@channel("stage 1 (ENOSYS), private root")
+@channel("stage 1")
 def io_uring_unix_path(t: Targets) -> object:
     """Reach a Unix socket through a ring."""
     address = struct.pack("<H", socket.AF_UNIX) + t["stream"].encode() + b"\0"
@@ -413,17 +414,18 @@ def inherited_tcp_fd(t: Targets) -> object:
     return os.write(t["inherited"], mark(t, "inherited_tcp_fd"))
 
 
-@channel("stage 1 (recvmsg), descriptors closed; no namespace stops it")
+@channel("stage 1, descriptors closed")
 def scm_rights_recv(t: Targets) -> object:
-    """Receive a connected socket over a Unix socket."""
+    """Receive a connected socket over a Unix socket; no namespace stops that."""
     s = socket.socket(fileno=os.dup(t["passed"]))
     s.settimeout(_WAIT_S)
     _, ancillary, *_ = s.recvmsg(16, 256)
-    (descriptor,) = struct.unpack("<i", ancillary[0][2][:4])
-    return os.write(descriptor, mark(t, "scm_rights_recv"))
+    (received,) = struct.unpack("<i", ancillary[0][2][:4])
+    with _closing(received):
+        return os.write(received, mark(t, "scm_rights_recv"))
 
 
-@channel("stage 1, PID namespace")
+@channel("stage 1, own processes")
 def ptrace_outside(t: Targets) -> object:
     """Attach to a process of the same uid."""
     linux.call("ptrace", 0x4206, t["pid"], 0, 0)
@@ -432,7 +434,7 @@ def ptrace_outside(t: Targets) -> object:
     return linux.call("ptrace", 17, t["pid"], 0, 0)
 
 
-@channel("stage 1, PID namespace")
+@channel("stage 1, own processes")
 def process_vm_readv_outside(t: Targets) -> object:
     """Read the memory of a process of the same uid."""
     buffer = ctypes.create_string_buffer(8)
@@ -441,42 +443,44 @@ def process_vm_readv_outside(t: Targets) -> object:
     return linux.call("process_vm_readv", t["pid"], here, 1, there, 1, 0)
 
 
-@channel("PID namespace and private root, Landlock, stage 2; not stage 1")
+@channel("own processes, Landlock, stage 2")
 def proc_mem_outside(t: Targets) -> object:
     """Open the memory of a process of the same uid for writing."""
     os.close(os.open(f"/proc/{t['pid']}/mem", os.O_RDWR))
     return "opened"
 
 
-@channel("PID namespace and private root, Landlock, stage 2; not stage 1")
+@channel("own processes, Landlock, stage 2")
 def proc_root_outside(t: Targets) -> object:
     """Walk the file system of a process of the same uid."""
     return os.listdir(f"/proc/{t['pid']}/root/")[:2]  # noqa: PTH208 - a raw call is meant
 
 
-@channel("PID namespace and private root, Landlock, stage 2")
+@channel("own processes, Landlock, stage 2")
 def proc_fd_outside(t: Targets) -> object:
     """Write to a pipe of a process of the same uid."""
-    end = os.open(f"/proc/{t['pid']}/fd/{t['outside_pipe']}", os.O_WRONLY)
-    return os.write(end, mark(t, "proc_fd_outside"))
+    with _closing(os.open(f"/proc/{t['pid']}/fd/{t['outside_pipe']}", os.O_WRONLY)) as end:
+        return os.write(end, mark(t, "proc_fd_outside"))
 
 
-@channel("stage 1, PID namespace")
+@channel("stage 1, own processes")
 def pidfd_getfd_outside(t: Targets) -> object:
     """Take a connected socket from a process of the same uid."""
-    handle = linux.call("pidfd_open", t["pid"], 0)
-    taken = linux.call("pidfd_getfd", handle, t["outside_socket"], 0)
-    return os.write(taken, mark(t, "pidfd_getfd_outside"))
+    with (
+        _closing(linux.call("pidfd_open", t["pid"], 0)) as handle,
+        _closing(linux.call("pidfd_getfd", handle, t["outside_socket"], 0)) as taken,
+    ):
+        return os.write(taken, mark(t, "pidfd_getfd_outside"))
 
 
-@channel("stage 1, PID namespace and private root")
+@channel("stage 1, own processes")
 def setns_outside(t: Targets) -> object:
     """Enter the network namespace of a process outside."""
-    end = os.open(f"/proc/{t['pid']}/ns/net", os.O_RDONLY)
-    return linux.call("setns", end, linux.CLONE_NEWNET)
+    with _closing(os.open(f"/proc/{t['pid']}/ns/net", os.O_RDONLY)) as end:
+        return linux.call("setns", end, linux.CLONE_NEWNET)
 
 
-@channel("PID namespace, Landlock scope, another uid, stage 2; not stage 1")
+@channel("own processes, Landlock, stage 2")
 def signal_outside(t: Targets) -> object:
     """Signal a process of the same uid: a bit a signal."""
     os.kill(t["pid"], signal.SIGCONT)
@@ -493,7 +497,7 @@ def new_user_namespace(t: Targets) -> object:
 # -- files -----------------------------------------------------------------------------------------------
 
 
-@channel("private root, Landlock, stage 2")
+@channel("own root, Landlock, stage 2")
 def write_shared_dir(t: Targets) -> object:
     """Leave a file in a folder that others read."""
     path = f"{t['shared']}/{t['token']}"
@@ -501,14 +505,14 @@ def write_shared_dir(t: Targets) -> object:
     return "written"
 
 
-@channel("private root, Landlock, stage 2")
+@channel("own root, Landlock, stage 2")
 def read_file(t: Targets) -> object:
     """Read a file of the user that is not an input."""
-    end = os.open(t["secret"], os.O_RDONLY)
-    return len(os.read(end, 100))
+    with _closing(os.open(t["secret"], os.O_RDONLY)) as end:
+        return len(os.read(end, 100))
 
 
-@channel("private root, Landlock, stage 2")
+@channel("own root, Landlock, stage 2")
 def sysctl_core_pattern(t: Targets) -> object:
     """Open the program that the kernel starts for core dumps."""
     del t
@@ -516,7 +520,7 @@ def sysctl_core_pattern(t: Targets) -> object:
     return "opened"
 
 
-@channel("private /dev, Landlock, stage 2")
+@channel("own root, Landlock, stage 2")
 def devices(t: Targets) -> object:
     """Open tunnels, the hypervisor's socket, memory, disks and consoles."""
     del t
@@ -532,12 +536,12 @@ def devices(t: Targets) -> object:
     return opened
 
 
-@channel("private /dev, stage 2")
+@channel("own root, stage 2")
 def tiocsti(t: Targets) -> object:
     """Type into the controlling terminal."""
     del t
-    end = os.open("/dev/tty", os.O_RDWR)
-    return fcntl.ioctl(end, 0x5412, b" ")
+    with _closing(os.open("/dev/tty", os.O_RDWR)) as end:
+        return fcntl.ioctl(end, 0x5412, b" ")
 
 
 # -- new programs --------------------------------------------------------------------------------------
@@ -550,7 +554,7 @@ def fork(t: Targets) -> object:
     return _in_child(lambda: 0)
 
 
-@channel("stage 2; before it Landlock, and the seal is inherited")
+@channel("Landlock, stage 2; else inherits")
 def exec(t: Targets) -> object:  # noqa: A001 - the channel's name
     """Start another program.
 
@@ -561,18 +565,15 @@ def exec(t: Targets) -> object:  # noqa: A001 - the channel's name
     return _too_big(lambda: os.execve("/usr/bin/true", ["x" * (1 << 18)], {}))  # noqa: S606
 
 
-@channel("stage 2; before it the seal is inherited")
+@channel("stage 2; else inherits the seal")
 def memfd_exec(t: Targets) -> object:
     """Start a program that lies in memory alone; see `exec`."""
     del t
-    image = linux.call("memfd_create", ctypes.c_char_p(b"x"), 0)
     empty, nothing = ctypes.c_char_p(b""), ctypes.c_void_p(0)
     argv = (ctypes.c_char_p * 2)(b"x" * (1 << 18), None)
-    try:
+    with _closing(linux.call("memfd_create", ctypes.c_char_p(b"x"), 0)) as image:
         os.write(image, b"#!/usr/bin/true\n")
         return _too_big(lambda: linux.call("execveat", image, empty, argv, nothing, 0x1000))
-    finally:
-        os.close(image)
 
 
 # -- the kernel as a helper ------------------------------------------------------------------------------
@@ -587,16 +588,17 @@ def keyctl_add_key(t: Targets) -> object:
     )
 
 
-@channel("stage 1, IPC namespace")
+@channel("stage 1, own queues")
 def sysv_shm_outside(t: Targets) -> object:
     """Attach shared memory that a process outside made."""
     return linux.call("shmget", t["shm_key"], 4096, 0)
 
 
-@channel("stage 1, IPC namespace")
+@channel("stage 1, own queues")
 def posix_mq_outside(t: Targets) -> object:
     """Open a message queue that a process outside made."""
-    return linux.call("mq_open", ctypes.c_char_p(t["queue"].encode()), 1, 0, 0)
+    with _closing(linux.call("mq_open", ctypes.c_char_p(t["queue"].encode()), 1, 0, 0)):
+        return "opened"
 
 
 @channel("stage 1")
@@ -604,7 +606,8 @@ def bpf(t: Targets) -> object:
     """Make a BPF map."""
     del t
     attribute = ctypes.create_string_buffer(struct.pack("<IIII", 2, 4, 4, 1), 120)
-    return linux.call("bpf", 0, attribute, 120)
+    with _closing(linux.call("bpf", 0, attribute, 120)):
+        return "made"
 
 
 @channel("stage 1")
@@ -612,10 +615,11 @@ def perf_event_open(t: Targets) -> object:
     """Open a performance counter."""
     del t
     attribute = ctypes.create_string_buffer(struct.pack("<IIQ", 1, 112, 0), 112)
-    return linux.call("perf_event_open", attribute, 0, -1, -1, 0)
+    with _closing(linux.call("perf_event_open", attribute, 0, -1, -1, 0)):
+        return "opened"
 
 
-@channel("stage 1 (ENOSYS)")
+@channel("stage 1")
 def unknown_call(t: Targets) -> object:
     """Make a system call above the highest reviewed number."""
     del t
@@ -639,6 +643,15 @@ def prepare_foreign_socket() -> Callable[[], int]:
     ctypes.memmove(page, code, len(code))
     ctypes.memmove(page + 4096, arguments, len(arguments))
     return ctypes.CFUNCTYPE(ctypes.c_int)(page)
+
+
+@contextlib.contextmanager
+def _closing(descriptor: int) -> Iterator[int]:
+    """Close a raw descriptor again: a twin with open descriptors is refused before stage 2."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _in_child(action: Callable[[], int]) -> str:
