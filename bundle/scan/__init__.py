@@ -1,4 +1,4 @@
-"""Strict parsers of foreign files: a file enters only when the parser of its role accepts it all."""
+"""Strict parsers of foreign files: one enters only when the parser of its role accepts it all."""
 
 from bundle.scan.payload import Finding, ScanReport, scan_payload
 

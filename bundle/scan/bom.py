@@ -1,4 +1,4 @@
-"""The bill of materials held against the files: it may not name another digest, nor leave a file out.
+"""The bill of materials held against the files: same digests, and no file left out.
 
 Decides whether `META/sbom/bom.cdx.json` and the manifest describe one payload. The full CycloneDX
 schema is checked on the staging side; here only what a reader of the release relies on.

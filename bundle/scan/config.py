@@ -42,6 +42,7 @@ KNOWN_KEYS = frozenset(
         *("rope_parameters", "attention_bias", "attention_dropout", "mlp_bias", "torch_dtype"),
         *("dtype", "transformers_version", "sliding_window", "use_sliding_window"),
         *("max_window_layers", "layer_types", "_name_or_path", "is_encoder_decoder"),
+        *("reference_model", "scientific_use"),  # ours: a stamp that inspection reads
     ]
 )
 

@@ -1,13 +1,14 @@
 """A walk over the protobuf of an ONNX model: every graph, sub-graph, function and training graph.
 
-Decides whether a graph stays inside its own files and inside the operators that we know, without the
-onnx library and before any runtime opens it. Unknown fields, a singular field twice (protobuf would
-merge them) and wire types that the schema does not have are refused. Bundle specification, section 5;
-the table below is onnx.proto of onnx 1.23.
+Decides whether a graph stays inside its own files and inside the operators that we know, without
+the onnx library and before any runtime opens it. Unknown fields, a singular field twice (protobuf
+would merge them) and wire types that the schema does not have are refused. Bundle specification,
+section 5; the table below is onnx.proto of onnx 1.23.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ _BITS = {
     15: 128,
 }
 _STRING = 8
+# Numbers of the fields that a check reads.
+_DIMS, _TYPE, _SEGMENT, _STRINGS, _NAME, _RAW, _PAIRS, _LOCATION = 1, 2, 3, 6, 8, 9, 13, 14
+_INLINE = frozenset([4, 5, 7, 9, 10, 11])
+_PLACEMENT, _OPAQUE = 10, 7
+_LAST_BYTE = 0x80  # a byte of a varint below this one is the last
 
 
 def _schema() -> dict[str, dict[int, tuple[str, bool]]]:
@@ -188,20 +194,26 @@ class _Walk:
                 self._number(found, number, name, wire, value, repeated=repeated)
             elif wire != BYTES or not isinstance(value, memoryview):
                 raise self._no(f"{kind} field {number} has wire type {wire}")
-            elif name == "str":
-                found.texts.setdefault(number, []).append(self._text(value))
-            elif name == "bin":
-                found.sizes[number] = found.sizes.get(number, 0) + len(value)
             else:
-                below = self.message(name, value, depth + 1)
-                if name in {"Pair", "OperatorSet", "Value"} or kind == "Model":
-                    found.below.setdefault(number, []).append(below)
-                else:
-                    found.below.setdefault(number, [])  # checked already, need not be kept
+                self._bytes(found, number, name, value, depth)
         check = _CHECKS.get(kind)
         if check is not None:
             check(self, found)
         return found
+
+    def _bytes(
+        self, found: _Message, number: int, name: str, value: memoryview, depth: int
+    ) -> None:
+        """Take a text, a block of data or a message."""
+        if name == "str":
+            found.texts.setdefault(number, []).append(self._text(value))
+        elif name == "bin":
+            found.sizes[number] = found.sizes.get(number, 0) + len(value)
+        else:
+            below = self.message(name, value, depth + 1)
+            kept = found.below.setdefault(number, [])
+            if name in {"Pair", "OperatorSet", "Value"} or found.kind == "Model":
+                kept.append(below)  # all others were checked and are not needed again
 
     def finish(self, model: _Message) -> Onnx:
         """Check what only the whole file tells."""
@@ -265,7 +277,7 @@ class _Walk:
             byte = data[place]
             place += 1
             value |= (byte & 0x7F) << shift
-            if byte < 0x80:
+            if byte < _LAST_BYTE:
                 if value >= 1 << 64:
                     break
                 return value, place
@@ -348,7 +360,7 @@ class _Walk:
         if self.nodes > MAX_NODES:
             raise self._no(f"it has more than {MAX_NODES:,} nodes")
         self.operators.add((found.text(7), found.text(4)))
-        if 10 in found.below:
+        if _PLACEMENT in found.below:
             raise self._no("a node is bound to a device, which inference never needs")
 
     def check_function(self, found: _Message) -> None:
@@ -362,41 +374,41 @@ class _Walk:
 
     def check_type(self, found: _Message) -> None:
         """Refuse opaque types: only a custom operator can use one."""
-        if 7 in found.below:
+        if _OPAQUE in found.below:
             raise RefusedError(DOMAIN, f"{self.what}: holds an opaque type")
 
     def check_tensor(self, found: _Message) -> None:
         """Sizes must agree with the shape, wherever the bytes lie."""
-        name = found.text(8)
-        kind = found.numbers.get(2, 0)
-        if 3 in found.below:
+        name = found.text(_NAME)
+        kind = found.numbers.get(_TYPE, 0)
+        if _SEGMENT in found.below:
             raise self._no(f"tensor {name!r:.60} is a segment of another")
-        dims = found.lists.get(1, [])
+        dims = found.lists.get(_DIMS, [])
         if any(size >= 1 << 53 for size in dims):
             raise self._no(f"tensor {name!r:.60} has an impossible shape")
         count = 1
         for size in dims:
             count *= size
-        if 6 in found.sizes or kind == _STRING:
-            self.string_data += found.sizes.get(6, 0)
+        if _STRINGS in found.sizes or kind == _STRING:
+            self.string_data += found.sizes.get(_STRINGS, 0)
             if kind != _STRING or self.string_data > MAX_STRING_DATA:
                 raise self._no(f"string tensor {name!r:.60} is out of place or too large")
         elif kind not in _BITS:
             raise self._no(f"tensor {name!r:.60} has the unknown type {kind}")
         needed = (count * _BITS.get(kind, 0) + 7) // 8
-        if found.numbers.get(14, 0) != 0 or 13 in found.below:
+        if found.numbers.get(_LOCATION, 0) != 0 or _PAIRS in found.below:
             self._external(found, name, needed)
-        elif 9 in found.sizes and found.sizes[9] != needed:
+        elif _RAW in found.sizes and found.sizes[_RAW] != needed:
             raise self._no(
-                f"tensor {name!r:.60} has {found.sizes[9]:,} bytes; its shape needs {needed:,}"
+                f"tensor {name!r:.60} has {found.sizes[_RAW]:,} bytes; its shape needs {needed:,}"
             )
 
     def _external(self, found: _Message, name: str, needed: int) -> None:
         here = f"{self.what}: tensor {name!r:.60}"
-        pairs = [(pair.text(1), pair.text(2)) for pair in found.below.get(13, [])]
+        pairs = [(pair.text(1), pair.text(2)) for pair in found.below.get(_PAIRS, [])]
         keys = [key for key, _ in pairs]
         values = dict(pairs)
-        if found.numbers.get(14, 0) != 1 or {4, 5, 7, 9, 10, 11} & (
+        if found.numbers.get(_LOCATION, 0) != 1 or _INLINE & (
             found.sizes.keys() | found.lists.keys()
         ):
             raise RefusedError(EXTERNAL, f"{here} is external and inline at once")
@@ -432,7 +444,7 @@ class _Walk:
     def _require_apart(self) -> None:
         """Refuse two external tensors that share some bytes but not all."""
         spans = sorted({(e.location, e.offset, e.offset + e.length) for e in self.external})
-        for (one, _, end), (other, start, _) in zip(spans, spans[1:], strict=False):
+        for (one, _, end), (other, start, _) in itertools.pairwise(spans):
             if one == other and start < end:
                 raise RefusedError(
                     EXTERNAL, f"{self.what}: external tensors overlap at byte {start:,} of {one!r}"

@@ -1,7 +1,8 @@
-"""The scan of a whole payload: each file by the parser of its role, then what they say of each other.
+"""The scan of a whole payload: each file by its own parser, then what they say of each other.
 
-Both sides call it: staging before it seals, the secured side in step 8 of the verification, on files
-in quarantine or on members of an archive that lies mapped. It reads no path but the listed ones.
+Both sides call it: staging before it seals, the secured side in step 8 of the verification, on
+files in quarantine or on members of an archive that lies mapped. It reads no path but the listed
+ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from policy.errors import RefusedError
 DOCUMENT_LIMIT = 4 * 1024 * 1024
 
 Reader = Callable[[str], memoryview]
-"""Gives the bytes of the member with that manifest path; mapped, not copied, where they are large."""
+"""Gives the bytes of the member with that manifest path; large ones mapped, not copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,25 +171,32 @@ def _require_agreement(
     graphs: Graphs, onnx: Mapping[str, Onnx], tokenizer: Tokenizer | None, folder: str
 ) -> None:
     """Check graphs.json against the graphs and the tokenizer that it names."""
-
-    def no(reason: str) -> RefusedError:
-        return RefusedError("scan.graphs", f"{folder}/graphs.json: {reason}")
-
     if tokenizer is None:
-        raise no("there is no tokenizer.json beside it")
+        raise RefusedError("scan.graphs", f"{folder}: there is no tokenizer.json")
+    problem = _graph_problem(graphs, onnx) or _token_problem(graphs, tokenizer)
+    if problem:
+        raise RefusedError("scan.graphs", f"{folder}/graphs.json: {problem}")
+
+
+def _graph_problem(graphs: Graphs, onnx: Mapping[str, Onnx]) -> str:
+    """Say where graphs.json and the graphs differ, or nothing."""
     if {graph.path for graph in graphs.graphs} != set(onnx):
-        raise no("it does not name exactly the graphs beside it")
-    if tokenizer.size > graphs.vocab_size:
-        raise no(f"the tokenizer has ids up to {tokenizer.size - 1}, the graph {graphs.vocab_size}")
-    for text, number in graphs.tags.items():
-        if tokenizer.ids.get(text) != number:
-            raise no(f"tag {text!r:.60} has another id in the tokenizer")
-    unk = None if tokenizer.unk is None else tokenizer.ids[tokenizer.unk]
-    if graphs.unk_id != unk:
-        raise no("the unknown-token is another one in the tokenizer")
+        return "it does not name exactly the graphs beside it"
     for graph in graphs.graphs:
         found = onnx[graph.path]
         if found.inputs != graph.inputs or found.outputs != graph.outputs:
-            raise no(f"{graph.path} has other inputs or outputs")
+            return f"{graph.path} has other inputs or outputs"
         if {item.location for item in found.external} != {item.path for item in graph.external}:
-            raise no(f"{graph.path} uses other external files")
+            return f"{graph.path} uses other external files"
+    return ""
+
+
+def _token_problem(graphs: Graphs, tokenizer: Tokenizer) -> str:
+    """Say where graphs.json and the tokenizer differ, or nothing."""
+    if tokenizer.size > graphs.vocab_size:
+        return f"the tokenizer has ids up to {tokenizer.size - 1}, the graph {graphs.vocab_size}"
+    for text, number in graphs.tags.items():
+        if tokenizer.ids.get(text) != number:
+            return f"tag {text!r:.60} has another id in the tokenizer"
+    unk = None if tokenizer.unk is None else tokenizer.ids[tokenizer.unk]
+    return "" if graphs.unk_id == unk else "the unknown-token is another one in the tokenizer"

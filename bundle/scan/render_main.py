@@ -1,7 +1,7 @@
 """The child that renders one chat template under limits: standard input in, nothing out.
 
-`python -I -B render_main.py OUTPUT_LIMIT`. Exit 0: rendered within the limit; 3: the template raised;
-4: too much output. The kernel ends it when it takes more time or memory than below.
+`python -I -B render_main.py OUTPUT_LIMIT`. Exit 0: rendered within the limit; 3: the template
+raised; 4: too much output. The kernel ends it when it takes more time or memory than below.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(limit: int) -> int:
         (resource.RLIMIT_NPROC, 0),
     ):
         resource.setrlimit(kind, (value, value))
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415 - under the limits
 
     def refuse(message: str) -> None:
         raise Refusal(message)
@@ -47,10 +47,10 @@ def main(limit: int) -> int:
         template = environment.from_string(sys.stdin.read())
         pieces = template.generate(
             messages=CONVERSATION,
-            bos_token="<bos>",
-            eos_token="<eos>",
             add_generation_prompt=True,
             tools=None,
+            bos_token="<bos>",  # noqa: S106 - a token of text
+            eos_token="<eos>",  # noqa: S106 - same
         )
         for piece in pieces:
             size += len(piece)

@@ -1,8 +1,8 @@
 """Which parser a file belongs to, by its name; and the refusal of every format that can run code.
 
 Decides the role of a file before anything reads it. There is no role for pickles, scripts, native
-code or containers that embed templates: they are named and refused, with a way to go on that needs no
-network. Bundle specification, section 5.
+code or containers that embed templates: they are named and refused, with a way to go on that needs
+no network. Bundle specification, section 5.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ _CONTAINERS = (
         ".llamafile",
     ),
 )
+_DEPTH = 3  # payload/MODEL/FILE
 _FOREIGN = (b"GGUF", b"\x7fELF", b"\x89HDF", b"PK\x03\x04")
 _PICKLE_HINT = (
     "ask the publisher for safetensors, or convert on a machine that you throw away afterwards: "
@@ -122,9 +123,9 @@ def payload_role(path: str) -> Role:
     parts = path.split("/")
     name = parts[-1]
     lower = name.lower()
-    if len(parts) == 3 and parts[1] == "wheels" and lower.endswith(".whl"):
+    if len(parts) == _DEPTH and parts[1] == "wheels" and lower.endswith(".whl"):
         return Role.WHEEL
-    if len(parts) == 3:
+    if len(parts) == _DEPTH:
         if name == "graphs.json":
             return Role.GRAPHS
         if lower.endswith((".onnx_data", ".onnx.data", ".safetensors")):

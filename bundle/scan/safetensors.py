@@ -18,6 +18,7 @@ MAX_TENSORS = 100_000
 MAX_RANK = 8
 MAX_METADATA = 256  # entries; and this many KiB of text
 MAX_NAME = 512
+_PREFIX = 8  # bytes that hold the length of the header
 
 SIZES = {
     "BOOL": 1,
@@ -64,23 +65,23 @@ def parse_safetensors(data: memoryview, what: str = "the file") -> TensorFile:
         RefusedError: `scan.safetensors`.
 
     """
-    if len(data) < 8:
+    if len(data) < _PREFIX:
         raise RefusedError(CODE, f"{what} has {len(data)} bytes; a header takes 8 and more")
-    length = int.from_bytes(data[:8], "little")
-    if length > min(HEADER_LIMIT, len(data) - 8):
+    length = int.from_bytes(data[:_PREFIX], "little")
+    if length > min(HEADER_LIMIT, len(data) - _PREFIX):
         raise RefusedError(
             CODE,
             f"{what}: the header claims {length:,} bytes; the file has {len(data):,} "
             f"and the limit is {HEADER_LIMIT:,}",
         )
-    raw = data[8 : 8 + length]
+    raw = data[_PREFIX : _PREFIX + length]
     if bytes(raw[:1]) != b"{":
         raise RefusedError(CODE, f"{what}: the header does not begin with an object")
     header = parse_object(raw, code=CODE, what=f"the header of {what}", limit=HEADER_LIMIT)
     metadata = _metadata(header.pop("__metadata__", {}), what)
     if not 1 <= len(header) <= MAX_TENSORS:
         raise RefusedError(CODE, f"{what} holds {len(header):,} tensors; 1 to {MAX_TENSORS:,}")
-    base = 8 + length
+    base = _PREFIX + length
     tensors = sorted(
         (_tensor(name, entry, base, what) for name, entry in header.items()),
         key=lambda tensor: (tensor.start, tensor.end),
@@ -120,17 +121,15 @@ def _tensor(name: str, entry: Any, base: int, what: str) -> Tensor:
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise RefusedError(CODE, f"{here} has the unknown type {dtype!r:.40}")
     shape = _counts(entry["shape"], here, "shape", MAX_RANK)
-    offsets = _counts(entry["data_offsets"], here, "data_offsets", 2)
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
+    start, end = [*_counts(entry["data_offsets"], here, "data_offsets", 2), -1, -1][:2]
+    if end < start or end < 0:
         raise RefusedError(CODE, f"{here} has no ordered pair of offsets")
     size = SIZES[dtype]
     for count in shape:
         size *= count
-    if size != offsets[1] - offsets[0]:
-        raise RefusedError(
-            CODE, f"{here} spans {offsets[1] - offsets[0]:,} bytes; its shape needs {size:,}"
-        )
-    return Tensor(name, dtype, shape, base + offsets[0], base + offsets[1])
+    if size != end - start:
+        raise RefusedError(CODE, f"{here} spans {end - start:,} bytes; its shape needs {size:,}")
+    return Tensor(name, dtype, shape, base + start, base + end)
 
 
 def _counts(value: Any, here: str, field: str, longest: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Reading bytes and JSON without surprises; every parser of this package starts here.
 
-A parser takes a `memoryview` (a mapped file, or a member of an archive that lies mapped) and returns
-a typed summary or raises `RefusedError` with its own code. It never follows a path by itself.
+A parser takes a `memoryview` (a mapped file, or a member of an archive that lies mapped) and
+returns a typed summary or raises `RefusedError` with its own code. It never follows a path by
+itself.
 """
 
 from __future__ import annotations

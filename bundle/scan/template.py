@@ -1,8 +1,8 @@
-"""A linter for chat templates: an allow-list over the Jinja syntax tree, then one bounded rendering.
+"""A linter for chat templates: an allow-list over the Jinja syntax, then one bounded rendering.
 
-Decides whether a template does nothing but arrange messages. The sandbox of Jinja stops escapes into
-Python but not a loop that writes 100 MB, so a child with limits of time, memory and output renders
-the template once. Bundle specification, section 5.
+Decides whether a template does nothing but arrange messages. The sandbox of Jinja stops escapes
+into Python but not a loop that writes 100 MB, so a child with limits of time, memory and output
+renders the template once. Bundle specification, section 5.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -26,20 +25,35 @@ MAX_NODES = 20_000
 MAX_NESTING = 60
 OUTPUT_LIMIT = 256 * 1024
 SECONDS = 20
+_RAISED = 3  # exit status of the child when the template raised
 
 _HINT = "remove the template: a scientific model is prompted by task, never through a chat template"
 _FILTERS = frozenset(
-    "trim tojson length count join default d first last upper lower title capitalize replace "
-    "string int list items map select selectattr reject rejectattr indent safe e escape".split()
+    [
+        *("trim", "tojson", "length", "count", "join"),
+        *("default", "d", "first", "last", "upper"),
+        *("lower", "title", "capitalize", "replace", "string"),
+        *("int", "list", "items", "map", "select"),
+        *("selectattr", "reject", "rejectattr", "indent", "safe"),
+        *("e", "escape"),
+    ]
 )
 _TESTS = frozenset(
-    "defined undefined none string mapping iterable sequence number boolean integer true false "
-    "equalto eq ne in odd even sameas".split()
+    [
+        *("defined", "undefined", "none", "string", "mapping"),
+        *("iterable", "sequence", "number", "boolean", "integer"),
+        *("true", "false", "equalto", "eq", "ne"),
+        *("in", "odd", "even", "sameas"),
+    ]
 )
 _GLOBALS = frozenset(["raise_exception", "namespace", "range", "strftime_now", "dict"])
 _METHODS = frozenset(
-    "strip lstrip rstrip split rsplit startswith endswith upper lower title items keys values get "
-    "replace join append".split()
+    [
+        *("strip", "lstrip", "rstrip", "split", "rsplit"),
+        *("startswith", "endswith", "upper", "lower", "title"),
+        *("items", "keys", "values", "get", "replace"),
+        *("join", "append"),
+    ]
 )
 _NODES = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Assign),
@@ -101,7 +115,7 @@ def render(text: str, what: str) -> None:
         raise _no(what, f"it does not finish within {SECONDS} s") from error
     except OSError as error:
         raise FaultError("host.self", f"cannot start the template child: {error}") from error
-    if done.returncode == 3:
+    if done.returncode == _RAISED:
         reason = done.stderr.decode("utf-8", "replace").strip()
         raise _no(what, f"it does not render: {reason:.160}")
     if done.returncode != 0:
@@ -112,21 +126,20 @@ def _problem(node: nodes.Node, macros: set[str]) -> str:
     """Say what is wrong with one node, or nothing."""
     if not isinstance(node, _NODES):
         return f"{type(node).__name__.lower()} is not allowed"
-    if isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-        return f"attribute {node.attr!r:.60} is not allowed"
-    if isinstance(node, nodes.Name) and node.name.startswith("_"):
-        return f"name {node.name!r:.60} is not allowed"
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-        key: Any = node.arg.value
-        if isinstance(key, str) and key.startswith("_"):
-            return f"item {key!r:.60} is not allowed"
-    if isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-        return f"filter {node.name!r:.60} is not allowed"
-    if isinstance(node, nodes.Test) and node.name not in _TESTS:
-        return f"test {node.name!r:.60} is not allowed"
     if isinstance(node, nodes.Call):
         return _call_problem(node, macros)
-    return ""
+    what, name, allowed = "", "", True
+    if isinstance(node, nodes.Getattr):
+        what, name, allowed = "attribute", node.attr, not node.attr.startswith("_")
+    elif isinstance(node, nodes.Name):
+        what, name, allowed = "name", node.name, not node.name.startswith("_")
+    elif isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        what, name, allowed = "item", str(node.arg.value), not str(node.arg.value).startswith("_")
+    elif isinstance(node, nodes.Filter):
+        what, name, allowed = "filter", node.name, node.name in _FILTERS
+    elif isinstance(node, nodes.Test):
+        what, name, allowed = "test", node.name, node.name in _TESTS
+    return "" if allowed else f"{what} {name!r:.60} is not allowed"
 
 
 def _call_problem(node: nodes.Call, macros: set[str]) -> str:

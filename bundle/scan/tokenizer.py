@@ -1,7 +1,7 @@
 """`tokenizer.json`: the one file that tells the worker how text becomes ids, read with limits.
 
-Decides whether the file is a tokenizer of a kind we know, small enough, with ids that are unique and
-dense enough to be a vocabulary. Bundle specification, section 5.
+Decides whether the file is a tokenizer of a kind we know, small enough, with ids that are unique
+and dense enough to be a vocabulary. Bundle specification, section 5.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ TOKENIZER_LIMIT = 64 * 1024 * 1024
 MAX_VOCABULARY = 1 << 20
 MAX_TOKEN = 1024  # characters
 MAX_PATTERN = 4096  # characters of one regular expression
+_PAIR = 2
 MAX_PARTS = 64  # steps in a normalizer, pre-tokenizer, post-processor or decoder
 
 _TOP = frozenset(
-    "version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder "
-    "model".split()
+    [
+        *("version", "truncation", "padding", "added_tokens", "normalizer"),
+        *("pre_tokenizer", "post_processor", "decoder", "model"),
+    ]
 )
 _MODELS = frozenset(["BPE", "WordLevel", "WordPiece", "Unigram"])
 _PARTS = frozenset(
-    "Sequence Split ByteLevel Whitespace WhitespaceSplit Punctuation Digits Metaspace BertNormalizer "
-    "BertPreTokenizer CharDelimiterSplit UnicodeScripts FixedLength NFC NFD NFKC NFKD Lowercase Nmt "
-    "Precompiled Prepend Replace Strip StripAccents TemplateProcessing BertProcessing "
-    "RobertaProcessing Fuse ByteFallback WordPiece BPEDecoder CTC".split()
+    [
+        *("Sequence", "Split", "ByteLevel", "Whitespace", "WhitespaceSplit"),
+        *("Punctuation", "Digits", "Metaspace", "BertNormalizer", "BertPreTokenizer"),
+        *("CharDelimiterSplit", "UnicodeScripts", "FixedLength", "NFC", "NFD"),
+        *("NFKC", "NFKD", "Lowercase", "Nmt", "Precompiled"),
+        *("Prepend", "Replace", "Strip", "StripAccents", "TemplateProcessing"),
+        *("BertProcessing", "RobertaProcessing", "Fuse", "ByteFallback", "WordPiece"),
+        *("BPEDecoder", "CTC"),
+    ]
 )
 
 
@@ -73,7 +81,9 @@ def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer
 
 def _vocabulary(value: Any, what: str) -> dict[str, int]:
     if isinstance(value, list):  # Unigram: pairs of text and score, the id is the place
-        pairs = [item[0] if isinstance(item, list) and len(item) == 2 else None for item in value]
+        pairs = [
+            item[0] if isinstance(item, list) and len(item) == _PAIR else None for item in value
+        ]
         if not all(isinstance(text, str) for text in pairs) or len(set(pairs)) != len(pairs):
             raise _no(what, "the vocabulary is not a list of distinct texts")
         value = {text: number for number, text in enumerate(pairs)}

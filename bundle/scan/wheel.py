@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import re
+import stat
 import zipfile
 import zlib
 
@@ -23,6 +24,7 @@ MAX_RATIO = 200
 MAX_RECORD = 16 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+(-\d\w*)?-[\w.]+-[\w.]+-[\w.]+\.whl")
 _BLOCK = 1 << 20
+_COLUMNS = 3  # of RECORD: path, digest, size
 
 
 def check_wheel(data: memoryview, name: str) -> None:
@@ -55,7 +57,7 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
             ("sitecustomize.py", "usercustomize.py")
         ):
             raise _no(name, f"{path!r:.80} would run whenever Python starts")
-        if (member.external_attr >> 16) & 0o170000 == 0o120000:
+        if stat.S_ISLNK(member.external_attr >> 16):
             raise _no(name, f"{path!r:.80} is a link")
         if member.file_size > MAX_RATIO * max(member.compress_size, 1024) or total > MAX_UNPACKED:
             raise _no(name, f"{path!r:.80} unpacks to far more than it holds")
@@ -68,7 +70,7 @@ def _check_record(archive: zipfile.ZipFile, name: str) -> None:
     if place not in files or archive.getinfo(place).file_size > MAX_RECORD:
         raise _no(name, f"{place!r:.100} is missing or too large")
     rows = list(csv.reader(io.StringIO(archive.read(place).decode("utf-8"))))
-    listed = {row[0]: row[1] for row in rows if len(row) == 3}
+    listed = {row[0]: row[1] for row in rows if len(row) == _COLUMNS}
     unsigned = {place, f"{place}.jws", f"{place}.p7s"}
     if len(listed) != len(rows) or set(listed) | (unsigned & files) != files:
         odd = sorted(files ^ set(listed))[:1]

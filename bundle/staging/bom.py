@@ -1,8 +1,8 @@
 """The bill of materials: CycloneDX 1.7 with a model card and the pedigree of the conversion.
 
-Every claim bears `airgap:status`, `verified` where bytes or a proof confirm it and `declared` where a
-publisher merely says so (bundle specification, section 6). The document is checked against the schema
-of CycloneDX before it is sealed, and against the files again on the secured side.
+Every claim bears `airgap:status`, `verified` where bytes or a proof confirm it and `declared`
+where a publisher merely says so (bundle specification, section 6). The document is checked against
+the schema of CycloneDX before it is sealed, and against the files again on the secured side.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def bill_of_materials(
                 "version": version,
             },
         },
-        "components": [_model(model, version, report, parity, files, source)],
+        "components": [_model(model, version, report, parity, files=files, source=source)],
         "dependencies": [{"ref": "release", "dependsOn": [f"model:{model.id}"]}],
     }
     raw = canonical_json(document)
@@ -110,6 +110,7 @@ def _model(
     version: str,
     report: InspectReport,
     parity: Parity,
+    *,
     files: Sequence[tuple[str, str, int]],
     source: Mapping[str, str],
 ) -> dict[str, Any]:

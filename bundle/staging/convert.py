@@ -1,7 +1,7 @@
 """From published weights to the reference graph, in a sealed process; the result is foreign input.
 
-Decides whether what came out is a graph that the secured side would take: expected files only, parsed
-by the strict walker, with the inputs and outputs of a decoder with a key-value cache.
+Decides whether what came out is a graph that the secured side would take: expected files only,
+parsed by the strict walker, with the inputs and outputs of a decoder with a key-value cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bundle.staging.sealed import (
     RunSealed,
     SealedJob,
     place_file,
+    python,
     require_only,
     require_success,
     take,
@@ -76,7 +77,7 @@ def convert(
     out.mkdir()
     done = run_sealed(
         SealedJob(
-            argv=(str(PROGRAM), str(source), str(out)),
+            argv=python(PROGRAM, source, out),
             read_only=(source, PROGRAM),
             out=out,
             memory_mb=memory_mb,

@@ -1,9 +1,9 @@
 """The conversion program: reads a snapshot, writes the reference ONNX graph. Runs sealed.
 
-`python -I convert_main.py SOURCE OUT`, started by `bundle.staging.convert` through the sealed runner
-and by nothing else (inference, section 3; enclave, section 1 "Staging side"). It needs no network,
-writes only into OUT and imports nothing of ours. The parent believes none of it: it parses the graph
-again as foreign input and proves parity in another process.
+`python -I convert_main.py SOURCE OUT`, started by `bundle.staging.convert` through the sealed
+runner and by nothing else (inference, section 3; enclave, section 1 "Staging side"). It needs no
+network, writes only into OUT and imports nothing of ours. The parent believes none of it: it
+parses the graph again as foreign input and proves parity in another process.
 
 Same source, same bytes: documentation strings, exporter metadata and stack traces are removed, and
 the protobuf is written in its deterministic form.
@@ -35,7 +35,7 @@ EXTERNAL = "model.onnx_data"
 
 
 def main(argv: list[str]) -> int:
-    """Convert `argv[0]` into the folder `argv[1]`; returns 0, or 1 with a line on standard error."""
+    """Convert `argv[0]` into the folder `argv[1]`; whatever goes wrong is raised."""
     os.environ.update(QUIET)
     warnings.simplefilter("ignore")
     source, out = (Path(argument) for argument in argv)

@@ -1,8 +1,9 @@
 """`airgap inspect`: what a snapshot is, what is proved about it, and whether it may be converted.
 
-Walks the snapshot closed, parses every file by its role, hashes every byte, and compares with pins and
-the hub's records. Refusals are collected, so that one run shows all of them; the first one decides the
-exit. The report is canonical JSON without times and local paths: the same bytes give the same report.
+Walks the snapshot closed, parses every file by its role, hashes every byte, and compares with pins
+and the hub's records. Refusals are collected, so that one run shows all of them; the first one
+decides the exit. The report is canonical JSON without times and local paths: the same bytes give
+the same report.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class InspectReport:
 
     @property
     def reference_model(self) -> bool:
-        """Whether the card says that this is a reference model, for trying things out."""
-        return self.card.get("reference_model") is True
+        """Whether card or configuration say that this is a reference model, for trying things."""
+        return True in {self.card.get("reference_model"), self.config.get("reference_model")}
 
     @property
     def scientific_use(self) -> bool:
-        """Whether the card leaves scientific use open; only an explicit no closes it."""
-        return self.card.get("scientific_use") is not False
+        """Whether card and configuration leave scientific use open; an explicit no closes it."""
+        return False not in {self.card.get("scientific_use"), self.config.get("scientific_use")}
 
     @property
     def tags(self) -> dict[str, int]:
@@ -112,13 +113,19 @@ class InspectReport:
         wanted = {Role.WEIGHTS, Role.INDEX}
         return tuple(file for file in self.files if self.roles.get(file.path) in wanted)
 
+    def refusal(self) -> RefusedError | None:
+        """Return the first refusal; its message tells how many more there are."""
+        if not self.refusals:
+            return None
+        first, more = self.refusals[0], len(self.refusals) - 1
+        suffix = f" (and {more} more: see the report)" if more else ""
+        return RefusedError(first.code, first.message + suffix, hint=first.hint)
+
     def require_ready(self) -> None:
-        """Raise the first refusal, if there is one; its message tells how many more there are."""
-        if self.refusals:
-            first = self.refusals[0]
-            more = len(self.refusals) - 1
-            suffix = f" (and {more} more: see the report)" if more else ""
-            raise RefusedError(first.code, first.message + suffix, hint=first.hint)
+        """Raise the first refusal, if there is one."""
+        error = self.refusal()
+        if error is not None:
+            raise error
 
     def as_document(self) -> dict[str, Any]:
         """Return the report as JSON data; no floats, no times, no local paths."""

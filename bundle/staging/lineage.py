@@ -1,7 +1,7 @@
 """Where a model seems to come from: hints of card, configuration, tokenizer and tensor shapes.
 
-Every hint names its basis and is `declared`: none of them proves a descent, and the curated registry
-of the policy decides which count. Their use is to contradict a card that keeps silent.
+Every hint names its basis and is `declared`: none of them proves a descent, and the curated
+registry of the policy decides which count. Their use is to contradict a card that keeps silent.
 """
 
 from __future__ import annotations

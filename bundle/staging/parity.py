@@ -1,8 +1,8 @@
 """The proof that a graph answers like its source: judged here, measured in a sealed process.
 
-Decides on the bar of issue and specification: on at least 20 real prompts of all five kinds, no logit
-differs by more than the tolerance, in a full pass and with the cache, and 64 greedy tokens are the
-same. A figure that is missing, or is not a number, fails.
+Decides on the bar of issue and specification: on at least 20 real prompts of all five kinds, no
+logit differs by more than the tolerance, in a full pass and with the cache, and 64 greedy tokens
+are the same. A figure that is missing, or is not a number, fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Any
 
 from bundle.canonical import canonical_json
 from bundle.scan.strict import open_view, parse_object
-from bundle.staging.sealed import RunSealed, SealedJob, require_only, require_success, take
+from bundle.staging.sealed import (
+    RunSealed,
+    SealedJob,
+    python,
+    require_only,
+    require_success,
+    take,
+)
 from policy.errors import RefusedError
 
 TOLERANCE = Decimal("0.001")
@@ -116,7 +123,7 @@ def prove_parity(
     out.mkdir()
     done = run_sealed(
         SealedJob(
-            argv=(str(PROGRAM), str(source), str(graphs), str(PROMPTS), str(out)),
+            argv=python(PROGRAM, source, graphs, PROMPTS, out),
             read_only=(source, graphs, PROMPTS, PROGRAM),
             out=out,
             memory_mb=memory_mb,
@@ -145,7 +152,9 @@ def judge(
     """
     try:
         vectors = tuple(_vector(row, prompts) for row in figures["rows"])
-        skipped = tuple((prompts[item["index"]], str(item["reason"])) for item in figures["skipped"])
+        skipped = tuple(
+            (prompts[item["index"]], str(item["reason"])) for item in figures["skipped"]
+        )
         versions = {str(name): str(value) for name, value in figures["versions"].items()}
         provider = str(figures["provider"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
@@ -162,7 +171,7 @@ def judge(
             f"{len(vectors)} of {len(prompts)} prompts can be used, at least {MIN_PROMPTS} of all "
             f"five kinds are needed; kinds without one: {', '.join(missing) or 'none'}; "
             f"left out because: {'; '.join(reasons) or 'nothing'}",
-            hint="the model does not speak the grammar of the prompts; it cannot be proved with them",
+            hint="the model does not speak the grammar of the prompts, so they cannot prove it",
         )
     return Parity(
         vectors,

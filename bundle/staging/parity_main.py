@@ -1,10 +1,11 @@
-"""The parity program: runs the source in torch and the graph in onnxruntime side by side. Runs sealed.
+"""The parity program: the source in torch and the graph in onnxruntime side by side. Runs sealed.
 
-`python -I parity_main.py SOURCE GRAPHS PROMPTS OUT`, started by `bundle.staging.parity` through the
-sealed runner. For each prompt the graph makes one full pass and then decodes `STEPS` greedy tokens with
-its key-value cache. The source sees prompt and tokens in one pass without a cache: where both choose
-the same token at every step, given the same context, both greedy sequences are the same. It only
-measures; `bundle.staging.parity` judges the figures that it leaves in OUT/parity.json.
+`python -I parity_main.py SOURCE GRAPHS PROMPTS OUT`, started by `bundle.staging.parity` through
+the sealed runner. For each prompt the graph makes one full pass and then decodes `STEPS` greedy
+tokens with its key-value cache. The source sees prompt and tokens in one pass without a cache:
+where both choose the same token at every step, given the same context, both greedy sequences are
+the same. It only measures; `bundle.staging.parity` judges the figures that it leaves in
+OUT/parity.json.
 
 Numbers are written as decimal strings: the statement that carries them holds no floats.
 """

@@ -1,7 +1,8 @@
-"""`airgap build`: from a snapshot to a draft of the release, signed by the builder and by nobody else.
+"""`airgap build`: from a snapshot to a draft of the release that only the builder has signed.
 
-inspect -> convert (sealed) -> parity (sealed) -> bill of materials -> admission -> archive. The same
-snapshot, facts and tools give the same body and manifest: no clock is read, `created` is an argument.
+inspect -> admission -> convert (sealed) -> parity (sealed) -> bill of materials -> archive. The
+policy is asked before the expensive steps, about the snapshot as it was hashed. The same snapshot,
+facts and tools give the same body and manifest: no clock is read, `created` is an argument.
 Everything happens in one work folder beside the output, which goes away however it ends.
 """
 
@@ -58,7 +59,6 @@ from policy.terms import URI_BASE, Digest
 Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
 """Gives the canonical record of the admission decision, or raises `policy.*`."""
 
-STAGES = ("inspect", "convert", "parity", "describe", "seal")
 VECTORS_PATH = "META/vectors/parity.json"
 _ATTEST = "META/attest"
 _SPACE = 6  # times the bytes of the weights: fp32 graph, its copy while it is written, the archive
@@ -143,15 +143,17 @@ def build(
     _require_output(out)
     report = inspect_source(folder, pins=pins, name=facts.model_id, progress=progress)
     report.require_ready()
+    model = model_entry(report, facts)
+    tell("admit", 0, 1)
+    record = admit([model], source_digest(report))
+    tell("admit", 1, 1)
     _require_space(report, out)
     with work_folder(out) as work:
         source = work / "source"
         place_inputs(report, source)
         memory = memory_of(report)
         tell("convert", 0, 1)
-        converted = convert(
-            report, source, work / "graph", run_sealed=run_sealed, memory_mb=memory
-        )
+        converted = convert(report, source, work / "graph", run_sealed=run_sealed, memory_mb=memory)
         tell("convert", 1, 1)
         tell("parity", 0, 1)
         parity = prove_parity(
@@ -159,7 +161,7 @@ def build(
         )
         tell("parity", 1, 1)
         tell("describe", 0, 1)
-        draft = describe(report, facts, converted, parity, admit=admit, pins=pins)
+        draft = describe(report, facts, model, converted, parity, record=record, pins=pins)
         tell("describe", 1, 1)
 
         def seal(manifest: Manifest) -> Envelope:
@@ -193,14 +195,14 @@ class Draft:
 def describe(
     report: InspectReport,
     facts: Facts,
+    model: ModelEntry,
     converted: Converted,
     parity: Parity,
     *,
-    admit: Admit,
+    record: bytes,
     pins: Path | None,
 ) -> Draft:
-    """Make every document of the release and ask the policy."""
-    model = model_entry(report, facts)
+    """Make every document of the release; `record` is the decision of the policy."""
     payload = _payload(report, facts, converted)
     digests = {member.path: _digest(member) for member in payload}
     graph_files = {
@@ -213,10 +215,6 @@ def describe(
         for file in report.weights()
         if report.roles[file.path] is FileRole.WEIGHTS
     }
-    payload_digest = Digest.of(
-        "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items())).encode()
-    )
-    record = admit([model], payload_digest)
     decision = _decision(record)
     tools = {**converted.versions, **parity.versions}
     bom = bill_of_materials(
@@ -289,7 +287,7 @@ def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
         raise RefusedError(
             "build.facts",
             f"a fact about the model: {first_problem(error)}",
-            hint="state it with an option of `airgap build`; names hold letters, digits and . _ + -",
+            hint="state it with an option of `airgap build`; names hold letters, digits, . _ + -",
         ) from error
 
 
@@ -475,9 +473,7 @@ def _evidence(
     report: InspectReport, model_id: str, pins: Path | None
 ) -> tuple[tuple[Evidence, ...], list[Member]]:
     """Return what proves the origin: digests of the source, the pin file, the hub's records."""
-    sums = "".join(
-        f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files
-    ).encode()
+    sums = source_sums(report)
     items = [("source-digests", "META/evidence/source.sha256", sums, "every file as inspected")]
     if pins is not None:
         items.append(
@@ -490,9 +486,7 @@ def _evidence(
         )
     if report.hub is not None:
         text = next(
-            item["text"]
-            for item in report.provenance["evidence"]
-            if item["kind"] == "hub-revision"
+            item["text"] for item in report.provenance["evidence"] if item["kind"] == "hub-revision"
         )
         items += [
             ("hub-revision", f"META/evidence/hub/{name}", bytes(open_view(place)), text)
@@ -608,8 +602,18 @@ def _revision(report: InspectReport) -> str:
     """Return the commit of the hub, else a digest over the digests of all files."""
     if report.hub is not None:
         return report.hub.commit
-    sums = "".join(f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files)
-    return str(Digest.of(sums.encode()))
+    return str(source_digest(report))
+
+
+def source_sums(report: InspectReport) -> bytes:
+    """Return the digests of all files in the form of `sha256sum`."""
+    lines = [f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files]
+    return "".join(lines).encode()
+
+
+def source_digest(report: InspectReport) -> Digest:
+    """Return one digest for the whole snapshot: that of `source_sums`."""
+    return Digest.of(source_sums(report))
 
 
 def _reader(members: Sequence[Member]) -> Callable[[str], memoryview]:

@@ -1,4 +1,4 @@
-"""What is proved about the origin of a snapshot: pins of the institution, records of the hub client.
+"""What is proved about the origin of a snapshot: pins of the institution, records of the hub.
 
 Decides the provenance level (bundle specification, section 4): L1 when a pin file fixes every file,
 else L0. The hub's records never raise it: the client wrote them and nobody signed them.
@@ -34,8 +34,8 @@ SENTENCES = {
 class HubRecords:
     """The records of the hub client, compared with the bytes.
 
-    `lfs` and `git` count the files whose SHA-256 or git blob digest is the recorded one; `commit` is
-    the one commit of all records.
+    `lfs` and `git` count the files whose SHA-256 or git blob digest is the recorded one; `commit`
+    is the one commit of all records.
     """
 
     commit: str
@@ -157,8 +157,8 @@ def level_document(
         )
     if hub is not None:
         text = (
-            f"{hub.lfs} large files equal the SHA-256 and {hub.git} small files the git digest that "
-            f"the hub announced, all for commit {hub.commit}"
+            f"{hub.lfs} large files equal the SHA-256 and {hub.git} small files the git digest "
+            f"that the hub announced, all for commit {hub.commit}"
         )
         if hub.missing:
             text += f"; no record for {', '.join(hub.missing)[:200]}"

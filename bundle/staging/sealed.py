@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bundle.scan.strict import open_view
 from policy.errors import RefusedError
@@ -23,8 +24,8 @@ STDERR_LIMIT = 64 * 1024
 class SealedJob:
     """One run: a Python file and its arguments, in a process without a network.
 
-    `argv[0]` is the program; `read_only` lists what it may read besides the interpreter; `out` is an
-    empty folder and the only place where it may write. Memory in MiB, time in seconds.
+    `argv` is the whole command line; `read_only` lists what the program may read besides the
+    interpreter; `out` is an empty folder and the only place where it may write. Memory in MiB.
     """
 
     argv: tuple[str, ...]
@@ -35,36 +36,52 @@ class SealedJob:
     stderr_limit: int = STDERR_LIMIT
 
 
-@dataclass(frozen=True, slots=True)
-class SealedResult:
-    """How the run ended; `evidence` is what the seal says about itself."""
+class SealedResult(Protocol):
+    """How the run ended, and what the seal says about itself."""
 
-    exit_status: int
-    stderr: bytes
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    @property
+    def status(self) -> int | None:
+        """Exit status; None when a signal ended it."""
+
+    @property
+    def signal(self) -> int | None:
+        """Number of that signal."""
+
+    @property
+    def stderr(self) -> str:
+        """What it wrote, cut; untrusted."""
+
+    @property
+    def evidence(self) -> Mapping[str, Any]:
+        """The record of the seal."""
 
 
 RunSealed = Callable[[SealedJob], SealedResult]
 
 
+def python(program: Path, *arguments: Path) -> tuple[str, ...]:
+    """Return the command line that runs one of our programs in this interpreter, isolated."""
+    return (sys.executable, "-I", "-B", str(program), *(str(argument) for argument in arguments))
+
+
 def require_success(result: SealedResult, what: str, code: str) -> None:
     """Refuse with `code` unless the run ended well; quotes the last line that it wrote."""
-    if result.exit_status == 0:
+    if result.status == 0:
         return
-    lines = result.stderr.decode("utf-8", "replace").strip().splitlines()
+    lines = result.stderr.strip().splitlines()
     last = lines[-1] if lines else "it wrote nothing"
-    if result.exit_status < 0:
-        last = f"ended by signal {-result.exit_status}; {last}"
+    if result.signal is not None:
+        last = f"ended by signal {result.signal}; {last}"
     raise RefusedError(
         code,
         f"{what} failed: {last!r:.240}",
-        hint="see that memory and disk suffice (about 3 times the weights in fp32); `airgap doctor` "
-        "shows what the seal needs",
+        hint="see that memory and disk suffice (about 3 times the weights in fp32); "
+        "`airgap doctor` shows what the seal needs",
     )
 
 
 def take(out: Path, name: str, limit: int, code: str) -> memoryview:
-    """Return a file that a sealed run left, opened without following links and within `limit` bytes.
+    """Return a file of at most `limit` bytes that a sealed run left; links are not followed.
 
     Raises:
         RefusedError: `code`; missing, not a regular file, or too large.
@@ -80,7 +97,9 @@ def require_only(out: Path, names: set[str], code: str) -> None:
     """Refuse anything in `out` that is not an expected regular file."""
     for entry in sorted(os.scandir(out), key=lambda item: item.name):
         if entry.name not in names or not entry.is_file(follow_symlinks=False):
-            raise RefusedError(code, f"the sealed run left {entry.name!r:.80}, which is not expected")
+            raise RefusedError(
+                code, f"the sealed run left {entry.name!r:.80}, which is not expected"
+            )
 
 
 def place_file(source: Path, target: Path) -> None:

@@ -74,7 +74,8 @@ def walk(folder: Path) -> tuple[SourceFile, ...]:
         if len(files) > MAX_FILES or total > MAX_BYTES:
             raise RefusedError(
                 "source.huge",
-                f"{str(folder)!r:.120} holds over {MAX_FILES:,} files or {MAX_BYTES // 1024**4} TiB",
+                f"{str(folder)!r:.120} holds over {MAX_FILES:,} files "
+                f"or {MAX_BYTES // 1024**4} TiB",
                 hint="point at the folder of one snapshot, the one that holds config.json",
             )
     if not files:
@@ -116,7 +117,7 @@ def open_file(file: SourceFile) -> int:
 
 def read_head(file: SourceFile) -> bytes:
     """Return the first bytes of the file."""
-    with open(open_file(file), "rb") as opened:  # noqa: PTH123 - the descriptor is what was checked
+    with open(open_file(file), "rb") as opened:
         return opened.read(HEAD)
 
 
@@ -130,7 +131,7 @@ def hash_file(file: SourceFile, tick: Callable[[int], None]) -> Digests:
     """
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-    with open(open_file(file), "rb", buffering=0) as opened:  # noqa: PTH123 - same
+    with open(open_file(file), "rb", buffering=0) as opened:
         buffer = bytearray(BLOCK)
         view = memoryview(buffer)
         while count := opened.readinto(buffer):
@@ -216,7 +217,7 @@ def _file(path: str, entry: os.DirEntry[str], blobs: Path | None) -> SourceFile:
 
 def _blob(path: str, link: Path, blobs: Path | None) -> str:
     """Return the name of the blob that a link of the hub's cache points to."""
-    target = os.readlink(link)
+    target = str(link.readlink())
     found = _BLOB.fullmatch(target)
     depth = path.count("/") + 2
     if blobs is None or found is None or target.count("../") != depth:

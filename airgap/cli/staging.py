@@ -1,0 +1,290 @@
+"""The connected side: inspect a snapshot, build a draft under the seal, sign it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, show_error, stderr
+from policy.errors import FaultError, RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from bundle.manifest import ModelEntry
+    from policy.terms import Digest
+
+Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
+Key = Annotated[Path, typer.Option("--key", help="Private key file, from `airgap keys new`.")]
+Passphrase = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
+]
+Pin = Annotated[
+    Path | None,
+    typer.Option("--pin", help="File in the form of sha256sum that fixes every file (level L1)."),
+]
+_LABELS = {
+    "scan": "read every file",
+    "hash": "hash every byte",
+    "admit": "ask the policy",
+    "convert": "convert to ONNX, sealed",
+    "parity": "prove parity, sealed",
+    "describe": "describe the release",
+    "seal": "write and sign",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this group."""
+    app.command("inspect")(inspect)
+    app.command("build")(build)
+    app.command("sign")(sign)
+
+
+def inspect(
+    source: Source,
+    *,
+    pin: Pin = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write the report as one HTML page.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Tell what a snapshot is, what is proved about it, and whether it may be built."""
+    with _staging():
+        from bundle.staging.inspect import inspect_source
+        from bundle.staging.views import report_page, report_view, write_page
+    with _bars() as progress:
+        report = inspect_source(source, pins=pin, progress=progress)
+    document = report.as_document()
+    if html is not None:
+        write_page(html, report_page(document, str(report.digest)))
+    error = report.refusal()
+    extra = {"code": error.code, "error": error.message, "exit": 1} if error else {}
+    show({**document, "digest": str(report.digest), **extra}, report_view(document), json=json)
+    if error is not None and not json:
+        show_error(error, json=False)
+    return 1 if error else 0
+
+
+def build(
+    source: Source,
+    *,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write, NAME.agb.")],
+    name: Annotated[str, typer.Option("--name", help="Name of the model and of the release.")],
+    version: Annotated[str, typer.Option("--version", help="Version of the release.")],
+    key: Key,
+    passphrase_file: Passphrase = None,
+    pin: Pin = None,
+    origin: Annotated[
+        str | None,
+        typer.Option("--origin", help="Where it is from, hf:ORG/NAME or local:NAME."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Commit of the publisher's repository.")
+    ] = None,
+    supplier: Annotated[
+        str | None, typer.Option("--supplier", help="Legal name of who publishes the model.")
+    ] = None,
+    jurisdiction: Annotated[
+        str | None, typer.Option("--jurisdiction", help="Country of the supplier (ISO 3166).")
+    ] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option("--modality", help="What it writes; may be repeated.")
+    ] = None,
+    project: Annotated[
+        str | None, typer.Option("--project", help="Project for which admission is asked.")
+    ] = None,
+    epoch: Annotated[
+        int | None,
+        typer.Option("--epoch", min=0, help="Grows with each release; default: the build time."),
+    ] = None,
+    created: Annotated[
+        str | None,
+        typer.Option("--created", help="2026-01-31T12:00:00Z; default SOURCE_DATE_EPOCH, or now."),
+    ] = None,
+    valid_days: Annotated[int, typer.Option("--valid-days", min=1, max=3650)] = 365,
+    root: Root = None,
+    json: Json = False,
+) -> int:
+    """Inspect, convert under the seal, prove parity, ask the policy, and write a signed draft."""
+    with _staging():
+        from bundle.staging.pipeline import Facts
+        from bundle.staging.pipeline import build as build_draft
+        from bundle.staging.views import built_document, built_view
+    from airgap.enclave import run_sealed
+    from bundle.keys import load_signer, read_passphrase
+    from bundle.trust import load_trust
+
+    folder = root_folder(root)
+    moment = _created(created)
+    facts = Facts(
+        model_id=name,
+        version=version,
+        created=moment,
+        expires=moment + timedelta(days=valid_days),
+        epoch=int(moment.timestamp()) if epoch is None else epoch,
+        source=origin,
+        revision=revision,
+        supplier=supplier,
+        jurisdiction=jurisdiction,
+        modalities=tuple(modality or ()),
+    )
+    with _bars() as progress:
+        built = build_draft(
+            source,
+            out,
+            facts,
+            trust=load_trust(folder / "trust"),
+            signer=load_signer(key, read_passphrase(passphrase_file)),
+            run_sealed=run_sealed,
+            admit=_admission(folder, project, moment),
+            pins=pin,
+            progress=progress,
+        )
+    show(built_document(built), built_view(built), json=json)
+    return 0
+
+
+def sign(
+    bundle: Annotated[Path, typer.Argument(help="The draft, NAME.agb.")],
+    *,
+    key: Key,
+    passphrase_file: Passphrase = None,
+    confirm: Annotated[
+        str | None,
+        typer.Option("--confirm", help="What you would type: the model's name or the digest."),
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> int:
+    """Show what a draft is, take a typed confirmation, and add your signature."""
+    with _staging():
+        from bundle.staging import sign as signing
+        from bundle.staging.views import draft_view, tally_document, tally_view
+    from bundle.keys import load_signer, read_passphrase
+    from bundle.trust import load_trust
+
+    trust = load_trust(root_folder(root) / "trust")
+    draft = signing.read_draft(bundle)
+    signer = load_signer(key, read_passphrase(passphrase_file))
+    who, _ = signing.require_approver(draft, trust, signer)
+    if not json or confirm is None:
+        stderr.print(draft_view(draft, signing.count(draft, trust)))
+    typed = confirm if confirm is not None else _ask(draft.manifest.name)
+    tally = signing.sign(draft, trust, signer, confirmation=typed)
+    show(tally_document(draft, tally, who), tally_view(draft, tally, who), json=json)
+    return 0
+
+
+def _ask(name: str) -> str:
+    """Ask for the confirmation on the terminal; without one nothing is signed."""
+    if not sys.stdin.isatty():
+        raise RefusedError(
+            "sign.confirm",
+            "there is no terminal to type the confirmation on",
+            hint=f"read the report, then add: --confirm {name}",
+        )
+    stderr.print(
+        f"Type {name!r} or the first 8 digits of the digest to sign, anything else to stop: ",
+        end="",
+    )
+    return sys.stdin.readline()
+
+
+def _admission(
+    root: Path, project: str | None, moment: datetime
+) -> Callable[[Sequence[ModelEntry], Digest], bytes]:
+    """Return the question that staging asks the policy of this site, as of the build time."""
+    from airgap.config import load_site
+    from airgap.gate import decide_admission, load_rules
+    from policy import require
+
+    def admit(models: Sequence[ModelEntry], digest: Digest) -> bytes:
+        site = load_site(root)
+        day = site.legal_day(moment)
+        decision = decide_admission(
+            site,
+            load_rules(root),
+            models,
+            bundle_digest=digest,
+            project=project,
+            as_of=day.as_of,
+            known_at=day.known_at,
+            verified=True,  # every byte was hashed a moment ago, by this very command
+            day_source=day.source,
+        )
+        record: bytes = require(decision).canonical
+        return record
+
+    return admit
+
+
+def _created(text: str | None) -> datetime:
+    """Return the time that the release bears, in whole seconds."""
+    from bundle.fields import parse_time
+
+    stated = os.environ.get("SOURCE_DATE_EPOCH", "")
+    try:
+        if text is not None:
+            return parse_time(text)
+        if stated:
+            return datetime.fromtimestamp(int(stated), UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(
+            "usage.argument",
+            f"{text or stated!r:.60} is not a time: {error}",
+            hint="airgap build --help",
+        ) from error
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+@contextlib.contextmanager
+def _staging() -> Iterator[None]:
+    """Turn a missing library of the staging side into a fault that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise FaultError(
+            "host.extra",
+            f"this command needs {error.name!r:.60}, which is not installed",
+            hint="install the extra `staging` on the connected side: pip install 'airgap[staging]'",
+        ) from error
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar a stage on standard error; bytes where it hashes or writes."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=28),
+        TextColumn("{task.fields[amount]:>22}"),
+        TimeElapsedColumn(),
+        console=stderr,
+    ) as display:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = display.add_task(_LABELS.get(stage, stage), amount="", total=None)
+            amount = _amount(stage, done, total)
+            known = total if total > 1 or done else None
+            display.update(tasks[stage], completed=done, total=known, amount=amount)
+
+        yield tell
+
+
+def _amount(stage: str, done: int, total: int) -> str:
+    from bundle.staging.views import size_text
+
+    if stage in {"hash", "seal"}:
+        return f"{size_text(done)} / {size_text(total)}"
+    return f"{done} / {total} files" if stage == "scan" else ""

@@ -1,0 +1,325 @@
+"""How reports look: on a terminal, and as one HTML file that needs no other file.
+
+Everything that comes from a snapshot is untrusted text: the terminal gets it without markup and
+without control characters, the page gets it escaped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from bundle.fields import has_hidden
+from bundle.staging.pipeline import Built
+from bundle.staging.sign import Draft, Tally
+
+_SHOWN_FILES = 60
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_STEP = 1024
+
+
+def size_text(size: int) -> str:
+    """Write a size for people: 3.1 MiB."""
+    value, unit = float(size), _UNITS[0]
+    for unit in _UNITS:
+        if value < _STEP or unit == _UNITS[-1]:
+            break
+        value /= _STEP
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def count_text(value: int) -> str:
+    """Write a large count for people: 774,016 or 8.03 billion."""
+    if value >= 10**9:
+        return f"{value / 10**9:.2f} billion"
+    return f"{value / 10**6:.1f} million" if value >= 10**7 else f"{value:,}"
+
+
+def plain(text: object) -> str:
+    """Make foreign text safe to show: what a screen would hide or act on becomes visible."""
+    found = str(text)
+    return ascii(found)[1:-1] if has_hidden(found) else found
+
+
+def report_view(report: Mapping[str, Any]) -> RenderableType:
+    """Show an inspection report on a terminal."""
+    parts: list[RenderableType] = [_headline(report), Text()]
+    parts.append(_facts(_report_facts(report)))
+    parts += [Text(), Rule("files", align="left", style="dim"), _files(report["files"])]
+    if report["findings"]:
+        parts += [Text(), Rule("findings", align="left", style="dim")]
+        parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
+    if report["refusals"]:
+        parts += [Text(), Rule("refused", align="left", style="red")]
+        for item in report["refusals"]:
+            parts.append(_bullet("✗", "red", item["code"], item["message"]))
+            if item["hint"]:
+                parts.append(
+                    Padding(Text(f"next step: {plain(item['hint'])}", "dim"), (0, 0, 0, 4))
+                )
+    return Group(*parts)
+
+
+def report_page(report: Mapping[str, Any], digest: str) -> str:
+    """Return the report as one HTML page; scripts, fonts and pictures from elsewhere: none."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(size=size_text, number=count_text, plain=plain)
+    page = environment.get_template("report.html.j2")
+    return page.render(report=report, digest=digest, facts=_report_facts(report))
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write beside, flush, rename: the page is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def built_document(built: Built) -> dict[str, Any]:
+    """Return what `airgap build --json` prints."""
+    return {
+        "bundle": str(built.path),
+        "digest": str(built.manifest.digest),
+        "body_root": built.manifest.body.root,
+        "size": built.path.stat().st_size,
+        "builder": built.builder,
+        "provenance_level": built.report.provenance["level"],
+        "parity": {
+            "prompts": len(built.parity.vectors),
+            "skipped": len(built.parity.skipped),
+            "max_delta_full": str(built.parity.full),
+            "max_delta_with_cache": str(built.parity.past),
+            "greedy_tokens_equal": True,
+        },
+        "rung": str(built.seal.get("rung", "unknown")),
+        "decision": built.decision,
+    }
+
+
+def built_view(built: Built) -> RenderableType:
+    """Show a finished draft on a terminal."""
+    parity = built.parity
+    kinds = len({vector.prompt.kind for vector in parity.vectors})
+    rows = [
+        ("bundle", f"{built.path} ({size_text(built.path.stat().st_size)})"),
+        ("digest", str(built.manifest.digest)),
+        ("source", f"{built.manifest.models[0].source} at {built.manifest.models[0].revision}"),
+        (
+            "provenance",
+            f"{built.report.provenance['level']}: {built.report.provenance['sentence']}",
+        ),
+        ("conversion", f"sealed, no network (rung {built.seal.get('rung', 'unknown')})"),
+        (
+            "parity",
+            (
+                f"{len(parity.vectors)} prompts of {kinds} kinds: largest difference of a logit "
+                f"{_small(parity.full)} in a full pass, {_small(parity.past)} with the cache; "
+                "64 greedy tokens the same on each"
+            ),
+        ),
+        ("policy", _decision_text(built.decision)),
+        ("builder", f"{built.builder} has signed; approvers sign next"),
+    ]
+    name = built.path.name
+    return Group(
+        Text.assemble(("✓ ", "bold green"), ("draft built", "bold"), f"  {built.manifest.name} "
+                      f"{built.manifest.version}"),
+        Text(),
+        _facts(rows),
+        Text(),
+        Text(f"next step: airgap sign {name} --key APPROVER.pem", "dim"),
+    )  # fmt: skip
+
+
+def draft_view(draft: Draft, tally: Tally) -> RenderableType:
+    """Show an approver what she is about to sign."""
+    seal, report, model = draft.statement.predicate, draft.report, draft.manifest.models[0]
+    claims = draft.manifest.parity
+    rows = [
+        ("release", f"{draft.manifest.name} {draft.manifest.version}, epoch {seal.epoch}"),
+        ("digest", str(draft.digest)),
+        ("holds", f"{seal.not_before:%Y-%m-%d} to {seal.expires:%Y-%m-%d}"),
+        ("built by", seal.builder),
+        ("source", f"{model.source} at {model.revision}"),
+        ("provenance", f"{report['provenance']['level']}: {report['provenance']['sentence']}"),
+        ("supplier", f"{model.supplier.legal_name} ({model.supplier.jurisdiction}), declared"),
+        (
+            "licence",
+            ", ".join(f"{x.spdx} ({x.place})" for x in model.licences_found) or "none found",
+        ),
+        ("weights", _weights_text(report)),
+        ("use", _use_text(report)),
+        (
+            "parity",
+            ", ".join(f"{c.precision} within {c.tolerance} on {c.provider}" for c in claims),
+        ),
+        ("report", seal.report_digest),
+        ("signed by", _tally_text(tally)),
+    ]
+    parts: list[RenderableType] = [Text("what you are about to approve", "bold"), Text()]
+    parts.append(_facts(rows))
+    if report["findings"]:
+        parts += [Text(), Rule("findings of the inspection", align="left", style="dim")]
+        parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
+    return Group(*parts, Text())
+
+
+def tally_document(draft: Draft, tally: Tally, who: str) -> dict[str, Any]:
+    """Return what `airgap sign --json` prints."""
+    return {
+        "bundle": str(draft.path),
+        "digest": str(draft.digest),
+        "signed_by": who,
+        "approvers": list(tally.approvers),
+        "needed": tally.needed,
+        "missing_roles": list(tally.missing_roles),
+        "builder": tally.builder,
+        "complete": tally.complete,
+    }
+
+
+def tally_view(draft: Draft, tally: Tally, who: str) -> RenderableType:
+    """Show what a signature changed."""
+    lines = [
+        Text.assemble(("✓ ", "bold green"), (plain(who), "bold"), f" signed {draft.digest}"),
+        Text(f"  {_tally_text(tally)}"),
+    ]
+    if tally.complete:
+        lines.append(Text(f"next step: carry {draft.path.name} across, then airgap verify", "dim"))
+    else:
+        lines.append(Text("next step: the next approver runs airgap sign", "dim"))
+    return Group(*lines)
+
+
+def _headline(report: Mapping[str, Any]) -> Text:
+    ready = report["verdict"] == "ready"
+    mark, style = ("✓ ready to build", "bold green") if ready else ("✗ refused", "bold red")
+    return Text.assemble((plain(report["model"]), "bold"), "  ", (mark, style))
+
+
+def _report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    provenance = report["provenance"]
+    rows = [("provenance", f"{provenance['level']}: {provenance['sentence']}")]
+    rows += [(f"  {item['status']}", f"{item['text']}") for item in provenance["evidence"]]
+    if "revision" in report:
+        rows.append(("revision", report["revision"]))
+    shape = report.get("architecture")
+    if shape:
+        rows.append(
+            (
+                "architecture",
+                (
+                    f"{shape['kind']}: {shape['layers']} layers, width {shape['hidden']}, "
+                    f"{shape['heads']} heads ({shape['kv_heads']} key-value), vocabulary "
+                    f"{shape['vocabulary']:,}, context {shape['context']:,}"
+                ),
+            )
+        )
+    rows.append(("weights", _weights_text(report)))
+    words = report.get("tokenizer")
+    if words:
+        tags = " ".join(words["tags"]) or "none"
+        rows.append(("tokenizer", f"{words['model']}, {words['size']:,} tokens; tags: {tags}"))
+    licences = ", ".join(f"{x['spdx']} ({x['status']}: {x['place']})" for x in report["licences"])
+    rows.append(("licences", licences or "none stated"))
+    hints = "; ".join(
+        f"{x['relation'].replace('_', ' ')} {x['party']} ({x['status']}: {x['basis']})"
+        for x in report["lineage"]
+    )
+    rows.append(("lineage", hints or "nothing stated, and no sign of a base model"))
+    rows.append(("use", _use_text(report)))
+    return rows
+
+
+def _weights_text(report: Mapping[str, Any]) -> str:
+    weights = report["weights"]
+    if not weights["tensors"]:
+        return "none that could be read"
+    return (
+        f"{count_text(weights['parameters'])} parameters in {weights['tensors']:,} tensors, "
+        f"{size_text(weights['bytes'])} of {', '.join(weights['types'])}, "
+        f"{weights['files']} file{'s' if weights['files'] != 1 else ''}"
+    )
+
+
+def _use_text(report: Mapping[str, Any]) -> str:
+    use = report["use"]
+    parts = ["reference model" if use["reference_model"] else "no reference model"]
+    parts.append(
+        "scientific use is not excluded" if use["scientific_use"] else "not for scientific use"
+    )
+    return ", ".join(parts) + " (declared)"
+
+
+def _small(value: Decimal) -> str:
+    return f"{value:.1e}"
+
+
+def _decision_text(decision: Mapping[str, Any]) -> str:
+    outcome = decision.get("outcome", "recorded")
+    return f"admission: {plain(outcome)}; asked again before it is installed"
+
+
+def _tally_text(tally: Tally) -> str:
+    names = ", ".join(tally.approvers) or "nobody yet"
+    text = f"{len(tally.approvers)} of {tally.needed} approvers: {names}"
+    if tally.missing_roles:
+        text += f"; still needed: a person with the role {', '.join(tally.missing_roles)}"
+    return f"{text}; builder {tally.builder}" + ("" if tally.builder_signed else " (NOT signed)")
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(Text(name), Text(plain(value)))
+    return grid
+
+
+def _files(files: list[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("path", overflow="fold")
+    table.add_column("role")
+    table.add_column("size", justify="right")
+    table.add_column("SHA-256", no_wrap=True, min_width=16, overflow="ellipsis")
+    table.add_column("travels")
+    for item in files[:_SHOWN_FILES]:
+        refused = item["role"] == "refused"
+        table.add_row(
+            Text(plain(item["path"])),
+            Text(item["role"], "red" if refused else ""),
+            size_text(item["size"]),
+            item["sha256"][:16] + "…",
+            "yes" if item["carried"] else "",
+        )
+    if len(files) > _SHOWN_FILES:
+        table.add_row(f"… {len(files) - _SHOWN_FILES} more: see --json", "", "", "", "")
+    return table
+
+
+def _bullet(mark: str, style: str, name: str, text: str) -> Text:
+    return Text.assemble((f"{mark} ", f"bold {style}"), (plain(name), "bold"), f"  {plain(text)}")
