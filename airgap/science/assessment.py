@@ -1,9 +1,9 @@
 """From what the model wrote to ranked rows, inside the sealed helper.
 
 Ranking: votes (samples that give the same answer), then the summed log-likelihood of the best of
-them, then the order of drawing. A prediction with a part that cannot be parsed is invalid as a whole;
-nothing is repaired to make it count. Text that could not be read is kept, and shown only if it could
-be screened in some form.
+them, then the order of drawing. A prediction with a part that cannot be parsed is invalid as a
+whole; nothing is repaired to make it count. Text that could not be read is kept, and shown only if
+it could be screened in some form.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _unfinished(sample: Sample, completion: Completion) -> _Fault:
     return _Fault("does not have the form of its task", completion.offset)
 
 
-# -- one reader a task ------------------------------------------------------------------------------
+# -- one reader a task ----------------------------------------------------------------------------
 
 
 def _read_retrosynthesis(completion: Completion, subject: Subject) -> _Reading | _Fault:
@@ -290,7 +290,7 @@ def _show_invalid(
 
 
 def _loose_structures(task: Task, text: str) -> list[Chem.Mol] | None:
-    """Read every run of text outside tags as a structure, mended if need be; None if one resists."""
+    """Read each run of text outside tags as a structure, mended if need be; None if one resists."""
     nodes = re.compile(r"<MetalS>[^<>]*(?:<MetalE>|$)")
     plain = nodes.sub("<>", text) if task.name == "material" else text
     found: list[Chem.Mol] = []
@@ -305,18 +305,18 @@ def _loose_structures(task: Task, text: str) -> list[Chem.Mol] | None:
 
 
 def mend(text: str) -> str:
-    """Return a SMILES without open ring numbers, open branches and half atoms, for screening only."""
-    tokens = [token for token in scan_smiles(text) if token[0] != "unknown"]
-    rings = Counter(token.strip("%()") for kind, token, _ in tokens if kind == "ring")
+    """Return a SMILES without open rings, open branches and half atoms, for screening only."""
+    scanned = [one for one in scan_smiles(text) if one[0] != "unknown"]
+    rings = Counter(piece.strip("%()") for kind, piece, _ in scanned if kind == "ring")
     out: list[str] = []
     depth = 0
-    for kind, token, _ in tokens:
-        if kind == "ring" and rings[token.strip("%()")] % 2:
+    for kind, piece, _ in scanned:
+        if kind == "ring" and rings[piece.strip("%()")] % 2:
             continue
-        if token == ")" and depth == 0:
+        if piece == ")" and depth == 0:
             continue
-        depth += {"(": 1, ")": -1}.get(token, 0)
-        out.append(token)
+        depth += {"(": 1, ")": -1}.get(piece, 0)
+        out.append(piece)
     joined = "".join(out) + ")" * depth
     previous = ""
     while joined != previous:

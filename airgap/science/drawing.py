@@ -1,8 +1,8 @@
 """Drawings as small, plain SVG, inside the sealed helper: molecules, schemes, annotated sequences.
 
 RDKit lays molecules out; its SVG is read back and written again as few paths with class names, so
-that a page can colour it for light, dark and print, and so that nothing but shapes leaves the helper.
-Colours stand as attributes too: a file taken out of the page still shows.
+that a page can colour it for light, dark and print, and so that nothing but shapes leaves the
+helper. Colours stand as attributes too: a file taken out of the page still shows.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def draw_scheme(
 
 
 def draw_track(track: Mapping[str, Any]) -> str:
-    """Return the annotated sequence: one cell a residue, a bar for its votes, numbers at the side."""
+    """Return the annotated sequence: a cell a residue, a bar for its votes, numbers aside."""
     sequence, labels = str(track["sequence"])[:TRACK_LIMIT], [str(x) for x in track["labels"]]
     votes, copies = [int(vote) for vote in track["votes"]], max(1, int(track["copies"]))
     cell, bar, row, left = 17, 26, 66, 64

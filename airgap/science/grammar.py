@@ -1,12 +1,13 @@
 """The LOGOS grammar: tags, documents, prompts, completions, and the token table of a checkpoint.
 
 Decides whether a text is a document or a prompt of the grammar and names the byte at which it is
-not. A missing end tag gives fluent nonsense and no error, so a wrong prompt is a refusal here, before
-a model runs. The tags and prompt forms are those of the authors' released scripts and figures
-(repository LOGOS-Hub/LOGOS, commit 66c935a). No token id is a constant: ids come from the checkpoint.
+not. A missing end tag gives fluent nonsense and no error, so a wrong prompt is a refusal here,
+before a model runs. The tags and prompt forms are those of the authors' released scripts and
+figures (repository LOGOS-Hub/LOGOS, commit 66c935a). No token id is a constant: ids come from the
+checkpoint.
 
-Standard library only: the broker imports this module, and so does the sealed helper. Whether a SMILES
-is chemistry is decided by RDKit in the helper; here it is checked as text.
+Standard library only: the broker imports this module, and so does the sealed helper. Whether a
+SMILES is chemistry is decided by RDKit in the helper; here it is checked as text.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _SMILES_TOKEN = re.compile(
 )
 _NESTED = {"Protein": ("Pocket",), "Material": ("Metal", "Molecule")}
 _EXCERPT = 30
-_CONTROL = re.compile(r"(?:<(?:eos|bos|pad)>|</?s>|<\|[a-z_]{2,24}\|>)\s*\Z")
+_CONTROL = re.compile(r"(?:<(?:eos|bos|pad|unk)>|</?s>|<\|[a-z_]{2,24}\|>)\s*\Z")
 
 
 class PromptError(RefusedError):
@@ -89,7 +90,7 @@ def byte_offset(text: str, at: int) -> int:
 
 
 def caret(text: str, at: int, width: int = 1) -> str:
-    """Return an excerpt around `at` and a line of carets under it; only ASCII, so that it aligns."""
+    """Return an excerpt around `at` and carets under it; only ASCII, so that they align."""
     start, end = max(0, at - _EXCERPT), min(len(text), at + _EXCERPT)
     before, after = "..." * (start > 0), "..." * (end < len(text))
     shown = "".join(c if " " <= c <= "~" else "?" for c in text[start:end])
@@ -199,7 +200,7 @@ def annotate(sequence: str, pockets: Collection[int]) -> Chain:
     return Chain(tuple(Residue(letter, at in pockets) for at, letter in enumerate(sequence)))
 
 
-def write(document: Document) -> str:
+def write(document: Document) -> str:  # noqa: PLR0911 - one form of the grammar a return
     """Return the text of `document`; `parse_document` reads it back."""
     match document:
         case Chain(residues, kind):
@@ -301,7 +302,7 @@ PROMPT_FORMS: dict[str, tuple[str, str]] = {
 
 
 def tokenize(text: str) -> list[Token]:
-    """Split `text` into tags and runs; PromptError for an unknown tag, an arrow, or too much text."""
+    """Split `text` into tags and runs; PromptError for an unknown tag, an arrow, too much text."""
     if len(text) > TEXT_LIMIT or len(text.encode("utf-8", "surrogatepass")) > TEXT_LIMIT:
         raise PromptError(
             "prompt.size",
@@ -550,7 +551,7 @@ class _Reader:
         return result
 
     def about_protein(self, level: int) -> Document:
-        # What follows the protein fixes the level of `<Trans>` and `<Search>`; else the caller does.
+        # What follows the protein fixes the level of <Trans> and <Search>; else the caller does.
         closing = next(
             (at for at, token in enumerate(self.tokens) if token.text == "<ProteinE>"), 0
         )
@@ -688,40 +689,53 @@ def check_smiles(text: str, whole: str | None = None, base: int = 0) -> None:
 
     Valence and aromaticity are RDKit's to judge. A `whole` text and a `base` give positions in it.
     """
-    shown = text if whole is None else whole
-
-    def fail(message: str, at: int, hint: str) -> NoReturn:
-        raise PromptError("prompt.g07", message, text=shown, at=base + at, hint=hint)
-
     if not text:
         raise PromptError("prompt.g07", "the SMILES is empty", hint="give a molecule")
-    branches: list[int] = []
-    rings: dict[str, int] = {}
-    atoms = 0
-    for kind, token, at in scan_smiles(text):
+    fault = _smiles_fault(text)
+    if fault is not None:
+        message, at, hint = fault
+        shown = text if whole is None else whole
+        raise PromptError("prompt.g07", message, text=shown, at=base + at, hint=hint)
+
+
+def _smiles_fault(text: str) -> tuple[str, int, str] | None:
+    """Return message, index and fix of the first fault in the text of a SMILES."""
+    scanned = scan_smiles(text)
+    for kind, piece, at in scanned:
+        if kind == "unknown" and piece == "[":
+            return "'[' opens a bracket atom that is not closed", at, "close it with ']'"
         if kind == "unknown":
-            if token == "[":
-                fail("'[' opens a bracket atom that is not closed", at, "close it with ']'")
-            fail(f"{_name(token)} has no meaning in a SMILES", at, _smiles_fix(token))
-        if kind == "atom":
-            atoms += 1
-        elif kind == "branch" and token == "(":
-            branches.append(at)
+            return f"{_name(piece)} has no meaning in a SMILES", at, _smiles_fix(piece)
+    if all(kind != "atom" for kind, _, _ in scanned):
+        return "the SMILES holds no atom", 0, "give a molecule"
+    return _branch_fault(scanned) or _ring_fault(scanned)
+
+
+def _branch_fault(scanned: Sequence[tuple[str, str, int]]) -> tuple[str, int, str] | None:
+    opened: list[int] = []
+    for kind, piece, at in scanned:
+        if kind == "branch" and piece == "(":
+            opened.append(at)
         elif kind == "branch":
-            if not branches:
-                fail("')' closes no branch", at, "take it away, or add the '(' before")
-            branches.pop()
-        elif kind == "ring":
-            number = token.strip("%()").lstrip("0") or "0"
-            if rings.pop(number, None) is None:
-                rings[number] = at
-    if not atoms:
-        fail("the SMILES holds no atom", 0, "give a molecule")
-    if branches:
-        fail("'(' opens a branch that is not closed", branches[-1], "close it with ')'")
-    if rings:
-        number, at = next(iter(rings.items()))
-        fail(f"ring number {number} is opened and not closed", at, "repeat it at the closing atom")
+            if not opened:
+                return "')' closes no branch", at, "take it away, or add the '(' before"
+            opened.pop()
+    if opened:
+        return "'(' opens a branch that is not closed", opened[-1], "close it with ')'"
+    return None
+
+
+def _ring_fault(scanned: Sequence[tuple[str, str, int]]) -> tuple[str, int, str] | None:
+    opened: dict[str, int] = {}
+    for kind, piece, at in scanned:
+        if kind == "ring":
+            number = piece.strip("%()").lstrip("0") or "0"
+            if opened.pop(number, None) is None:
+                opened[number] = at
+    for number, at in opened.items():
+        message = f"ring number {number} is opened and not closed"
+        return message, at, "repeat it at the closing atom"
+    return None
 
 
 def _smiles_fix(token: str) -> str:
@@ -857,7 +871,7 @@ class _Lenient:
         )
 
 
-# -- the token table of a checkpoint ----------------------------------------------------------------
+# -- the token table of a checkpoint --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -892,10 +906,7 @@ def compare_tokens(
             sorted(
                 token
                 for token in ids
-                if shape.fullmatch(token)
-                and token not in TAGS
-                and not _CONTROL.fullmatch(token)
-                and token != "<unk>"
+                if shape.fullmatch(token) and token not in TAGS and not _CONTROL.fullmatch(token)
             )
         ),
         clash=tuple(sorted(number for number, tokens in owners.items() if len(tokens) > 1)),
@@ -906,7 +917,7 @@ def compare_tokens(
 
 
 def require_tokens(ids: Mapping[str, int], needed: Sequence[str], *, model: str, task: str) -> None:
-    """Refuse `task` on a checkpoint that lacks a token it needs, or gives two of them one id (g11)."""
+    """Refuse `task` on a checkpoint without a token it needs, or with its id given twice (g11)."""
     lacking = [tag for tag in needed if tag not in ids]
     if lacking:
         raise PromptError(

@@ -1,9 +1,9 @@
 """Molecules on RDKit, inside the sealed helper: parsing with positions, identity, properties.
 
 Facts that shape this module: RDKit reads an empty SMILES as a molecule, so emptiness is refused
-before; its parse messages go to a log, which is caught here and turned into an error with a position;
-fraction sp3 divides by carbons (the released scripts divide by heavy atoms). The synthetic
-accessibility score is absent, because its data in the RDKit package is a pickle.
+before; its parse messages go to a log, which is caught here and turned into an error with a
+position; fraction sp3 divides by carbons (the released scripts divide by heavy atoms). The
+synthetic accessibility score is absent, because its data in the RDKit package is a pickle.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class Problem:
 
 def find_molecule(text: str) -> Chem.Mol | Problem:
     """Return the sanitised molecule of `text`, or what is wrong with it."""
-    if not text:
-        return Problem("the SMILES is empty", 0)
     if len(text) > SMILES_LIMIT:
         return Problem(f"the SMILES has {len(text)} characters, more than {SMILES_LIMIT}", 0)
     try:
@@ -70,18 +68,14 @@ def find_molecule(text: str) -> Chem.Mol | Problem:
         return _syntax_problem(text)
     if molecule.GetNumHeavyAtoms() > ATOM_LIMIT:
         return Problem(f"the molecule has more than {ATOM_LIMIT} heavy atoms", 0)
-    problems = Chem.DetectChemistryProblems(molecule)
-    if problems:
-        return _chemistry_problem(text, problems[0])
+    for problem in Chem.DetectChemistryProblems(molecule):
+        return _chemistry_problem(text, problem)
     _MESSAGES.clear()
-    found = Chem.MolFromSmiles(text)
-    if found is None:
-        return Problem(_said() or "RDKit does not accept it", 0)
-    return found
+    return Chem.MolFromSmiles(text) or Problem(_said() or "RDKit does not accept it", 0)
 
 
 def parse_loosely(text: str) -> Chem.Mol | None:
-    """Parse without sanitisation, so that a wrong valence is no obstacle; None for a syntax error."""
+    """Parse without sanitisation, so that a wrong valence is no obstacle; None: a syntax error."""
     _MESSAGES.clear()
     settings = Chem.SmilesParserParams()
     for name in ("sanitize", "removeHs", "allowCXSMILES", "parseName"):
@@ -127,7 +121,7 @@ def _valence(found: re.Match[str]) -> str:
 
 
 def read_molecule(text: str, what: str) -> Chem.Mol:
-    """Return the molecule that a user typed; PromptError `prompt.g03`, `g07` or `g12` if it is none."""
+    """Return the molecule that a user typed; PromptError g03, g07 or g12 if it is none."""
     text = text.strip()
     check_field(text, what)
     found = find_molecule(text)
@@ -294,11 +288,16 @@ def _one_line(text: str) -> str:
 
 
 _METAL = re.compile(r"\[(\d*)([A-Z][a-z]?)([^\[\]]*)\]")
-_NON_METALS = frozenset("H B C N O F Si P S Cl As Se Br Te I He Ne Ar Kr Xe Rn At Ts Og".split())
+_NON_METALS = frozenset(
+    (
+        *("H", "B", "C", "N", "O", "F", "Si", "P", "S", "Cl", "As", "Se"),
+        *("Br", "Te", "I", "He", "Ne", "Ar", "Kr", "Xe", "Rn", "At", "Ts", "Og"),
+    )
+)
 
 
 def dotted_node(text: str) -> tuple[str, bool]:
-    """Put the dots back between the bracket atoms of a metal node; and say whether it names a metal.
+    """Put the dots back into a metal node, and say whether it names a metal.
 
     `[O][Zn][Zn]` parses as a chain of metal-metal bonds that does not exist, so a node is shown as
     separate atoms and never parsed as one molecule.

@@ -20,9 +20,9 @@ Requests and replies::
 Drawings are keyed by the rank of their row; `next` is the number of rows drawn when not all were,
 because a reply has a largest size: ask again with the rest.
 
-`inputs` are the same in every request of a run: the helper keeps nothing between requests. A refusal
-is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not one of
-these.
+`inputs` are the same in every request of a run: the helper keeps nothing between requests. A
+refusal is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not
+one of these.
 """
 
 from __future__ import annotations

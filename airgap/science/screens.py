@@ -1,9 +1,9 @@
 """Hazard screen inside the sealed helper: is a molecule on a treaty list, or in a family of one?
 
-Obeys the design of the hazard screens (policy, section 11): a documented, repeatable check that holds
-a run for named reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of the
-Chemical Weapons Convention as its text defines it: names become the first block of an InChIKey, and
-families become a core with the carbon counts that the paragraph allows. Nothing beyond those
+Obeys the design of the hazard screens (policy, section 11): a documented, repeatable check that
+holds a run for named reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of
+the Chemical Weapons Convention as its text defines it: names become the first block of an InChIKey,
+and families become a core with the carbon counts that the paragraph allows. Nothing beyond those
 paragraphs is shipped.
 
 Every molecule is brought to one form first, because a salt, an isotope label, a mixture or a charge
@@ -95,7 +95,7 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class ScreenResult:
-    """The outcome of one screen, for policy and for the restricted log; users see a reference only."""
+    """Outcome of one screen, for policy and the restricted log; users see a reference only."""
 
     status: str
     tier: str
@@ -243,7 +243,7 @@ class Screener:
         return ScreenResult("incomplete", "H0", self.pack.digest, self.mode, (), reason)
 
     def find_classes(self, molecule: Chem.Mol) -> dict[str, str]:
-        """Return the classes that match, class to tier; ValueError for what is too large to judge."""
+        """Return the classes that match, with tiers; ValueError for what is too large to judge."""
         if molecule.GetNumAtoms() > 2 * ATOM_LIMIT:
             raise ValueError("too many atoms")
         found: dict[str, str] = {}
@@ -252,7 +252,7 @@ class Screener:
         return found
 
     def forms(self, molecule: Chem.Mol) -> list[Chem.Mol]:
-        """Return the standard form of each fragment, and its canonical tautomer where it matters."""
+        """Return the standard form of each fragment, and its tautomer where it matters."""
         whole = self._disconnector.Disconnect(_neutral_pairs(_plain(molecule)))
         parts = Chem.GetMolFrags(whole, asMols=True, sanitizeFrags=False)
         if len(parts) > FRAGMENT_LIMIT:
@@ -291,7 +291,7 @@ class Screener:
 
 
 def first_block(molecule: Chem.Mol) -> str:
-    """Return the first block of the InChIKey: skeleton and hydrogens, no stereo, charge or isotope."""
+    """Return the first block of the InChIKey: skeleton and hydrogens, nothing else."""
     return str(rdinchi.MolToInchiKey(molecule)).partition("-")[0]
 
 
@@ -309,7 +309,7 @@ def _is_clean(molecule: Chem.Mol) -> bool:
 
 
 def _plain(molecule: Chem.Mol) -> Chem.Mol:
-    """Return a copy without maps, isotopes, stereo and explicit hydrogens; works on broken valences."""
+    """Return a copy without maps, isotopes, stereo and hydrogens; broken valences are kept."""
     copy = Chem.Mol(molecule)
     for atom in copy.GetAtoms():
         atom.SetAtomMapNum(0)
@@ -408,7 +408,7 @@ def _alkyl(form: Chem.Mol, start: int, core: set[int], seen: set[int]) -> tuple[
 
 
 def _fit(sizes: Sequence[tuple[int, bool]], groups: Sequence[Group]) -> bool:
-    """Return whether the hydrocarbons found fill the groups allowed; a group from 0 may be absent."""
+    """Return whether the hydrocarbons fill the groups; a group from 0 may be absent."""
     if len(sizes) > len(groups):
         return False
     padded = [*sizes, *[(0, False)] * (len(groups) - len(sizes))]

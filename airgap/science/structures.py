@@ -1,7 +1,7 @@
 """Protein structures on gemmi, inside the sealed helper: chains, ligands and pockets from PDB text.
 
-A pocket is every residue with an atom within 4.5 angstrom of an atom of the ligand, the usual contact
-distance; hydrogens are left out on both sides.
+A pocket is every residue with an atom within 4.5 angstrom of an atom of the ligand, the usual
+contact distance; hydrogens are left out on both sides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ CONTACT = 4.5
 """Distance in angstrom."""
 RESIDUE_LIMIT = 20_000
 _IONS_AND_SOLVENT = frozenset(
-    "HOH DOD WAT SO4 PO4 CL NA K MG CA ZN GOL EDO ACT PEG DMS FMT IOD BR NO3 MN NI CD".split()
+    (
+        *("HOH", "DOD", "WAT", "SO4", "PO4", "CL", "NA", "K", "MG", "CA"),
+        *("ZN", "GOL", "EDO", "ACT", "PEG", "DMS", "FMT", "IOD", "BR", "NO3"),
+        *("MN", "NI", "CD"),
+    )
 )
 
 
@@ -42,7 +46,7 @@ def read_protein(
     residues: str | None,
     notes: list[str],
 ) -> Protein:
-    """Read a PDB or mmCIF text and return one chain, with its pocket if a ligand or a list is given.
+    """Read a PDB or mmCIF text and return one chain, with its pocket if one is named.
 
     Raises:
         PromptError: `prompt.structure` or `prompt.input` for an unreadable file, a chain or ligand
@@ -184,7 +188,7 @@ def _ligands(model: gemmi.Model) -> list[tuple[str, gemmi.Residue]]:
 
 
 def _ligand(model: gemmi.Model, wanted: str) -> tuple[str, list[gemmi.Residue]]:
-    """Find the ligand called `NAME`, `CHAIN:NUMBER` or `NAME CHAIN:NUMBER`; first copy of several."""
+    """Find the ligand `NAME`, `CHAIN:NUMBER` or `NAME CHAIN:NUMBER`; first copy of several."""
     plain = " ".join(re.split(r"[\s/]+", wanted.strip()))
     every = _ligands(model)
     named = [

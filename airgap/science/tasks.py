@@ -1,10 +1,11 @@
-"""Typed tasks: from what a scientist has to a prompt, a budget, sampling settings and a grammar mode.
+"""Typed tasks: from what a scientist has to a prompt, a budget, sampling settings and a grammar
+mode.
 
-A user gives a SMILES, a FASTA file, a sequence or a structure and never types a tag. The tasks, their
-prompt forms, stop tags and sampling settings are those of the authors' released scripts and README
-(repository LOGOS-Hub/LOGOS, commit 66c935a); two of the six published tasks have no script, and are
-refused rather than guessed. A budget is computed from the input and refused with the exact figure
-when it does not fit: nothing is ever cut.
+A user gives a SMILES, a FASTA file, a sequence or a structure and never types a tag. The tasks,
+their prompt forms, stop tags and sampling settings are those of the authors' released scripts and
+README (repository LOGOS-Hub/LOGOS, commit 66c935a); two of the six published tasks have no script,
+and are refused rather than guessed. A budget is computed from the input and refused with the exact
+figure when it does not fit: nothing is ever cut.
 
 Standard library only. Chemistry and structures are read in the sealed helper, which calls this.
 """
@@ -110,8 +111,8 @@ TASKS: dict[str, Task] = {
             grammar="structure",
             modality="retrosynthesis",
             presets=_RETRO,
-            unchecked="whether the reaction runs: conditions, yield, selectivity and safety; whether "
-            "the reactants can be bought; whether the product would be formed again",
+            unchecked="whether the reaction runs: conditions, yield, selectivity and safety; "
+            "whether the reactants can be bought; whether the product would be formed again",
         ),
         Task(
             name="molecule",
@@ -152,8 +153,8 @@ TASKS: dict[str, Task] = {
             grammar="structure",
             modality="molecule",
             presets=_presets(10, 10),
-            unchecked="binding: nothing was docked; synthesis, stability, toxicity and patents; the "
-            "input sequence itself was not screened",
+            unchecked="binding: nothing was docked; synthesis, stability, toxicity and patents; "
+            "the input sequence itself was not screened",
         ),
         Task(
             name="material",
@@ -169,8 +170,8 @@ TASKS: dict[str, Task] = {
             modality="molecule",
             # The authors draw 10,000; a first look does not need them.
             presets=_presets(10_000, 32),
-            unchecked="3D not built: no topology, cell or coordinates; charge balance, stability and "
-            "porosity; metal nodes against any library; novelty",
+            unchecked="3D not built: no topology, cell or coordinates; charge balance, stability "
+            "and porosity; metal nodes against any library; novelty",
         ),
     )
 }
@@ -522,7 +523,7 @@ def limit_new_tokens(room: int, extra: Mapping[str, int], task: Task) -> int:
 
 
 def choose_level(task: Task, subject: Subject, level: int | None, notes: list[str]) -> Subject:
-    """Return the subject at the level asked for; a marked pocket is level 2 unless told otherwise."""
+    """Return the subject at the level asked for; a marked pocket is level 2 if none is."""
     if task.name != "pocket-ligand":
         return subject
     if level is None:

@@ -1,9 +1,9 @@
 """Results for people: terminal table, CSV, JSON and a self-contained HTML report.
 
-Every page carries the digest of the model, the seed, the commitment to the prompt, the decision, the
-rung of the seal, the receipt of the audit log, the screen, and one line of what was not checked. The
-stamp `scientific_use: false` comes from the signed manifest. The report loads nothing: no script, no
-font, no image, no link; its style is allowed by its hash alone.
+Every page carries the digest of the model, the seed, the commitment to the prompt, the decision,
+the rung of the seal, the receipt of the audit log, the screen, and one line of what was not
+checked. The stamp `scientific_use: false` comes from the signed manifest. The report loads nothing:
+no script, no font, no image, no link; its style is allowed by its hash alone.
 
 Runs in the broker: no RDKit here, and drawings pass `svg.clean_svg` before they enter a page.
 """
@@ -143,7 +143,7 @@ _RUN = ("model", "model_digest", "seed", "prompt_commitment", "scientific_use")
 
 
 def csv(assessed: Assessed, header: Header) -> str:
-    """Return the rows as CSV (RFC 4180); a text that a spreadsheet could run as a formula is quoted."""
+    """Return the rows as CSV (RFC 4180); text that a spreadsheet could run is quoted."""
     out = io.StringIO()
     writer = csvlib.writer(out, lineterminator="\r\n")
     own = _COLUMNS[assessed.task]
