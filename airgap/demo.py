@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,31 @@ from rich.text import Text
 from policy.errors import FaultError, RefusedError, UsageError
 
 MODEL = "logos-ref-tiny"
-# The day whose law the demonstration applies. It is written into the demo's site.toml and shown on
-# the closing screen, so that the outcome does not change when a rule starts or a list grows old.
-AS_OF = "2026-11-23"
 MARKER = ".airgap-demo"  # a folder without it is somebody's data and is never cleared
+SHOWN_REASONS = 4
+CODE_WIDTH = 20
 OUTPUT_LIMIT = 64 * 1024 * 1024  # bytes of one command's JSON
 PARACETAMOL = "CC(=O)Nc1ccc(O)cc1"
-IBUPROFEN = "CC(C)Cc1ccc(cc1)C(C)C(=O)O"
 # Human lysozyme C, residues 19 to 66 of UniProt P61626: short enough for the small model.
 LYSOZYME = "KVFERCELARTLKRLGMDGYRGISLANWMCLAKWESGYNTRATNYNAG"
-SHOWN_DECISIONS = 4
+SEED = "20260630"
+PROJECT = "route-design"
+DENIED_PROJECT = "sensor-coatings"
+# Key name, person, role. The root key is the institution's; the builder never counts as approver.
+PEOPLE = (
+    ("root", "rosa", "root"),
+    ("builder", "ben", "builder"),
+    ("isso", "ivy", "isso"),
+    ("compliance", "carl", "compliance"),
+)
+APPROVERS = ("isso", "compliance")
+TASKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("retrosynthesis", ("--smiles", PARACETAMOL, "-n", "32")),
+    ("molecule", ("-n", "32")),
+    ("binding-site", ("--sequence", LYSOZYME, "-n", "16")),
+    ("pocket-ligand", ("--sequence", LYSOZYME, "--residues", "17,34,44-48", "-n", "16")),
+    ("material", ("-n", "16")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +100,11 @@ class Demo:
     def reports(self) -> Path:
         """Where every report lands."""
         return self.out / "reports"
+
+    @property
+    def receipts(self) -> Path:
+        """What each answer left with its user: heads of the log outside of the log's host."""
+        return self.out / "receipts"
 
 
 def program() -> list[str]:
@@ -223,3 +244,276 @@ def shorten(demo: Demo, word: str) -> str:
         if word.startswith(f"{base}/"):
             word = word[len(str(base)) + 1 :]
     return f"'{word}'" if any(c in word for c in " ()#;&|<>") or not word else word
+
+
+# -- the steps ------------------------------------------------------------------------------------
+
+
+def make_people(demo: Demo) -> None:
+    """Make the keys of three people and the trust root that the institution signs."""
+    for folder in (demo.staging, demo.media, demo.reports, demo.receipts):
+        folder.mkdir(parents=True)
+    site = site_toml(os.getuid())
+    (demo.staging / "site.toml").write_text(site)
+    for name, person, role in PEOPLE:
+        call(demo, "keys", "new", name, "--person", person, "--role", role, "--root", demo.staging)
+    keys = demo.staging / "keys"
+    call(demo, "trust", "init", "--key", keys / "root.pem", "--root", demo.staging)
+    for name, _, _ in PEOPLE[1:]:
+        public = keys / f"{name}.pub.json"
+        call(demo, "trust", "add", public, "--key", keys / "root.pem", "--root", demo.staging)
+    shown = call(demo, "trust", "show", "--root", demo.staging)
+    demo.found["trust"] = shown.document
+
+
+def inspect(demo: Demo) -> None:
+    """Inspect the snapshot against the institution's own list of digests."""
+    pin = demo.source / "SHA256SUMS"
+    outcome = call(
+        demo, "inspect", demo.source, "--pin", pin, "--html", demo.reports / "inspect.html"
+    )
+    demo.found["inspect"] = outcome.document
+
+
+def build(demo: Demo) -> None:
+    """Build the draft; the builder's key signs it and does not count."""
+    outcome = call(
+        demo,
+        *("build", demo.source, "-o", demo.bundle, "--name", MODEL, "--version", "1.0.0"),
+        *("--key", demo.staging / "keys" / "builder.pem", "--pin", demo.source / "SHA256SUMS"),
+        *("--origin", f"local:{MODEL}", "--root", demo.staging),
+    )
+    demo.found["build"] = outcome.document
+
+
+def sign(demo: Demo) -> None:
+    """Let both approvers sign; with one signature the lab refuses."""
+    for name in APPROVERS:
+        key = demo.staging / "keys" / f"{name}.pem"
+        outcome = call(
+            demo, "sign", demo.bundle, "--key", key, "--confirm", MODEL, "--root", demo.staging
+        )
+    demo.found["sign"] = outcome.document
+
+
+def admit(demo: Demo) -> None:
+    """Bring trust and bundle into a lab that has seen neither; nothing is believed unverified."""
+    demo.lab.mkdir()
+    (demo.lab / "site.toml").write_text(site_toml(os.getuid()))
+    root = demo.media / "root.json"
+    shutil.copyfile(demo.staging / "trust" / "root.json", root)
+    fingerprint = str(demo.found["trust"]["fingerprint"])
+    call(demo, "trust", "init", "--from", root, "--fingerprint", fingerprint, "--root", demo.lab)
+    call(demo, "verify", demo.bundle, "--root", demo.lab)
+    demo.found["install"] = call(demo, "install", demo.bundle, "--root", demo.lab).document
+    demo.found["status"] = call(demo, "status", "--root", demo.lab).document
+
+
+def run_tasks(demo: Demo) -> None:
+    """Run every task once, each with a report, a table and a receipt."""
+    demo.found["runs"] = []
+    for task, arguments in TASKS:
+        base = demo.reports / task
+        outcome = call(
+            demo,
+            *("run", task, *arguments, "--seed", SEED, "--project", PROJECT, "--root", demo.lab),
+            *("--html", f"{base}.html", "--csv", f"{base}.csv"),
+            *("--receipt", demo.receipts / f"{task}.tlog-proof"),
+        )
+        demo.found["runs"].append(outcome.document)
+
+
+def refuse(demo: Demo) -> None:
+    """Show four refusals happening, each on a copy so that the evidence stays whole."""
+    demo.found["refusals"] = [
+        flipped_byte(demo),
+        denied_use(demo),
+        connect_inside(demo),
+        edited_log(demo),
+    ]
+
+
+def flipped_byte(demo: Demo) -> tuple[str, str, str]:
+    """Flip one bit in the middle of a copy of the bundle."""
+    copy = demo.out / "one-byte-flipped.agb"
+    shutil.copyfile(demo.bundle, copy)
+    with copy.open("r+b") as stream:
+        middle = copy.stat().st_size * 2 // 3
+        stream.seek(middle)
+        byte = stream.read(1)[0]
+        stream.seek(middle)
+        stream.write(bytes([byte ^ 1]))
+    outcome = call(demo, "verify", copy, "--root", demo.lab, expect=1)
+    copy.unlink()
+    return ("one bit of the bundle flipped", *reason(outcome))
+
+
+def denied_use(demo: Demo) -> tuple[str, str, str]:
+    """Ask for the same work under a defence contract with controlled data."""
+    outcome = call(
+        demo,
+        *("run", "retrosynthesis", "--smiles", PARACETAMOL, "-n", "4"),
+        *("--project", DENIED_PROJECT, "--root", demo.lab),
+        expect=1,
+    )
+    return (f"a run for project {DENIED_PROJECT}", *reason(outcome))
+
+
+def connect_inside(demo: Demo) -> tuple[str, str, str]:
+    """Probe the seal: the control must reach its receiver, the sealed twin must not."""
+    outcome = call(demo, "doctor", "--root", demo.lab)
+    demo.found["doctor"] = outcome.document
+    probe = outcome.document["probe"]
+    row = probe["sealed"]["tcp4"]
+    answer = row if isinstance(row, str) else " ".join(str(part) for part in row)
+    return (
+        "connect() from inside the seal",
+        f"{answer}; the same call outside the seal: {probe['control']['tcp4']}",
+        f"{len(probe['sealed'])} channels tried, none open",
+    )
+
+
+def edited_log(demo: Demo) -> tuple[str, str, str]:
+    """Edit one number in one line of a copy of the log."""
+    copy = demo.out / "edited-log"
+    shutil.copytree(demo.lab / "audit", copy)
+    segment = copy / "log" / "seg" / "00000000.jsonl"
+    lines = segment.read_bytes().split(b"\n")
+    at = next(
+        i for i, line in enumerate(lines) if b'"kind":"inference"' in line and b'"n":' in line
+    )
+    lines[at] = lines[at].replace(b'"n":', b'"n":9', 1)
+    segment.write_bytes(b"\n".join(lines))
+    outcome = call(demo, "audit", "verify", copy, "--vkey", vkey_file(demo), expect=1)
+    shutil.rmtree(copy)
+    first = outcome.document["findings"][0]
+    return (
+        f"one digit of record {at} of the log edited",
+        str(outcome.document["verdict"]),
+        (
+            f"record {first['seq']}, {first['check']}: expected {first['expected']}, "
+            f"found {first['found']}"
+        ),
+    )
+
+
+def reason(outcome: Outcome) -> tuple[str, str]:
+    """Return code and cause of a refusal."""
+    return str(outcome.document.get("code")), str(outcome.document.get("error"))
+
+
+def prove(demo: Demo) -> None:
+    """Export the log and verify the export with the public key, the receipts as anchors."""
+    export = demo.out / "audit-export"
+    call(demo, "audit", "export", "--format", "csv", "-o", export, "--root", demo.lab)
+    outcome = call(
+        demo,
+        *("audit", "verify", export, "--vkey", vkey_file(demo), "--anchors", demo.receipts),
+    )
+    demo.found["audit"] = outcome.document
+
+
+def vkey_file(demo: Demo) -> Path:
+    """Return the lab's public log key."""
+    return next((demo.lab / "keys").glob("audit*.vkey"))
+
+
+def site_toml(uid: int) -> str:
+    """Return the demonstration's site.toml for the account that runs it."""
+    text = resources.files("airgap").joinpath("demo_site.toml").read_text(encoding="utf-8")
+    return text.replace("uid = 0 ", f"uid = {uid} ", 1)
+
+
+# -- the closing screen ---------------------------------------------------------------------------
+
+
+def closing_screen(found: dict[str, Any], out: Path) -> Panel:
+    """Return one screen: what runs, why it may, that nothing leaves, what was done."""
+    parts = (
+        section("What runs", what_runs(found)),
+        section("Why it may", why(found)),
+        section("That nothing leaves", egress(found)),
+        section("What was done", done(found)),
+        section("Refused, for real", refusals(found)),
+        section("Look at", look_at(out)),
+    )
+    title = f"airgap demo, {found['seconds']:.0f} s"
+    return Panel(Group(*parts), title=title, border_style="cyan", padding=(0, 1))
+
+
+def section(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Return a titled block of name and value."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=20, style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(title, style="bold cyan"), "")
+    for name, value in rows:
+        grid.add_row(f"  {name}", Text(value))
+    return grid
+
+
+def what_runs(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name the model, its bundle, its lineage and the proof that conversion changed nothing."""
+    built = found["build"]
+    return [
+        ("model", f"{MODEL} 1.0.0, provenance {built.get('provenance_level', 'L1')}"),
+        ("bundle", str(found["install"].get("digest", ""))),
+        ("made by", str(built.get("supplier", "this project")) + "; scientific_use: false"),
+        ("parity", str(built.get("parity", ""))),
+        ("signed by", ", ".join(found["sign"].get("people", []))),
+    ]
+
+
+def why(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give the decisions with their citations, and the day whose law they applied."""
+    last = found["runs"][0]["run"]
+    return [
+        ("admission", str(found["install"].get("decision", ""))),
+        ("use", str(last["decision"])),
+        *(("", str(line)) for line in last["reasons"][:SHOWN_REASONS]),
+    ]
+
+
+def egress(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give the rung of the seal and the probe."""
+    doctor = found["doctor"]
+    return [
+        ("seal", f"SEALED/{doctor['rung']}"),
+        ("probe", found["refusals"][2][2]),
+    ]
+
+
+def done(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Count the answers and give the head of the log with its verification."""
+    audit = found["audit"]
+    tasks = ", ".join(
+        f"{run['task']} {run['summary']['valid']}/{run['summary']['n']} valid"
+        for run in found["runs"]
+    )
+    return [
+        ("answers", tasks),
+        ("log", f"{audit['origin']}, {audit['size']} records, head {audit['root']}"),
+        (
+            "verified",
+            (
+                f"{audit['verdict']}; {audit['anchors']} receipts agree, anchored to record "
+                f"{audit['anchored_size']} of {audit['size']}"
+            ),
+        ),
+    ]
+
+
+def refusals(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give the four refusals."""
+    rows = []
+    for what, code, cause in found["refusals"]:
+        rows += [(code[:20] if len(code) <= CODE_WIDTH else "", f"{what}: {cause:.160}")]
+    return rows
+
+
+def look_at(out: Path) -> list[tuple[str, str]]:
+    """Name the files worth opening."""
+    return [
+        ("report", f"{out}/reports/retrosynthesis.html"),
+        ("all artefacts", f"{out}/ (bundle, store, log, export, receipts, reports)"),
+    ]

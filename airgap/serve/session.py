@@ -71,7 +71,7 @@ def open_broker(
         with loading(log, installed):
             worker, helper = (
                 stack.enter_context(sealed(log, spec))
-                for spec in specs(installed, described, site, root / "store" / "enclave")
+                for spec in specs(installed, described, site, root / "enclave")
             )
         policy = UseRules(site, rules, installed, person, log, clock)
         yield (
