@@ -17,12 +17,12 @@ from airgap.enclave.channel import ProgramError
 from airgap.inference import sampling
 from airgap.inference.constrain import Constraint
 from airgap.inference.graphs import ModelFacts
-from airgap.inference.model import Cache, Logits, Model
+from airgap.inference.model import PIECE_BYTES, Cache, Logits, Model
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
 
 _PROGRESS_S = 0.1
 _DRAWS_AHEAD = 64  # steps whose random numbers are made at once
-_SCRATCH = 64  # bytes a row needs for each vocabulary entry: float64 copies of the sampler
+_SCRATCH = 112  # bytes a row needs for each vocabulary entry: float64 copies of the sampler
 _RUNNING = 0
 _REASONS = ("", "length", "stop", "eos", "dead_end")
 
@@ -68,7 +68,7 @@ def plan_memory(
             else "shorten the input",
         )
     position = 2 * facts.layers * facts.kv_heads * facts.head_dim * kv_bytes
-    fixed = 2 * position * prompt
+    fixed = 2 * position * prompt + min(PIECE_BYTES, 4 * facts.vocab_size * prompt)
     row = 2 * position * capacity + _SCRATCH * facts.vocab_size + 4 * new
     rows = min(n, most_rows, (budget - fixed) // row)
     if rows < 1:
@@ -314,7 +314,8 @@ class _Batch:
         for row in np.flatnonzero(reasons != _RUNNING).tolist():
             self._finish(row, _REASONS[reasons[row]])
         self._step += 1
-        return self._keep(drawn.ids, np.flatnonzero(reasons == _RUNNING))
+        self._work.count(int(lives.sum()))
+        return self._keep(drawn.ids, reasons == _RUNNING)
 
     def _draw(self, logits: Logits) -> sampling.Draw:
         ahead = self._step % _DRAWS_AHEAD
@@ -354,26 +355,33 @@ class _Batch:
             removed=float(self._removed[row]),
         )
 
-    def _keep(self, ids: Ids, stay: Ids) -> tuple[Ids, list[tuple[int, int]]]:
-        """Close the gaps with rows from the end and account for the tokens of the others."""
-        self._work.count(len(self))
-        count = len(stay)
-        gaps = np.setdiff1d(np.arange(count), stay, assume_unique=True)
-        moves = list(zip(gaps.tolist(), stay[stay >= count].tolist(), strict=True))
-        order = np.arange(count)
-        order[gaps] = stay[stay >= count]
-        ids = ids[order]
+    def _keep(self, ids: Ids, stays: sampling.Bools) -> tuple[Ids, list[tuple[int, int]]]:
+        """Close the gaps with rows from the end and tell the rows that stay their token."""
+        count = int(stays.sum())
+        moves: list[tuple[int, int]] = []
+        if count < len(self):
+            gaps = np.flatnonzero(~stays[:count])
+            late = count + np.flatnonzero(stays[count:])
+            moves = list(zip(gaps.tolist(), late.tolist(), strict=True))
+            order = np.arange(count)
+            order[gaps] = late
+            ids = ids[order]
+            self._reorder(order)
+            if self._constraint is not None:
+                self._constraint.move(moves, count)
+        if self._seen is not None:
+            self._seen[np.arange(count), ids] = True
+        if self._constraint is not None:
+            self._constraint.accept(ids)
+        return ids, moves
+
+    def _reorder(self, order: Ids) -> None:
         self._samples = self._samples[order]
-        self._ids = self._ids[order] if moves else self._ids[:count]
+        self._ids = self._ids[order]
         self._logprob, self._removed = self._logprob[order], self._removed[order]
         self._uniforms = self._uniforms[order]
         if self._seen is not None:
-            self._seen = self._seen[order] if moves else self._seen[:count]
-            self._seen[np.arange(count), ids] = True
-        if self._constraint is not None:
-            self._constraint.move(moves, count)
-            self._constraint.accept(ids)
-        return ids, moves
+            self._seen = self._seen[order]
 
 
 def _flags(size: int, ids: Sequence[int]) -> npt.NDArray[np.bool_]:

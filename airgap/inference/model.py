@@ -25,7 +25,7 @@ _KV_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
-_PIECE_BYTES = 64 * 1024 * 1024  # logits of one piece of a prompt; the graph gives every position
+PIECE_BYTES = 64 * 1024 * 1024  # logits of one piece of a prompt; the graph gives every position
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -44,6 +44,7 @@ class Model:
         self.kv_type = _require_signature(facts, graph, session)
         self.logits_type = _element(session.get_outputs(), "logits")
         self.runs = 0
+        self._past_names, self._present_names = facts.past_inputs, facts.present_outputs
 
     @property
     def provider(self) -> str:
@@ -53,7 +54,7 @@ class Model:
     @property
     def piece(self) -> int:
         """How many ids of one row run at once, so that their logits stay small."""
-        return max(1, _PIECE_BYTES // (4 * self.facts.vocab_size))
+        return max(1, PIECE_BYTES // (4 * self.facts.vocab_size))
 
     def run(self, ids: Ids, cache: Cache, length: int) -> Logits:
         """Run the graph on new ids after `length` cached ones and swap the cache.
@@ -79,9 +80,9 @@ class Model:
         binding = self.session.io_binding()
         past, present = cache.past(rows, length), cache.present(rows, total)
         inputs = [("input_ids", ids), ("attention_mask", mask), ("position_ids", positions)]
-        for name, array in [*inputs, *zip(self.facts.past_inputs, past, strict=True)]:
+        for name, array in [*inputs, *zip(self._past_names, past, strict=True)]:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        outputs = [("logits", logits), *zip(self.facts.present_outputs, present, strict=True)]
+        outputs = [("logits", logits), *zip(self._present_names, present, strict=True)]
         for name, array in outputs:
             binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         try:

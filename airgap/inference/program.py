@@ -36,7 +36,7 @@ MOST_ROWS = 64
 THREADS_LIMIT = 1024
 _MIB = 1 << 20
 _FALLBACK_BUDGET = 1024 * _MIB
-_PROBE_ROWS = (1, 2, 5)
+_PROBE_ROWS = (1, 2, 5, 16)
 
 
 def create(config: dict[str, Any]) -> InferenceProgram:

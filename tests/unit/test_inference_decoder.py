@@ -305,7 +305,7 @@ def test_scores_are_those_of_torch_and_of_sampling(monkeypatch):
         ids = model().vocabulary.encode(segments_of(text))
         assert count == len(ids)
         assert logprob == pytest.approx(teacher_forced(prompt_ids(request()), ids), abs=1e-4)
-    monkeypatch.setattr("airgap.inference.model._PIECE_BYTES", 4 * model().facts.vocab_size * 3)
+    monkeypatch.setattr("airgap.inference.model.PIECE_BYTES", 4 * model().facts.vocab_size * 3)
     pieces = decoder.score(wanted)
     assert [v for v, _ in pieces.scores] == pytest.approx([v for v, _ in found.scores], abs=1e-4)
 

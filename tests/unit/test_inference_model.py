@@ -135,7 +135,7 @@ def test_a_prompt_in_pieces_gives_the_logits_of_one_run(monkeypatch):
     model = load(model_folder())
     ids = np.random.default_rng(1).integers(4, model.facts.vocab_size, 37).tolist()
     whole = model.prefill(ids, Cache(model, rows=1, capacity=40))
-    monkeypatch.setattr("airgap.inference.model._PIECE_BYTES", 4 * model.facts.vocab_size * 5)
+    monkeypatch.setattr("airgap.inference.model.PIECE_BYTES", 4 * model.facts.vocab_size * 5)
     assert model.piece == 5
     pieces = model.prefill(ids, Cache(model, rows=1, capacity=40))
     assert np.allclose(whole, pieces, atol=1e-5)
