@@ -108,6 +108,7 @@ CODES: dict[str, str] = {
     "trust.chain": "the chain of trust roots does not hold",
     "trust.clock": "the clock of this host lies before something that has happened",
     "trust.epoch": "an older or twin release of the same line",
+    "trust.exists": "this host has a trust root already",
     "trust.expired": "the release has expired",
     "trust.fingerprint": "the root document is not the one whose fingerprint was typed",
     "trust.keyfile": "a key file is malformed, open to others, or locked",
@@ -241,6 +242,8 @@ CODES: dict[str, str] = {
     "start.digest": "an installed bundle is damaged",
     "store.missing": "no installed bundle, or no model, answers to that name",
     "store.state": "the state of the store is damaged",
+    # -- demonstration ------------------------------------------------------------------------
+    "demo.step": "a step of the demonstration did not end as it must",
     # -- host: the machine that runs the command ------------------------------------------------
     "host.self": "the three packages do not lie in one directory, or one is missing",
     "host.io": "a file could not be read or written",
