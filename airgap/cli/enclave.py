@@ -55,14 +55,11 @@ def _page(found: Examination) -> Any:
     shown = reached or next((r for r in found.rungs if r.verdict and r.verdict.rows), None)
     if shown is not None and shown.verdict is not None:
         parts += ["", *_probe(shown)]
-    if reached is not None:
-        end = Text(f"SEALED/{reached.name}", style="bold green")
-        end.append(
-            f"  a worker started now reaches this rung (least allowed: {found.min_rung})", ""
-        )
-    else:
-        end = Text("REFUSED", style="bold red")
-        end.append(f"  no worker starts here (least rung allowed: {found.min_rung})", "")
+    word = Text(
+        f"SEALED/{reached.name}" if reached else "REFUSED", "bold green" if reached else "bold red"
+    )
+    meaning = "a worker started now reaches this rung" if reached else "no worker starts here"
+    end = Text.assemble(word, f"  {meaning} (least rung allowed: {found.min_rung})")
     parts += ["", end, *(Text(f"to raise it: {step}") for step in found.advice)]
     return Group(*parts)
 
@@ -129,11 +126,10 @@ def _probe(rung: Rung) -> list[Any]:
             Text(line.sealed, "red" if "open" in line.sealed or "LEAK" in line.sealed else "green"),
             Text(line.closed_by, "dim"),
         )
-    title = Text(f"probe of rung {rung.name}", style="bold")
-    title.append(
+    title = Text.assemble(
+        (f"probe of rung {rung.name}", "bold"),
         f" ({len(verdict.rows)} channels, {rung.seconds:g} s): control "
         f"{verdict.control_open} open, {verdict.control_heard} heard by a receiver; sealed "
         f"{verdict.sealed_open} open, {verdict.sealed_heard} heard",
-        "",
     )
-    return [title, table, Text(f"not on this host: {'; '.join(untested)}", style="dim")]
+    return [title, table, Text(f"not even the control could: {'; '.join(untested)}", style="dim")]

@@ -1,9 +1,9 @@
 """Frames between broker and worker, over two pipes (enclave.md 3, "Channel").
 
-A frame is a 4-byte big-endian payload length, a 1-byte kind, a 4-byte big-endian request id and the
-payload. Pipes and not sockets: nothing can be passed along or re-addressed. The broker believes
-nothing: every read has a cap and a deadline, and a frame that is over, short, late or of a kind that
-is not expected ends the worker. Stdlib only; both sides import it.
+A frame is a 4-byte big-endian payload length, a 1-byte kind, a 4-byte big-endian request id and
+the payload. Pipes and not sockets: nothing can be passed along or re-addressed. The broker
+believes nothing: every read has a cap and a deadline, and a frame that is over, short, late or of
+a kind that is not expected ends the worker. Stdlib only; both sides import it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ERROR_TEXT_LIMIT = 4000  # characters of a message or hint that a program may se
 
 
 class ProgramError(Exception):
-    """A refusal that a sealed program answers on purpose: a code of the error list, words, a next step."""
+    """A refusal that a sealed program makes on purpose: listed code, words, next step."""
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -139,7 +139,7 @@ class Writer:
         self._poll.register(descriptor, select.POLLOUT)
 
     def write(self, frame: bytes, *, deadline: float) -> None:
-        """Write one encoded frame; ChannelError when it does not fit through before the deadline."""
+        """Write one encoded frame; ChannelError when the reader is too slow for the deadline."""
         rest = memoryview(frame)
         while rest:
             left = deadline - time.monotonic()
@@ -154,7 +154,7 @@ class Writer:
             rest = rest[done:]
 
 
-# -- the trusting side: launcher and worker read what the broker wrote --------------------------------
+# -- the trusting side: launcher and worker read what the broker wrote ----------------------------
 
 
 def receive(descriptor: int, cap: int) -> Frame:

@@ -1,8 +1,8 @@
 """Runs a conversion under the seal: read-only inputs, one writable folder, no network, no exec.
 
-Profile `convert` of the launcher (enclave.md 1, "Staging side"). Files must open, so stage 2 does not
-apply and rung C is never enough; what the program leaves is checked name by name before anyone reads
-it. `bundle.staging` takes `run_sealed` as an argument and never imports this.
+Profile `convert` of the launcher (enclave.md 1, "Staging side"). Files must open, so stage 2 does
+not apply and rung C is never enough; what the program leaves is checked name by name before anyone
+reads it. `bundle.staging` takes `run_sealed` as an argument and never imports this.
 """
 
 from __future__ import annotations
@@ -116,16 +116,23 @@ def run_sealed(
     least = min_rung or host.default_min_rung(facts)
     if "C" in (least, rung):
         raise SealRefused("rung", "a conversion opens files, so rung C would leave it unsealed")
-    program = parse_argv(job.argv)
-    out = fresh_folder(job.out)
     inputs = [os.path.abspath(path) for path in job.read_only]  # noqa: PTH100 - symbolic links stay
-    limit = (out_limit_mb or 1024 + 4 * plans.folder_bytes(inputs) // _MIB) * _MIB
+    work = _Work(
+        job=job,
+        facts=facts,
+        program=parse_argv(job.argv),
+        out=fresh_folder(job.out),
+        inputs=inputs,
+        limit=(out_limit_mb or 1024 + 4 * plans.folder_bytes(inputs) // _MIB) * _MIB,
+        expected=expected,
+        threads=threads,
+    )
     rungs, left_out = host.candidate_rungs(facts, least)
     tried = [{"rung": name, "reason": reason} for name, reason in sorted(left_out.items())]
     for name in [name for name in rungs if rung in (None, name)]:
         try:
-            with _cleared_on_error(out):
-                return _run(job, name, facts, out, inputs, limit, program, expected, threads, tried)
+            with _cleared_on_error(work.out):
+                return _run(work, name, tried)
         except SealRefused as refused:
             refused.facts, refused.tried = facts, tried
             if refused.layer not in {"namespaces", "root"} or name == rungs[-1] or rung:
@@ -135,27 +142,31 @@ def run_sealed(
     raise SealRefused("rung", f"this host reaches no rung from {least} up ({reasons})")
 
 
-def _run(
-    job: Job,
-    rung: str,
-    facts: HostSurvey,
-    out: Path,
-    inputs: Sequence[str],
-    limit: int,
-    program: dict[str, Any],
-    expected: Sequence[str] | None,
-    threads: int,
-    tried: Sequence[dict[str, str]],
-) -> SealedResult:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A job whose wishes have been looked at."""
+
+    job: Job
+    facts: HostSurvey
+    program: dict[str, Any]
+    out: Path
+    inputs: Sequence[str]
+    limit: int
+    expected: Sequence[str] | None
+    threads: int
+
+
+def _run(work: _Work, rung: str, tried: Sequence[dict[str, str]]) -> SealedResult:
+    job, out = work.job, work.out
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        plan = _plan(job, rung, facts, inputs, limit, threads, (out, scratch))
+        plan = _plan(work, rung, (out, scratch))
         process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S)
         try:
-            document = _seal(process, plan, facts, tried)
+            document = _seal(process, plan, work.facts, tried)
             started = time.monotonic()
-            process.send(channel.REQUEST, json.dumps(program).encode())
-            _wait(process, (out, scratch), limit, started + job.timeout_s)
+            process.send(channel.REQUEST, json.dumps(work.program).encode())
+            _wait(process, (out, scratch), work.limit, started + job.timeout_s)
             seconds = time.monotonic() - started
         finally:
             end = process.kill()
@@ -163,40 +174,31 @@ def _run(
         shutil.rmtree(scratch, ignore_errors=True)
     files: tuple[Path, ...] = ()
     if end["status"] == 0:
-        files = collect(out, limit=limit, expected=expected)
-        document["files"] = {
-            str(path.relative_to(out)): evidence.file_sha256(path) for path in files
-        }
+        files = collect(out, limit=work.limit, expected=work.expected)
+        hashes = {str(path.relative_to(out)): evidence.file_sha256(path) for path in files}
+        document["files"] = hashes
     else:
         empty(out)
     document["exit"] = end
     return SealedResult(end["status"], end["signal"], process.words(), files, document, seconds)
 
 
-def _plan(
-    job: Job,
-    rung: str,
-    facts: HostSurvey,
-    inputs: Sequence[str],
-    limit: int,
-    threads: int,
-    writable: tuple[Path, Path],
-) -> Plan:
+def _plan(work: _Work, rung: str, writable: tuple[Path, Path]) -> Plan:
     """Plan the seal and give both writable folders, result and scratch, to the worker's uid."""
-    environment = plans.built_environment(threads=threads, scratch=str(writable[1]))
+    environment = plans.built_environment(threads=work.threads, scratch=str(writable[1]))
     try:
-        plans.require_silent(facts.telemetry, environment)
+        plans.require_silent(work.facts.telemetry, environment)
         plan = plans.build(
-            facts,
+            work.facts,
             rung=rung,
             profile="convert",
             part="convert",
-            read_only=inputs,
+            read_only=work.inputs,
             writable=[str(folder) for folder in writable],
             environment=environment,
-            memory_mb=job.memory_mb,
+            memory_mb=work.job.memory_mb,
             descriptors=DESCRIPTORS,
-            file_mb=limit // _MIB,
+            file_mb=work.limit // _MIB,
             uid=None,
         )
     except PlanError as error:
@@ -247,7 +249,8 @@ def _wait(process: Process, folders: tuple[Path, Path], limit: int, deadline: fl
             process.kill()
             raise FaultError(
                 "enclave.deadline",
-                f"the sealed program did not end in time; its last words: {process.words()[-400:]!r}",
+                "the sealed program did not end in time; its last words: "
+                f"{process.words()[-400:]!r}",
                 hint="give it more time, or look at what it was doing",
             )
         used = sum(folder_size(folder) for folder in folders)
@@ -258,7 +261,7 @@ def _wait(process: Process, folders: tuple[Path, Path], limit: int, deadline: fl
         pause = min(pause * 1.5, 0.5)
 
 
-# -- the command line of a job -----------------------------------------------------------------------------
+# -- the command line of a job --------------------------------------------------------------------
 
 
 def parse_argv(argv: Sequence[str]) -> dict[str, Any]:
@@ -279,7 +282,7 @@ def parse_argv(argv: Sequence[str]) -> dict[str, Any]:
     raise SealRefused("job", f"neither a script nor a module: {words[:2]!r:.80}")
 
 
-# -- the folder that the program writes to ---------------------------------------------------------------
+# -- the folder that the program writes to --------------------------------------------------------
 
 
 def fresh_folder(out: Path) -> Path:
@@ -346,7 +349,7 @@ def collect(out: Path, *, limit: int, expected: Sequence[str] | None = None) -> 
 
 
 def _walk(folder: Path, depth: int = 1) -> Iterator[tuple[Path, int, int]]:
-    """Yield every entry below `folder` with a descriptor that was opened without following links."""
+    """Yield every entry below `folder` with a descriptor; no link is followed."""
     for entry in sorted(folder.iterdir()):
         try:
             # O_NONBLOCK: a FIFO must not hang the parent.

@@ -23,7 +23,7 @@ LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """One rung on this host. `code` is empty when it is sealed; `seconds` is the time of its probe."""
+    """One rung on this host; `code` is empty when sealed, `seconds` is the time of its probe."""
 
     name: str
     sealed: bool
@@ -84,7 +84,7 @@ def _examine(name: str, facts: HostSurvey, obstacles: dict[str, str], state: Pat
     return Rung(name, True, "", "", seconds, verdict)
 
 
-# -- what would raise it ---------------------------------------------------------------------------------
+# -- what would raise it --------------------------------------------------------------------------
 
 
 def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[str]:
@@ -121,7 +121,7 @@ def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[str]:
     return out
 
 
-# -- the table, short enough for one screen --------------------------------------------------------------
+# -- the table, short enough for one screen -------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the host says about a sealed process, and whether it is what the plan promised (enclave.md 7).
+"""What the host says about a sealed process, compared with what the plan promised (enclave.md 7).
 
 Facts are read by the broker from /proc of the host pid; nothing is reported by the process itself.
 What cannot be read is None, never true. `verify` is pure: the same facts give the same findings.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from airgap.enclave import filters, linux
+from airgap.enclave import landlock as rules
 from airgap.enclave.host import HostSurvey, parse_status
 from airgap.enclave.launcher import unescape
 from airgap.enclave.plan import Plan
@@ -151,14 +152,13 @@ def verify(
 
 
 def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[Finding]:
-    found = []
     wanted = (*UNSHARED, "user") if plan["mapping"] is not None else UNSHARED
     layers = {"net": "network", "mnt": "root"}
-    for name in wanted:
-        if facts.namespaces is not None and facts.namespaces.get(name) == host.get(name):
-            found.append(
-                Finding(layers.get(name, "namespaces"), f"the {name} namespace is the host's own")
-            )
+    found = [
+        Finding(layers.get(name, "namespaces"), f"the {name} namespace is the host's own")
+        for name in wanted
+        if facts.namespaces is not None and facts.namespaces.get(name) == host.get(name)
+    ]
     if facts.pid_inside != 1:
         found.append(Finding("namespaces", f"the pid inside is {facts.pid_inside}, expected 1"))
     if facts.links is not None and facts.links != ("lo",):
@@ -228,7 +228,7 @@ def own_namespaces() -> dict[str, str]:
     return _namespaces(Path("/proc/self")) or {}
 
 
-# -- the documents -----------------------------------------------------------------------------------------
+# -- the documents --------------------------------------------------------------------------------
 
 
 def live_filters(pid: int, expected: Sequence[bytes], facts: HostSurvey) -> bool | None:
@@ -311,14 +311,24 @@ def seal_document(
             last: {"sha256": filters.digest(last_filter), "insns": filters.count(last_filter)},
             "live_dump_match": live,
         },
-        "landlock": None
-        if landlock is None
-        else {"abi_reported": landlock["abi"], "behaviour_verified": True},
+        "landlock": None if landlock is None else _landlock(landlock["abi"]),
         "limits": plan["limits"],
         "artifacts": artifacts,
         "probe": probe,
         "self_test": self_test,
         "not_covered": list(NOT_COVERED),
+    }
+
+
+def _landlock(abi: int) -> dict[str, Any]:
+    """Return what was asked of Landlock; the launcher has tried it out before it went on."""
+    files, network, scopes = rules.handled(abi)
+    return {
+        "abi_reported": abi,
+        "fs": hex(files),
+        "net": network,
+        "scoped": scopes,
+        "behaviour_verified": True,
     }
 
 
@@ -339,7 +349,7 @@ def utc() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-# -- readers of /proc ----------------------------------------------------------------------------------
+# -- readers of /proc -----------------------------------------------------------------------------
 
 
 def _start_time(text: str) -> tuple[int, str]:

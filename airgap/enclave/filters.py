@@ -52,7 +52,7 @@ def stage1(arch: str = "x86_64") -> bytes:
 
 
 def no_exec(arch: str = "x86_64") -> bytes:
-    """Return the filter that closes exec; a conversion installs it before any third-party import."""
+    """Return the filter that closes exec, for a conversion before any third-party import."""
     code = _head(arch)
     for name in tables.NO_EXEC:
         code += _answer(tables.number(name, arch), _ERRNO | EPERM)
@@ -74,7 +74,7 @@ def stage2(pid: int, arch: str = "x86_64") -> bytes:
 
 
 def waiting_parent(child: int, arch: str = "x86_64") -> bytes:
-    """Return the filter of the process that only waits for `child`: it may wait, kill it and exit."""
+    """Return the filter of the waiting parent: it may wait for `child`, kill it and exit."""
     code = _head(arch)
     for name in ("wait4", "waitid", "exit", "exit_group", "rt_sigreturn", "restart_syscall"):
         code += _answer(tables.number(name, arch), ALLOW)
@@ -110,7 +110,7 @@ class _Program(ctypes.Structure):
 
 
 def install(program: bytes) -> None:
-    """Install a filter on every thread of this process; OSError when the kernel does anything else."""
+    """Install a filter on every thread; OSError when the kernel does anything else."""
     buffer = ctypes.create_string_buffer(program, len(program))
     head = _Program(count(program), ctypes.addressof(buffer))
     answer = linux.call("seccomp", _SET_MODE_FILTER, _TSYNC | _LOG, ctypes.byref(head))
@@ -118,7 +118,7 @@ def install(program: bytes) -> None:
         raise OSError(3, f"thread {answer} could not take the filter")
 
 
-# -- assembler ---------------------------------------------------------------------------------------
+# -- assembler ------------------------------------------------------------------------------------
 
 
 def _head(arch: str) -> list[Instruction]:

@@ -1,8 +1,8 @@
-"""A fake internet with receivers, a control without a seal and a sealed twin (enclave.md 7, "Probe").
+"""A fake internet with receivers, a control and a sealed twin (enclave.md 7, "Probe").
 
-Runs as a process of its own, because it changes its network namespace. There every address is local,
-so nothing that leaks can leave this machine. Where no namespace can be made, only loopback addresses
-and Unix paths are used. Prints one JSON report; `judge` reads it elsewhere.
+Runs as a process of its own, because it changes its network namespace. There every address is
+local, so nothing that leaks can leave this machine. Where no namespace can be made, only loopback
+addresses and Unix paths are used. Prints one JSON report; `judge` reads it elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from airgap.enclave import evidence, host, linux, probe
 from airgap.enclave.host import HostSurvey
@@ -100,11 +100,11 @@ def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) ->
     return report
 
 
-# -- the fake internet -----------------------------------------------------------------------------------
+# -- the fake internet ----------------------------------------------------------------------------
 
 
 def enter_network() -> bool:
-    """Make a network namespace where every address is local; False where the host does not allow it."""
+    """Make a network namespace where every address is local; False where none can be made."""
     uid, gid = os.geteuid(), os.getegid()
     status = host.parse_status(Path("/proc/self/status").read_text())
     privileged = int(status["CapEff"], 16) >> 21 & 1
@@ -156,7 +156,7 @@ def _ask(
         raise OSError(-code, os.strerror(-code))
 
 
-# -- what stands outside -----------------------------------------------------------------------------------
+# -- what stands outside --------------------------------------------------------------------------
 
 
 class Outside:
@@ -172,7 +172,7 @@ class Outside:
         self._children: list[int] = []
         self._ip, self._ip6 = (_IP, _IP6) if own_network else ("127.0.0.1", "::1")
 
-    def __enter__(self) -> Outside:
+    def __enter__(self) -> Self:
         self._files()
         self._listen()
         self._start_outside_process()
@@ -192,7 +192,7 @@ class Outside:
         with contextlib.suppress(OSError):
             linux.call("mq_unlink", ctypes.c_char_p(QUEUE.encode()))
 
-    # -- tokens --------------------------------------------------------------------------------------
+    # -- tokens -----------------------------------------------------------------------------------
 
     def token(self, phase: str) -> str:
         """Return the secret of a phase: control, stage1 or stage2."""
@@ -236,7 +236,7 @@ class Outside:
             "queue": QUEUE,
         }
 
-    # -- receivers -----------------------------------------------------------------------------------
+    # -- receivers --------------------------------------------------------------------------------
 
     def _files(self) -> None:
         self._folder.chmod(0o755)
@@ -333,7 +333,7 @@ class Outside:
         with self._lock:
             self._got += [found.decode() for found in _LINE.findall(content)]
 
-    # -- children ------------------------------------------------------------------------------------
+    # -- children ---------------------------------------------------------------------------------
 
     def _connection(self) -> socket.socket:
         return socket.create_connection((self._ip, self._port))

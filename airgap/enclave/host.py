@@ -93,7 +93,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
     )
 
 
-# -- which rungs can be tried ----------------------------------------------------------------------------
+# -- which rungs can be tried ---------------------------------------------------------------------
 
 RUNGS = ("A", "B", "C")  # U is specified and not offered: a site that allows it gets A alone
 
@@ -136,7 +136,7 @@ def candidate_rungs(facts: HostSurvey, min_rung: str) -> tuple[list[str], dict[s
     return [rung for rung in allowed if rung not in obstacles], left_out
 
 
-# -- whose id the worker gets ----------------------------------------------------------------------------
+# -- whose id the worker gets ---------------------------------------------------------------------
 
 
 def mapped(facts: HostSurvey, uid: int) -> bool:
@@ -172,7 +172,7 @@ def _uids_of_processes() -> frozenset[int]:
     return frozenset(out)
 
 
-# -- onnxruntime's telemetry -------------------------------------------------------------------------------
+# -- onnxruntime's telemetry ----------------------------------------------------------------------
 
 
 def onnxruntime_version() -> str | None:
@@ -213,7 +213,7 @@ def _holds_collector(path: str, changed: int, size: int) -> bool:
         return content.find(COLLECTOR) >= 0
 
 
-# -- parsers of /proc ----------------------------------------------------------------------------------
+# -- parsers of /proc -----------------------------------------------------------------------------
 
 
 def parse_status(text: str) -> dict[str, str]:

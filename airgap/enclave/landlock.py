@@ -1,8 +1,8 @@
 """Landlock: file rules, and network and scopes where the kernel has them (enclave.md 2, 3 step 10).
 
-Never the network layer: MPTCP, TCP Fast Open, UDP and Unix paths pass it. It is the second layer for
-files (the first on rung B), and it counts only after a forbidden open, a forbidden connect and a
-forbidden signal have failed in this very process; return codes prove nothing. Stdlib only.
+Never the network layer: MPTCP, TCP Fast Open, UDP and Unix paths pass it. It is the second layer
+for files (the first on rung B), and it counts only after a forbidden open, a forbidden connect and
+a forbidden signal have failed in this very process; return codes prove nothing. Stdlib only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG = 1 << 4, 1 << 5, 1 << 7, 1 << 8
 _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 _ON_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 
-# All file rights that an ABI knows: every one of them is handled, so every one is denied by default.
+# All file rights that an ABI knows: each is handled, so each is denied by default.
 _HANDLED = {
     1: (1 << 13) - 1,
     2: (1 << 14) - 1,
@@ -43,7 +43,7 @@ _TCP, _SCOPES = 0b11, 0b11  # bind and connect; abstract Unix sockets and signal
 READ = _READ_FILE | _READ_DIR
 EXECUTE = _READ_FILE | _EXECUTE
 DEVICE = _READ_FILE | _WRITE_FILE
-# A program may make and remove plain files and folders; no sockets, FIFOs, devices or symbolic links.
+# A program may make and remove plain files and folders; no sockets, FIFOs, devices or links.
 WRITE = READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 
 _CREATE_VERSION = 1
@@ -55,7 +55,7 @@ class LandlockError(Exception):
 
 
 def reported_abi() -> int:
-    """Return the ABI that the kernel reports, 0 without Landlock. Some kernels report more than they do."""
+    """Return the ABI that the kernel reports, 0 for none. Some report more than they do."""
     try:
         return linux.call("landlock_create_ruleset", 0, 0, _CREATE_VERSION)
     except OSError:
@@ -111,7 +111,7 @@ def _allow(ruleset: int, path: str, wanted: int, abi: int) -> None:
         os.close(descriptor)
 
 
-# -- behaviour -----------------------------------------------------------------------------------------
+# -- behaviour ------------------------------------------------------------------------------------
 
 
 def can_open(path: str, flags: int = os.O_RDONLY) -> bool:
@@ -151,7 +151,7 @@ def verify_behaviour(abi: int, *, readable: str, outside: int | None) -> None:
 
 
 def _verify_tcp() -> None:
-    """Connect to the discard port of this host: Landlock answers EACCES before any packet exists."""
+    """Connect to the discard port of this host; Landlock answers before any packet exists."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
         answer = probe.connect_ex(("127.0.0.1", 9))
     if answer != errno.EACCES:

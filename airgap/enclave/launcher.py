@@ -1,11 +1,13 @@
 """Builds the seal around one fresh process and turns it into the worker (enclave.md 3).
 
-Runs as `python -I -S -B entry.py launcher`, one thread, standard library and ctypes only. Each step
-either does all that it says or raises, and then nothing was started: the broker gets a REFUSED frame
-that names the layer. Where a step can be tried out, it is; a return code of 0 is not believed.
+Runs as `python -I -S -B entry.py launcher`, one thread, standard library and ctypes only. Each
+step either does all that it says or raises, and then nothing was started: the broker gets a
+REFUSED frame that names the layer. Where a step can be tried out, it is; a return code of 0 is not
+believed.
 """
 
-# ruff: noqa: PTH - pathlib costs the launcher ten milliseconds
+# ruff: noqa: PTH102, PTH103, PTH106, PTH110, PTH112, PTH115, PTH116, PTH118, PTH120, PTH208, PTH211
+# pathlib costs the launcher ten milliseconds
 from __future__ import annotations
 
 import contextlib
@@ -47,7 +49,7 @@ class Refusal(Exception):  # noqa: N818 - an answer and not a defect
 
 
 def main(argv: list[str]) -> None:
-    """Seal this process and exec the program; `argv` holds the two pipe ends and the broker's pid."""
+    """Seal this process and exec the program; `argv` holds two pipe ends and the broker's pid."""
     incoming, outgoing, broker = (int(argument) for argument in argv)
     voice = outgoing
     try:
@@ -122,7 +124,7 @@ def report(voice: int, name: str, message: str) -> None:
         channel.send(voice, channel.REFUSED, text)
 
 
-# -- step 2: a fresh process ---------------------------------------------------------------------------
+# -- step 2: a fresh process ----------------------------------------------------------------------
 
 
 def check_start() -> None:
@@ -143,7 +145,7 @@ def die_with(parent: int) -> None:
         raise OSError(errno.ESRCH, "the broker is gone")
 
 
-# -- step 3: descriptors and limits ---------------------------------------------------------------------
+# -- step 3: descriptors and limits ---------------------------------------------------------------
 
 
 def take_channel(incoming: int, outgoing: int) -> None:
@@ -208,7 +210,7 @@ def set_limits(plan: Plan) -> None:
             raise Refusal("limits", f"RLIMIT_{name} did not become {wanted}")
 
 
-# -- steps 4 to 6: namespaces ---------------------------------------------------------------------------
+# -- steps 4 to 6: namespaces ---------------------------------------------------------------------
 
 
 def enter_namespaces(plan: Plan) -> None:
@@ -275,7 +277,7 @@ def check_descriptors_by_number() -> None:
 
 
 def wait_outside(child: int, question: int, answer: int, plan: Plan) -> None:
-    """Wait for the worker, keep nothing else, and pass its end on as an exit status; never returns."""
+    """Wait for the worker, keep nothing else, pass its end on as an exit status; never returns."""
     status = REFUSED_STATUS
     try:
         channel.send(CHANNEL_OUT, channel.ALIVE, str(child).encode())
@@ -320,11 +322,11 @@ def write_text(path: str, content: str) -> None:
         os.close(descriptor)
 
 
-# -- step 7: the private root ---------------------------------------------------------------------------
+# -- step 7: the private root ---------------------------------------------------------------------
 
 
 def private_root(plan: Plan) -> None:
-    """Build a root of read-only binds on a tmpfs and pivot into it; the old tree is gone afterwards."""
+    """Build a root of read-only binds on a tmpfs and pivot into it; the old tree is gone then."""
     os.umask(0o022)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     devices: list[Bind] = [{"path": path, "mode": "device", "owner": None} for path in _DEVICES]
@@ -382,7 +384,7 @@ _AT_FDCWD = -100
 
 
 def attach_owned(source: int, target: str, owner: list[int], identity: list[int]) -> None:
-    """Bind with an id map: what `owner` owns on disk belongs to `identity` in this view, read-only."""
+    """Bind read-only with an id map: what `owner` owns on disk belongs to `identity` here."""
     tree = linux.call(
         "open_tree", source, linux.text(""), _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC
     )
@@ -407,13 +409,13 @@ def attach_owned(source: int, target: str, owner: list[int], identity: list[int]
 
 @contextlib.contextmanager
 def user_namespace(inside: list[int], outside: list[int]) -> Iterator[int]:
-    """Yield a descriptor of a user namespace with one uid and one gid mapped; a carrier of the map."""
+    """Yield a descriptor of a user namespace that maps one uid and one gid: the map's carrier."""
     told, tell = os.pipe()
     child = os.fork()
     if not child:
         try:
             linux.call("unshare", linux.CLONE_NEWUSER)
-            # /proc still belongs to the outer PID namespace and knows this process by its number there.
+            # /proc still belongs to the outer PID namespace: this is the number that it knows.
             os.write(tell, os.readlink("/proc/self").encode())
             signal.pause()
         finally:
@@ -501,14 +503,14 @@ _KEPT = {
 
 
 def keep_flags(options: list[str]) -> int:
-    """Return the flags that a mount has: in a user namespace they are locked and must be repeated."""
+    """Return the flags that a mount has: a user namespace locks them, so they are repeated."""
     flags = 0
     for option in options:
         flags |= _KEPT.get(option, 0)
     return flags
 
 
-# -- steps 8 to 11: identity, files, filter --------------------------------------------------------------
+# -- steps 8 to 11: identity, files, filter -------------------------------------------------------
 
 
 def drop_identity(plan: Plan) -> None:
@@ -534,7 +536,7 @@ def drop_identity(plan: Plan) -> None:
 
 
 def check_readable(plan: Plan) -> None:
-    """Open what the worker will need, as the worker; a clear refusal beats a puzzling import error."""
+    """Refuse clearly what would fail later as a puzzling import error: unreadable inputs."""
     for path in plan["check"]:
         for entry in entries(path):
             if not os.access(entry, os.R_OK):

@@ -1,7 +1,8 @@
-"""Raw Linux calls through ctypes: what Python 3.11 has no function for (enclave.md 3, last paragraph).
+"""Raw Linux calls through ctypes: what Python 3.11 has no function for (enclave.md 3, end).
 
-`libc.syscall` is variadic: an argument that is not passed as a full long leaves garbage in its upper
-half, so everything goes through `call`. Stdlib only; loaded inside the launcher and the worker.
+`libc.syscall` is variadic: an argument that is not passed as a full long leaves garbage in its
+upper half, so everything goes through `call`. Stdlib only; loaded inside the launcher and the
+worker.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def drop_bounding_set() -> None:
-    """Empty the capability bounding set; without CAP_SETPCAP it stays and no_new_privs carries it."""
+    """Empty the bounding set; without CAP_SETPCAP it stays, and no_new_privs makes it idle."""
     for capability in range(_LAST_CAPABILITY):
         try:
             prctl(PR_CAPBSET_DROP, capability)
@@ -102,7 +103,7 @@ def drop_capabilities() -> None:
     call("capset", head, empty)
 
 
-# -- the filters that a live process really runs ---------------------------------------------------
+# -- the filters that a live process really runs --------------------------------------------------
 
 _SEIZE, _INTERRUPT, _GET_FILTER, _DETACH, _WALL = 0x4206, 0x4207, 0x420C, 17, 0x40000000
 

@@ -1,4 +1,4 @@
-"""Turns a host survey and a wish into the exact list of what a sealed process gets (enclave.md 3, 5).
+"""Turns a survey and a wish into the exact list of what a process gets (enclave.md 3, 5).
 
 Pure apart from looking at which files exist. The launcher executes the plan and adds nothing; the
 evidence is compared with the same plan.
@@ -61,7 +61,7 @@ ROOT_KIB = 1024
 _MIB = 1 << 20
 _SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib64", "/lib32")
 _SYSTEM_FILES = ("/etc/ld.so.cache",)
-# onnxruntime and torch size their thread pools by these; everything else of /proc and /sys is absent.
+# onnxruntime and torch size their thread pools by these; the rest of /proc and /sys is absent.
 _KERNEL_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 INSIDE_ID = 61184  # the id inside, where the id outside is 0 of an outer user namespace
@@ -76,7 +76,7 @@ class PlanError(Exception):
 
 
 def package_folders() -> dict[str, str]:
-    """Return the folder of each of our packages; all three lie side by side, installed or editable."""
+    """Return the folder of each of our packages; they lie side by side, installed or editable."""
     parent = Path(__file__).resolve().parents[2]
     return {name: str(parent / name) for name in PACKAGES if (parent / name).is_dir()}
 
@@ -116,7 +116,7 @@ def loader(program: str) -> str | None:
 
 
 def runtime_folders() -> list[str]:
-    """Return what an interpreter needs to run our packages: prefixes, site folders, sources, /usr."""
+    """Return what an interpreter needs to run our packages: prefixes, sites, sources, /usr."""
     wanted = [
         "/usr",
         os.path.realpath(sys.base_prefix),
@@ -241,9 +241,11 @@ def build(
     ]
     binds: list[Bind] = [{"path": path, "mode": "read", "owner": None} for path in readable]
     covered = prune(readable)
-    for path in prune(read_only):
-        if not any(path == kept or path.startswith(kept + "/") for kept in covered):
-            binds.append({"path": path, "mode": "read", "owner": _owner(path, identity)})
+    binds += [
+        {"path": path, "mode": "read", "owner": _owner(path, identity)}
+        for path in prune(read_only)
+        if not any(path == kept or path.startswith(kept + "/") for kept in covered)
+    ]
     binds += [{"path": path, "mode": "write", "owner": None} for path in writable]
     packages = package_folders()
     program = interpreter()
@@ -259,7 +261,7 @@ def build(
         "mapping": mapping if namespaces else None,
         "identity": identity,
         "binds": sorted(binds, key=lambda bind: len(bind["path"])),
-        "links": [[p, os.readlink(p)] for p in _SYSTEM_LINKS if Path(p).is_symlink()],
+        "links": [[p, str(Path(p).readlink())] for p in _SYSTEM_LINKS if Path(p).is_symlink()],
         "root_kib": ROOT_KIB,
         "check": [program, entry, *site_folders(), *prune(read_only)],
         "landlock": _landlock(facts, rung, binds, program),
@@ -292,7 +294,7 @@ def _where(packages: dict[str, str], *, third_party: bool = True) -> str:
 
 
 def _owner(path: str, identity: list[int] | None) -> list[int] | None:
-    """Return the owner of an input for an id map, when the worker is another user than the owner."""
+    """Return the owner of an input for an id map, when the worker is another user."""
     if identity is None:
         return None
     status = Path(path).stat()

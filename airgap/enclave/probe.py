@@ -1,8 +1,9 @@
-"""Every way out that we know, tried once: as the control without a seal, and inside it (enclave.md 6).
+"""Every way out that we know, tried once without a seal and once inside it (enclave.md 6).
 
-A channel decides nothing: it reports that a call worked or the errno it got. What a receiver outside
-really got is the ground truth, and `judge` puts the two together. The same code runs in the control
-and in the sealed twin, where it is an ordinary program of the worker. Standard library only.
+A channel decides nothing: it reports that a call worked or the errno it got. What a receiver
+outside really got is the ground truth, and `judge` puts the two together. The same code runs in
+the control and in the sealed twin, where it is an ordinary program of the worker. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def _socket(family: int, kind: int, protocol: int = 0) -> socket.socket:
     return made
 
 
-# -- internet -----------------------------------------------------------------------------------------
+# -- internet -------------------------------------------------------------------------------------
 
 _NETWORK = "stage 1, own network"
 
@@ -276,7 +277,7 @@ def dns_getaddrinfo(t: Targets) -> object:
         raise
 
 
-# -- local sockets -------------------------------------------------------------------------------------
+# -- local sockets --------------------------------------------------------------------------------
 
 _LOCAL = "stage 1, own root"
 
@@ -351,7 +352,7 @@ def af_netlink_audit(t: Targets) -> object:
     return s.send(struct.pack("<IHHII", 16, 1000, 1, 1, 0))
 
 
-# -- io_uring ------------------------------------------------------------------------------------------
+# -- io_uring -------------------------------------------------------------------------------------
 
 
 @channel("stage 1")
@@ -405,7 +406,7 @@ def _entry(operation: int, descriptor: int, offset: int, address: int, length: i
     return struct.pack("<BBHiQQI", operation, 0, 0, descriptor, offset, address, length)
 
 
-# -- descriptors and other processes -------------------------------------------------------------------
+# -- descriptors and other processes --------------------------------------------------------------
 
 
 @channel("descriptors closed")
@@ -494,7 +495,7 @@ def new_user_namespace(t: Targets) -> object:
     return _in_child(lambda: linux.call("unshare", linux.CLONE_NEWUSER | linux.CLONE_NEWNET))
 
 
-# -- files -----------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 @channel("own root, Landlock, stage 2")
@@ -544,7 +545,7 @@ def tiocsti(t: Targets) -> object:
         return fcntl.ioctl(end, 0x5412, b" ")
 
 
-# -- new programs --------------------------------------------------------------------------------------
+# -- new programs ---------------------------------------------------------------------------------
 
 
 @channel("stage 1")
@@ -576,7 +577,7 @@ def memfd_exec(t: Targets) -> object:
         return _too_big(lambda: linux.call("execveat", image, empty, argv, nothing, 0x1000))
 
 
-# -- the kernel as a helper ------------------------------------------------------------------------------
+# -- the kernel as a helper -----------------------------------------------------------------------
 
 
 @channel("stage 1")
@@ -678,7 +679,7 @@ def _too_big(start: Callable[[], object]) -> str:
     return "would start"
 
 
-# -- the twin: this file as a sealed program ---------------------------------------------------------------
+# -- the twin: this file as a sealed program ------------------------------------------------------
 
 
 class Twin:
@@ -694,7 +695,7 @@ class Twin:
         return {"stage1": attempt_all(self._targets)}
 
     def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
-        """Try all after stage 2 under the token of the request; `foreign` must kill this process."""
+        """Try all after stage 2 under the token of the request; `foreign` must be killed."""
         del emit
         wanted = json.loads(payload)
         if wanted["op"] == "foreign":

@@ -1,7 +1,7 @@
-"""The broker's side of the seal: start a process, believe nothing, prove it, talk to it (enclave.md 3, 7).
+"""The broker's side: start a process, believe nothing, prove it, talk to it (enclave.md 3, 7).
 
-`launch` returns a worker whose every layer was found on the host, or raises. There is no flag and no
-variable that makes it return anything else.
+`launch` returns a worker whose every layer was found on the host, or raises. There is no flag and
+no variable that makes it return anything else.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _planning() -> Iterator[None]:
         raise SealRefused(error.layer, str(error)) from error
 
 
-# -- a process behind a channel ------------------------------------------------------------------------
+# -- a process behind a channel -------------------------------------------------------------------
 
 
 class Process:
@@ -337,7 +337,7 @@ class Process:
     def verify(
         self, facts: HostSurvey, *, own_filters: int, dumpable: bool | None
     ) -> evidence.Facts:
-        """Read /proc of the host and compare with the plan; SealRefused names the first difference."""
+        """Read /proc and compare with the plan; SealRefused names the first difference."""
         try:
             found = evidence.read(self.pid)
         except OSError as error:
@@ -355,12 +355,12 @@ class Process:
         return found
 
     def uid_seen(self, facts: HostSurvey) -> int:
-        """Return the uid that /proc shows for the worker: in a user namespace it stays the starter's."""
+        """Return the uid that /proc shows: in a user namespace it stays the starter's."""
         identity = self.plan["identity"]
         return facts.uid if identity is None else identity[0]
 
     def verify_filters(self, facts: HostSurvey, last: bytes) -> bool | None:
-        """Compare the filters of the live process with the built ones, where the broker may look."""
+        """Compare the live filters with the built ones, where the broker may look."""
         live = evidence.live_filters(self.pid, [filters.stage1(facts.arch), last], facts)
         if live is False:
             raise SealRefused(
@@ -369,7 +369,7 @@ class Process:
         return live
 
     def words(self) -> str:
-        """Return what the process wrote to its error pipe, cut, with control characters replaced."""
+        """Return what the process wrote to its error pipe, cut, control characters replaced."""
         return re.sub(r"[^\x20-\x7e\n]", "?", self._stderr.content().decode(errors="replace"))
 
     @property
@@ -434,7 +434,8 @@ def program_error(frame: Frame, words: str) -> AirgapError:
     found = _json(frame.payload)
     code, message = str(found.get("code", "")), str(found.get("message", ""))
     limit = channel.ERROR_TEXT_LIMIT
-    if frame.kind == channel.ERROR and code in CODES and code.split(".")[0] in _PROGRAM_ROOMS:
+    room = code.partition(".")[0]
+    if frame.kind == channel.ERROR and code in CODES and room in _PROGRAM_ROOMS:
         return RefusedError(code, message[:limit], hint=str(found.get("hint", ""))[:limit])
     tail = f"; its last words: {words[-400:]!r}" if words else ""
     return FaultError(
@@ -444,7 +445,7 @@ def program_error(frame: Frame, words: str) -> AirgapError:
     )
 
 
-# -- the worker ------------------------------------------------------------------------------------------
+# -- the worker -----------------------------------------------------------------------------------
 
 
 class Enclave:
@@ -625,7 +626,7 @@ class Enclave:
         return self._exit
 
 
-# -- starting processes --------------------------------------------------------------------------------
+# -- starting processes ---------------------------------------------------------------------------
 
 
 class _Drain:

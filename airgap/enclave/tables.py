@@ -58,7 +58,9 @@ restart_syscall=219/128 clock_gettime=228/113 clock_nanosleep=230/115 exit_group
 ppoll=271/73 set_robust_list=273/99 getcpu=309/168 getrandom=318/278 membarrier=324/283
 rseq=334/293
 """
-_RULED = "clone=56/220 ioctl=16/29 prlimit64=302/261 tgkill=234/131 write=1/64 mmap=9/222 mprotect=10/226"
+_RULED = """
+clone=56/220 ioctl=16/29 prlimit64=302/261 tgkill=234/131 write=1/64 mmap=9/222 mprotect=10/226
+"""
 _EXEC = "execve=59/221 execveat=322/281"
 # Called by the launcher, the probe and the waiting parent; no filter names them.
 _OTHER = """
@@ -91,9 +93,9 @@ STAGE1: tuple[tuple[str, int, Numbers], ...] = (
     ("kernel surface", EPERM, _read(_KERNEL)),
     ("interprocess", EPERM, _read(_IPC)),
 )
-# -- no-exec: what the conversion program adds as its first act ------------------------------------
+# -- no-exec: what the conversion program adds as its first act -----------------------------------
 NO_EXEC: Numbers = _read(_EXEC)
-# -- stage 2: all that is left after warm-up -------------------------------------------------------
+# -- stage 2: all that is left after warm-up ------------------------------------------------------
 STAGE2: Numbers = _read(_ALLOWED)
 
 NUMBERS: Numbers = {
@@ -108,7 +110,7 @@ NUMBERS: Numbers = {
     for name, pair in group.items()
 }
 
-# -- arguments -------------------------------------------------------------------------------------
+# -- arguments ------------------------------------------------------------------------------------
 CLONE_THREAD = 0x00010000
 CLONE_NEW = 0x7E020080  # every CLONE_NEW* flag
 TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCSETD

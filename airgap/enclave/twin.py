@@ -176,7 +176,7 @@ def _run(rung: str, uid: int | None) -> dict[str, Any]:
     return dict(report)
 
 
-# -- judgement -----------------------------------------------------------------------------------------
+# -- judgement ------------------------------------------------------------------------------------
 
 
 def judge(report: dict[str, Any]) -> Verdict:
@@ -249,7 +249,7 @@ def _open(answer: list[str] | None) -> bool:
     return bool(answer) and answer is not None and answer[0] == probe.OPEN
 
 
-def _cell(answer: list[str] | None, heard: bool) -> str:  # noqa: FBT001 - a cell of a table
+def _cell(answer: list[str] | None, heard: bool) -> str:
     if heard:
         return "LEAK"
     if not answer:
@@ -257,7 +257,7 @@ def _cell(answer: list[str] | None, heard: bool) -> str:  # noqa: FBT001 - a cel
     return "open" if answer[0] == probe.OPEN else str(answer[1])[:20]
 
 
-# -- keeping -------------------------------------------------------------------------------------------------
+# -- keeping --------------------------------------------------------------------------------------
 
 
 def _load(state: Path | None, key: str) -> dict[str, Any] | None:
@@ -277,7 +277,7 @@ def _load(state: Path | None, key: str) -> dict[str, Any] | None:
 
 
 def _store(state: Path | None, key: str, report: dict[str, Any]) -> None:
-    """Write beside and rename; a folder that cannot be written only costs the next start a second."""
+    """Write beside and rename; a folder that cannot be written costs the next start a second."""
     report["key"] = key
     if state is None:
         return

@@ -1,8 +1,8 @@
 """Entry inside the seal: load one program, warm it up, close the last doors, serve (enclave.md 3).
 
-Nothing here is trusted by the broker; it reads the facts from /proc. After stage 2 no file opens, so
-whatever a program needs is imported and loaded by `warm_up`. Standard library only; imports no other
-room, so that the worker holds no policy, no audit and no key.
+Nothing here is trusted by the broker; it reads the facts from /proc. After stage 2 no file opens,
+so whatever a program needs is imported and loaded by `warm_up`. Standard library only; imports no
+other room, so that the worker holds no policy, no audit and no key.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ def fault(error: BaseException) -> None:
         return
 
 
-# -- the short probe -----------------------------------------------------------------------------------
+# -- the short probe ------------------------------------------------------------------------------
 
 _AT_FDCWD = -100
 _AF_UNIX, _AF_INET, _AF_VSOCK, _STREAM, _DGRAM = 1, 2, 40, 1, 2
 
 
 def prepare_attempts() -> dict[str, Callable[[], str]]:
-    """Prepare one raw call for each door, so that nothing is imported or allocated after stage 2."""
+    """Prepare one raw call for each door; nothing is imported or allocated after stage 2."""
     path = ctypes.create_string_buffer(b"/dev/null")
     null_pointer = ctypes.c_void_p(0)
     parameters = ctypes.create_string_buffer(120)
