@@ -100,8 +100,8 @@ def role_of(path: str, head: bytes) -> Role:
     folder, _, name = path.rpartition("/")
     lower = name.lower()
     role = _by_name(lower, name)
-    # A safetensors file may begin with any eight bytes, and its own parser is strict.
-    parsed = role in {Role.WEIGHTS, Role.EXTERNAL_DATA}
+    # A safetensors file may begin with any eight bytes, a wheel is a zip; both parsers are strict.
+    parsed = role in {Role.WEIGHTS, Role.EXTERNAL_DATA, Role.WHEEL}
     if role is None or (not parsed and (_is_pickle(head) or head.startswith(_FOREIGN))):
         _refuse(path, lower, head)
     if role is not None and folder and role not in {Role.SIDE, Role.DOCUMENT, Role.LICENCE}:

@@ -55,6 +55,7 @@ class InspectReport:
     roles: dict[str, Role] = field(default_factory=dict)
     digests: dict[str, Digests] = field(default_factory=dict)
     refusals: list[RefusedError] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # paths that their parser did not accept
     findings: list[Finding] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     hub: HubRecords | None = None
@@ -169,7 +170,11 @@ def inspect_source(
     tell = progress or _silent
     for number, file in enumerate(report.files):
         tell("scan", number, len(report.files))
-        _collect(report, lambda file=file: _scan(report, file))  # type: ignore[misc]
+        try:
+            _scan(report, file)
+        except RefusedError as error:
+            report.refusals.append(error)
+            report.refused.add(file.path)
     tell("scan", len(report.files), len(report.files))
     _collect(report, lambda: _check_model(report))
     _hash_all(report, tell)
@@ -401,7 +406,8 @@ def _document(report: InspectReport) -> dict[str, Any]:
 
 
 def _file_document(report: InspectReport, file: SourceFile) -> dict[str, Any]:
-    role = report.roles.get(file.path)
+    refused = file.path in report.refused
+    role = None if refused else report.roles.get(file.path)
     digests = report.digests[file.path]
     return {
         "path": file.path,

@@ -37,6 +37,20 @@ _TEXTS = (
     ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
     ("GPL-3.0-only", r"gnu general public license\s+version 3"),
 )
+# The complete texts that we know: where one begins and ends, in lower case with single spaces, and
+# the SHA-256 of what lies between. Only these are `verified`: a title alone says little.
+_COMPLETE = {
+    "Apache-2.0": (
+        "apache license version 2.0",
+        "end of terms and conditions",
+        ("9c6f54e87f5a04ff70048fc03eef7aa52cfec009f514f44bda9912f31ff9a814",),
+    ),
+    "MIT": (
+        "permission is hereby granted, free of charge",
+        "dealings in the software.",
+        ("56959050891f7b737ac4e803051170c7197f02df73d80bd9a78d968e305bf558",),
+    ),
+}
 # The hub's own spelling of licences, in the front matter of cards.
 _HUB = {
     "apache-2.0": "Apache-2.0",
@@ -66,12 +80,26 @@ class LicenceFound:
 
 
 def licence_text(path: str, text: str) -> LicenceFound | None:
-    """Recognise the licence of a file that is named like one; None when the words are others."""
-    plain = re.sub(r"\s+", " ", text.lower())
+    """Recognise the licence of a file that is named like one; None when the words are others.
+
+    `verified` says that the complete text is there, word for word; `declared` that its title is.
+    """
+    plain = re.sub(r"\s+", " ", text.lower()).strip()
     for spdx, pattern in _TEXTS:
         if re.search(pattern, plain):
-            return LicenceFound(spdx, path, hashlib.sha256(text.encode()).hexdigest(), "verified")
+            status = "verified" if _is_complete(spdx, plain) else "declared"
+            return LicenceFound(spdx, path, hashlib.sha256(text.encode()).hexdigest(), status)
     return None
+
+
+def _is_complete(spdx: str, plain: str) -> bool:
+    if spdx not in _COMPLETE:
+        return False
+    begin, end, digests = _COMPLETE[spdx]
+    start, stop = plain.find(begin), plain.find(end)
+    # Apache's last words stand after the part that counts, those of MIT belong to it.
+    stop += len(end) if spdx == "MIT" else 0
+    return 0 <= start < stop and hashlib.sha256(plain[start:stop].encode()).hexdigest() in digests
 
 
 def parse_card(text: str, what: str = "README.md") -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -61,12 +60,10 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
         parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
     if report["refusals"]:
         parts += [Text(), Rule("refused", align="left", style="red")]
-        for item in report["refusals"]:
-            parts.append(_bullet("✗", "red", item["code"], item["message"]))
-            if item["hint"]:
-                parts.append(
-                    Padding(Text(f"next step: {plain(item['hint'])}", "dim"), (0, 0, 0, 4))
-                )
+        parts += [
+            _bullet("✗", "red", item["code"], item["message"], item["hint"])
+            for item in report["refusals"]
+        ]
     return Group(*parts)
 
 
@@ -321,5 +318,13 @@ def _files(files: list[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _bullet(mark: str, style: str, name: str, text: str) -> Text:
-    return Text.assemble((f"{mark} ", f"bold {style}"), (plain(name), "bold"), f"  {plain(text)}")
+def _bullet(mark: str, style: str, name: str, text: str, hint: str = "") -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(
+        Text(mark, f"bold {style}"), Text.assemble((plain(name), "bold"), f"  {plain(text)}")
+    )
+    if hint:
+        grid.add_row("", Text(f"next step: {plain(hint)}", "dim"))
+    return grid

@@ -1,0 +1,110 @@
+"""`airgap verify`: is a bundle sealed by enough people, whole, and free of what may not enter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, stderr
+
+if TYPE_CHECKING:
+    from bundle.verify import VerifyReport
+
+BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("verify")(verify)
+
+
+def verify(
+    bundle: BundlePath,
+    *,
+    trust: Annotated[
+        Path | None, typer.Option("--trust", help="Folder of the trust root. Default: the tree's.")
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Verify BUNDLE against the trust root of this host, and write nothing."""
+    from airgap.install.store import Store
+    from bundle.trust import load_trust
+    from bundle.verify import verify_bundle
+
+    folder = root_folder(root)
+    anchors = load_trust(trust or folder / "trust")
+    with bar("verify") as progress:
+        report = verify_bundle(
+            bundle,
+            anchors,
+            now=datetime.now(UTC),
+            floors=Store(folder / "store").floors(),
+            progress=progress,
+        )
+    show(report.as_document(), verify_view(report), json=json)
+
+
+@contextlib.contextmanager
+def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes done, rate and time left on standard error while the block runs."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    ) as display:
+        task = display.add_task(label, total=None)
+
+        def tell(done: int, total: int) -> None:
+            display.update(task, completed=done, total=total)
+
+        yield tell
+
+
+def verify_view(report: VerifyReport) -> str:
+    """Return the one-screen answer."""
+    manifest, seal = report.manifest, report.seal
+    needed = report.trust.document.thresholds.seal.people
+    rows = [
+        ("bundle", f"{manifest.name} {manifest.version}"),
+        ("digest", str(report.digest)),
+        ("approved by", f"{', '.join(seal.approvers)} ({needed} needed)"),
+        ("built by", f"{seal.builder} (does not count)"),
+        ("trust root", f"version {report.trust.version}, {report.trust.fingerprint}"),
+        ("valid", f"{manifest.not_before:%Y-%m-%d} to {manifest.expires:%Y-%m-%d}"),
+        ("epoch", str(manifest.epoch)),
+        ("content", f"{len(manifest.files)} files, {manifest.body.size:,} bytes, each hashed"),
+    ]
+    for model in manifest.models:
+        use = "" if model.scientific_use else ", not for scientific use"
+        rows += [
+            ("model", f"{model.id}, provenance {model.provenance_level}{use}"),
+            ("licence", f"{model.licence.spdx} ({model.licence.status})"),
+            ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
+        ]
+    rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
+    return "sealed and whole\n" + table(rows)
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Return labels and values in two columns; a digest is never wrapped."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

@@ -1,0 +1,181 @@
+"""`airgap install`, `airgap list`, `airgap status`: bring a bundle in, and say what is here."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airgap.cli.bundle import BundlePath, bar, table
+from airgap.cli.common import Json, Root, root_folder, show
+from policy.errors import AirgapError
+
+if TYPE_CHECKING:
+    from airgap.install import InstalledBundle, Store
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("install")(install)
+    app.command("list")(list_bundles)
+    app.command("status")(status)
+
+
+def install(
+    bundle: BundlePath,
+    *,
+    project: Annotated[
+        str | None, typer.Option("--project", help="Project of site.toml that it is for.")
+    ] = None,
+    as_of: Annotated[
+        datetime | None,
+        typer.Option("--as-of", formats=["%Y-%m-%d"], help="Day whose law applies."),
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Verify BUNDLE, ask the policy, activate it, and put all of it on record."""
+    from airgap.audit import open_log
+    from airgap.cli.policy import account_name
+    from airgap.config import load_site
+    from airgap.gate import load_rules
+    from airgap.install import install as bring_in
+    from airgap.install.record import admission, find_actor, last_record, recorder
+
+    folder = root_folder(root)
+    site = load_site(folder)
+    now = datetime.now(UTC)
+    day = site.legal_day(now, as_of.date() if as_of is not None else None)
+    gate = admission(site, load_rules(folder), day, project=project)
+    before = last_record(folder)
+    actor = find_actor(site, os.getuid(), account_name())
+    with open_log(folder, site=site.institution.name) as log, bar("install") as progress:
+        done = bring_in(
+            bundle,
+            root=folder,
+            now=now,
+            gate=gate,
+            audit=recorder(log, actor=actor, project=project),
+            last_record=before,
+            progress=progress,
+        )
+    document = {
+        **bundle_document(done.bundle, current=True),
+        "approvers": list(done.seal.approvers),
+        "builder": done.seal.builder,
+        "decision": str(done.decision.digest),
+        "receipt": done.receipt.as_document(),
+        "previous": None if done.previous is None else str(done.previous),
+        "resumed_chunks": done.resumed,
+        "copied": done.copied,
+    }
+    text = table(
+        [
+            ("installed", f"{done.bundle.manifest.name} {done.bundle.manifest.version}"),
+            ("digest", str(done.bundle.digest)),
+            ("admitted", f"decision {done.decision.digest}"),
+            ("on record", f"audit log, record {done.receipt.seq}"),
+            ("folder", str(done.bundle.folder)),
+        ]
+    )
+    show(document, text, json=json)
+
+
+def list_bundles(*, root: Root = None, json: Json = False) -> None:
+    """List what is installed; `*` marks the bundle that `airgap run` takes."""
+    from airgap.install import Store
+
+    store = Store(root_folder(root) / "store")
+    current = store.current()
+    active = None if current is None else current.digest
+    found = [bundle_document(item, current=item.digest == active) for item in store.list()]
+    show({"format": "airgap/list/1", "bundles": found}, list_view(found), json=json)
+
+
+def status(*, root: Root = None, json: Json = False) -> None:
+    """Say what this tree holds: trust root, current bundle, unfinished installs, log."""
+    from airgap.install import Store
+
+    folder = root_folder(root)
+    store = Store(folder / "store")
+    document = status_document(folder, store)
+    show(document, status_view(document), json=json)
+
+
+def bundle_document(bundle: InstalledBundle, *, current: bool) -> dict[str, Any]:
+    """Return one installed bundle as JSON."""
+    from bundle.fields import format_time
+
+    manifest = bundle.manifest
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": str(bundle.digest),
+        "epoch": manifest.epoch,
+        "expires": format_time(manifest.expires),
+        "models": [model.id for model in manifest.models],
+        "folder": str(bundle.folder),
+        "current": current,
+    }
+
+
+def status_document(folder: Path, store: Store) -> dict[str, Any]:
+    """Gather the state of a tree; a part that is missing or damaged is told, not hidden."""
+    from bundle.trust import load_trust
+
+    document: dict[str, Any] = {"format": "airgap/status/1", "root": str(folder)}
+    try:
+        trust = load_trust(folder / "trust")
+        document["trust"] = {
+            "version": trust.version,
+            "fingerprint": str(trust.fingerprint),
+            "people": len(trust.document.people),
+        }
+    except AirgapError as error:
+        document["trust"] = {"code": error.code, "error": error.message}
+    try:
+        current = store.current()
+        document["current"] = current and bundle_document(current, current=True)
+        document["installed"] = len(store.list())
+    except AirgapError as error:
+        document["current"] = {"code": error.code, "error": error.message}
+    document["unfinished"] = [path.name for path in store.unfinished()]
+    document["site"] = (folder / "site.toml").is_file()
+    document["audit"] = (folder / "audit" / "log").is_dir()
+    return document
+
+
+def list_view(found: list[dict[str, Any]]) -> str:
+    """Return one line a bundle, or a word on how to get one."""
+    if not found:
+        return "nothing is installed; airgap install BUNDLE.agb"
+    lines = [
+        f"{'*' if item['current'] else ' '} {item['name']} {item['version']}  "
+        f"epoch {item['epoch']}  until {item['expires'][:10]}  "
+        f"models {', '.join(item['models'])}  {item['digest']}"
+        for item in found
+    ]
+    return "\n".join(lines)
+
+
+def status_view(document: dict[str, Any]) -> str:
+    """Return the status as lines."""
+    trust, current = document["trust"], document["current"]
+    root = f"version {trust.get('version')}, {trust.get('people')} people, "
+    rows = [
+        ("tree", document["root"]),
+        ("site facts", "site.toml" if document["site"] else "none: airgap site init"),
+        ("trust root", trust.get("error") or f"{root}{trust['fingerprint']}"),
+    ]
+    if current is None:
+        rows.append(("current", "none: airgap install BUNDLE.agb"))
+    elif "error" in current:
+        rows.append(("current", current["error"]))
+    else:
+        rows.append(("current", f"{current['name']} {current['version']}, {current['digest']}"))
+    rows += [("unfinished", name) for name in document["unfinished"]]
+    rows.append(("audit log", "kept" if document["audit"] else "none yet"))
+    return table(rows)

@@ -1,0 +1,327 @@
+"""Installation: verify, quarantine, ask the policy, activate by rename, and record every outcome.
+
+Nothing is written outside the quarantine before the seal and every hash hold; the policy is asked
+before activation; every end is recorded, and what the log does not hold did not happen; FORMAT.md
+section 11, steps 0 to 12.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from airgap.install.quarantine import Quarantine, broken_disk
+from airgap.install.store import (
+    InstalledBundle,
+    Store,
+    find_wrong,
+    sync_folder,
+    verify_installed,
+    write_beside,
+)
+from bundle import archive
+from bundle.archive import Progress
+from bundle.envelope import parse_envelope
+from bundle.manifest import Manifest
+from bundle.statement import VerifiedSeal
+from bundle.trust import Trust, follow_chain, load_trust, save_trust
+from bundle.verify import SealedBundle, open_bundle, verify_contents
+from policy.errors import AirgapError, FaultError, RefusedError
+from policy.terms import Digest
+
+Phase = Literal["intent", "trust", "admission", "outcome"]
+Result = Literal["", "complete", "refused", "failed", "cancelled"]
+
+
+class Decision(Protocol):
+    """What the installer needs of a policy decision."""
+
+    @property
+    def permitted(self) -> bool:
+        """Whether the answer is yes."""
+
+    @property
+    def canonical(self) -> bytes:
+        """The record of the decision, RFC 8785."""
+
+    @property
+    def digest(self) -> Digest:
+        """The digest of that record."""
+
+    def refusal(self) -> RefusedError:
+        """Return the error that says why the answer is no."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstallEvent:
+    """One thing that the audit log must hold about an install.
+
+    `intent`: an install begins. `trust`: a newer root is taken, then was. `admission`: the policy
+    answered, either way. `outcome`: how it ended, with `code` when it did not end well.
+    """
+
+    phase: Phase
+    path: Path
+    digest: Digest | None = None
+    manifest: Manifest | None = None
+    seal: VerifiedSeal | None = None
+    decision: Decision | None = None
+    trust: Trust | None = None
+    previous: Digest | None = None
+    result: Result = ""
+    code: str = ""
+
+
+Gate = Callable[[Manifest, Digest], Decision]
+Recorder = Callable[
+    [InstallEvent], Any
+]  # returns the receipt of the record; raises when not durable
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A finished install. `resumed` counts chunks taken over from an earlier, killed run."""
+
+    bundle: InstalledBundle
+    seal: VerifiedSeal
+    decision: Decision
+    receipt: Any
+    previous: Digest | None
+    resumed: int
+    copied: bool
+
+
+def install(
+    path: Path,
+    *,
+    root: Path,
+    now: datetime,
+    gate: Gate,
+    audit: Recorder,
+    last_record: datetime | None = None,
+    progress: Progress | None = None,
+) -> Installed:
+    """Bring the bundle at `path` into the store below `root` and make it the current one.
+
+    Args:
+        path: Of the `.agb` file.
+        root: The tree that holds `trust/` and `store/`.
+        now: UTC.
+        gate: Decides admission; asked once, after every hash holds.
+        audit: Appends to the log and returns when the record is durable.
+        last_record: Time of the last audit record: the clock may not lie before it.
+        progress: Told bytes of the copy and then of the read-back, out of one total.
+
+    Raises:
+        RefusedError: A code of the verification, or `policy.denied`; recorded.
+        FaultError: `host.space`, `install.io`, `host.state`, or the log's own; nothing is active.
+
+    """
+    store = Store(root / "store")
+    trust = load_trust(root / "trust")
+    with store.locked():
+        job = _Job(path, root, store, audit, progress)
+        before = store.current()
+        job.previous = before.digest if before is not None else None
+        audit(job.event("intent"))
+        try:
+            trust = job.follow_roots(trust)
+            floors = store.floors(last_record)
+            with open_bundle(path, trust, now=now, floors=floors) as sealed:
+                return job.bring_in(sealed, gate)
+        except RefusedError as error:
+            job.mark_refused(error)
+            audit(job.event("outcome", "refused", error.code))
+            raise
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            code = error.code if isinstance(error, AirgapError) else ""
+            with suppress(AirgapError):  # the first reason is the one to tell
+                audit(job.event("outcome", "cancelled" if stopped else "failed", code))
+            raise
+
+
+@dataclass(slots=True)
+class _Job:
+    """One install while it runs."""
+
+    path: Path
+    root: Path
+    store: Store
+    audit: Recorder
+    progress: Progress | None
+    previous: Digest | None = None
+    sealed: SealedBundle | None = None
+    decision: Decision | None = None
+    trust: Trust | None = None
+
+    def event(self, phase: Phase, result: Result = "", code: str = "") -> InstallEvent:
+        sealed = self.sealed
+        return InstallEvent(
+            phase,
+            self.path,
+            digest=None if sealed is None else sealed.digest,
+            manifest=None if sealed is None else sealed.manifest,
+            seal=None if sealed is None else sealed.seal,
+            decision=self.decision,
+            trust=self.trust,
+            previous=self.previous,
+            result=result,
+            code=code,
+        )
+
+    def follow_roots(self, trust: Trust) -> Trust:
+        """Take newer roots that the bundle carries, whatever becomes of the bundle itself."""
+        with archive.open_file(self.path) as stream:
+            head = archive.read_head(stream)
+        newer = follow_chain(trust, head.trust)
+        if newer.version > trust.version:
+            self.trust = newer
+            self.audit(self.event("trust"))
+            save_trust(newer, self.root / "trust")
+            self.audit(self.event("trust", "complete"))
+        return newer
+
+    def bring_in(self, sealed: SealedBundle, gate: Gate) -> Installed:
+        """Steps 6 to 12 for a bundle whose seal holds."""
+        self.sealed = sealed
+        target = self.store.installed / sealed.digest.hex
+        folder = self.store.quarantine / sealed.digest.hex
+        copied, resumed = not target.exists(), 0
+        if copied:
+            resumed = self._copy(sealed, folder)
+            files = folder / "files"
+            verify_contents(sealed.manifest, lambda path: _view(files / path))
+        else:
+            verify_installed(target, self.progress)
+        self.decision = decision = gate(sealed.manifest, sealed.digest)
+        self.audit(self.event("admission"))
+        if not decision.permitted:
+            raise decision.refusal()
+        if copied:
+            self._seal_files(sealed, folder)
+        return self._commit(sealed, folder, target, decision, resumed=resumed, copied=copied)
+
+    def mark_refused(self, error: RefusedError) -> None:
+        """Leave the reason beside the chunks, if there are any."""
+        if self.sealed is not None:
+            folder = self.store.quarantine / self.sealed.digest.hex
+            with suppress(OSError):
+                if folder.is_dir():
+                    write_beside(folder / "refused", f"{error.code}\n".encode())
+
+    def _copy(self, sealed: SealedBundle, folder: Path) -> int:
+        """Step 6: stream verified chunks into the quarantine; return how many were there."""
+        total = 2 * sealed.manifest.body.size
+        report = self.progress
+
+        def first_half(done: int, _: int) -> None:
+            if report is not None:
+                report(done, total)
+
+        try:
+            with Quarantine(folder, sealed) as quarantine:
+                self._require_space(quarantine.needed())
+                sealed.verify_body(quarantine, first_half)
+                quarantine.finish()
+                return quarantine.resumed
+        except OSError as error:
+            raise broken_disk(error, folder) from error
+
+    def _require_space(self, needed: int) -> None:
+        found = os.statvfs(self.store.folder)
+        free = found.f_bavail * found.f_frsize
+        if free < needed:
+            raise FaultError(
+                "host.space",
+                f"{self.store.folder} has {free:,} bytes free, the install needs {needed:,}",
+                hint="free space there, or use a root on a larger disk (--root)",
+            )
+
+    def _seal_files(self, sealed: SealedBundle, folder: Path) -> None:
+        """Step 10: read back and hash what the disk holds, make it durable and read-only."""
+        files = folder / "files"
+        size = sealed.manifest.body.size
+        report = self.progress
+
+        def second_half(done: int, total: int) -> None:
+            if report is not None:
+                report(size + size * done // max(1, total), 2 * size)
+
+        try:
+            wrong = find_wrong(files, sealed.manifest, second_half, sync=True)
+            if wrong:
+                raise RefusedError(
+                    "install.digest",
+                    f"{wrong!r:.160} differs from the manifest after it was written",
+                    hint="check the disk of this host, then install again",
+                )
+            for name, content in (
+                ("META/envelope.dsse.json", parse_envelope(sealed.head.envelope).to_bytes()),
+                ("META/manifest.json", sealed.head.manifest),
+                ("META/trust.json", sealed.head.trust),
+            ):
+                write_beside(files / name, content)
+            _protect(files)
+        except OSError as error:
+            raise broken_disk(error, folder) from error
+
+    def _commit(
+        self,
+        sealed: SealedBundle,
+        folder: Path,
+        target: Path,
+        decision: Decision,
+        *,
+        resumed: int,
+        copied: bool,
+    ) -> Installed:
+        """Step 12: rename, raise the mark, activate, record the outcome."""
+        try:
+            if copied:
+                (folder / "files").rename(target)
+                target.chmod(0o555)
+                sync_folder(target.parent)
+            self.store.raise_mark(sealed.manifest, sealed.digest)
+            self.store.activate(sealed.digest)
+        except OSError as error:
+            raise broken_disk(error, target) from error
+        try:
+            receipt = self.audit(self.event("outcome", "complete"))
+        except BaseException:
+            self.store.activate(self.previous)  # what the log does not hold did not happen
+            raise
+        self.store.remove_quarantine(sealed.digest)
+        bundle = InstalledBundle(target, sealed.manifest, sealed.digest)
+        return Installed(
+            bundle, sealed.seal, decision, receipt, self.previous, resumed=resumed, copied=copied
+        )
+
+
+def _view(path: Path) -> memoryview:
+    """Map a file of the quarantine."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ))
+    finally:
+        os.close(descriptor)
+
+
+def _protect(files: Path) -> None:
+    """Make files 0444 and folders 0555, deepest first; the top stays writable for the rename."""
+    for place, folders, names in os.walk(files, topdown=False):
+        for name in names:
+            (Path(place) / name).chmod(0o444)
+        for name in folders:
+            folder = Path(place) / name
+            folder.chmod(0o555)
+            sync_folder(folder)
+    sync_folder(files)

@@ -1,0 +1,138 @@
+"""An install's connection to the rest of the site: the policy that admits, the log that keeps.
+
+`install` takes both as callables; the command line binds them to this site here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, new_ulid
+from airgap.audit.layout import Layout, read_lines, segment_count
+from airgap.audit.record import parse_line
+from airgap.config import LegalDay, Site
+from airgap.gate import Rules, decide_admission
+from airgap.install.installer import InstallEvent
+from bundle.manifest import Manifest
+from policy.engine import Decision
+from policy.terms import Digest
+
+
+def admission(
+    site: Site, rules: Rules, day: LegalDay, *, project: str | None
+) -> Callable[[Manifest, Digest], Decision]:
+    """Return the question that an install asks the policy of this site, once all hashes hold."""
+
+    def gate(manifest: Manifest, digest: Digest) -> Decision:
+        return decide_admission(
+            site,
+            rules,
+            manifest.models,
+            bundle_digest=digest,
+            project=project,
+            as_of=day.as_of,
+            known_at=day.known_at,
+            verified=True,
+            day_source=day.source,
+        )
+
+    return gate
+
+
+def recorder(
+    log: AuditLog, *, actor: Actor | None, project: str | None
+) -> Callable[[InstallEvent], Receipt]:
+    """Return the callable that puts each step of one install on record, durably."""
+    request = new_ulid()
+    trust_request = new_ulid()
+
+    def record(event: InstallEvent) -> Receipt:
+        if event.phase == "trust":
+            return log.append(_trust_event(event, trust_request, actor))
+        if event.phase == "admission":
+            return log.append(_admission_event(log, event, request, project))
+        return log.append(_install_event(event, request, actor, project))
+
+    return record
+
+
+def find_actor(site: Site, uid: int, account: str) -> Actor | None:
+    """Return the person of site.toml behind an account, if there is one; the uid is always kept."""
+    for person in site.person:
+        if person.uid == uid or (person.uid is None and person.account == account):
+            return Actor(person.name or person.id, next(iter(sorted(person.roles)), ""))
+    return None
+
+
+def last_record(root: Path) -> datetime | None:
+    """Return the time of the newest record of the tree's log, None when there is none."""
+    layout = Layout(root / "audit")
+    if not layout.log.is_dir():
+        return None
+    for index in reversed(range(segment_count(layout))):
+        newest = b""
+        for line in read_lines(layout.segment(index)):
+            if line.endswith(b"\n"):
+                newest = line
+        if newest:
+            return datetime.fromisoformat(parse_line(newest.removesuffix(b"\n"))["ts"])
+    return None
+
+
+def _install_event(
+    event: InstallEvent, request: str, actor: Actor | None, project: str | None
+) -> Event:
+    facts: dict[str, str] = {"object": _printable(event.path.name)}
+    if event.previous is not None:
+        facts["old"] = str(event.previous)
+    if event.result:
+        facts["result"] = event.result
+    if event.result == "complete":
+        facts["new"] = str(event.digest)
+    return Event(
+        "admin.install",
+        event.phase,
+        req=request,
+        actor=actor,
+        project=project or "",
+        model=event.digest or "",
+        err=event.code,
+        data=facts,
+    )
+
+
+def _trust_event(event: InstallEvent, request: str, actor: Actor | None) -> Event:
+    facts = {"object": "trust root", **({"result": event.result} if event.result else {})}
+    if event.trust is not None:
+        facts["new"] = f"version {event.trust.version} {event.trust.fingerprint}"
+    phase = "outcome" if event.result else "intent"
+    return Event("admin.trust", phase, req=request, actor=actor, data=facts)
+
+
+def _admission_event(
+    log: AuditLog, event: InstallEvent, request: str, project: str | None
+) -> Event:
+    decision = event.decision
+    if not isinstance(decision, Decision) or event.manifest is None:
+        raise TypeError("an admission is recorded with the decision of the policy")
+    return Event(
+        "admission",
+        req=request,
+        project=project or "",
+        model=event.digest or "",
+        decision=DecisionRef(
+            log.put_object(decision.canonical), decision.outcome.value, decision.rule_for_log
+        ),
+        data={
+            "bundle": _printable(f"{event.manifest.name}-{event.manifest.version}"),
+            "result": decision.outcome.value,
+            "obligations": [_printable(str(each.id)) for each in decision.obligations][:48],
+        },
+    )
+
+
+def _printable(text: str) -> str:
+    """Return text as a record may hold it: printable ASCII, at most 256 characters."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:256]

@@ -1,0 +1,330 @@
+"""The store on disk: installed bundles by digest, the current one, and the high-water marks.
+
+    store/lock                      held while somebody installs
+    store/state.json                highest epoch of each line, latest `created`
+    store/quarantine/<digest>/      chunks that are verified, of installs that are not finished
+    store/installed/<digest>/       a bundle's files, read-only; never changed after the rename
+    store/current                   link to the installed bundle that answers by default
+
+Every change is a file written beside, synced and renamed: a crash leaves the old state or the new.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from bundle.archive import Progress
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.fields import Count, DigestText, Document, Instant, Name
+from bundle.keys import read_limited
+from bundle.manifest import MANIFEST_LIMIT, Manifest, first_problem, parse_manifest
+from bundle.verify import Floors
+from policy.errors import AirgapError, FaultError, RefusedError
+from policy.terms import Digest
+
+STATE_LIMIT = 1024 * 1024
+HEAD_FILES = ("META/envelope.dsse.json", "META/manifest.json", "META/trust.json")
+_PART = 1024 * 1024
+
+
+class Mark(Document):
+    """The highest epoch of one line that was ever active here."""
+
+    epoch: Count
+    bundle: DigestText
+
+
+class State(Document):
+    """What the store must remember even when bundles are removed."""
+
+    format: Literal["airgap-store/1"] = "airgap-store/1"
+    latest_created: Instant | None = None
+    marks: dict[Name, Mark] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledBundle:
+    """A bundle in the store; `folder` holds META/ and payload/ as they were sealed."""
+
+    folder: Path
+    manifest: Manifest
+    digest: Digest
+
+    def model_folder(self, model_id: str) -> Path:
+        """Return the folder of one model's files.
+
+        Raises:
+            RefusedError: `store.missing`; the bundle holds no such model.
+
+        """
+        if self.manifest.model(model_id) is None:
+            known = ", ".join(model.id for model in self.manifest.models)
+            raise RefusedError(
+                "store.missing",
+                f"{self.manifest.name} holds no model {model_id!r:.64}, but {known}",
+            )
+        return self.folder / "payload" / model_id
+
+
+class Store:
+    """The store below one folder, which need not exist yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def installed(self) -> Path:
+        """Where bundles lie by digest."""
+        return self.folder / "installed"
+
+    @property
+    def quarantine(self) -> Path:
+        """Where unfinished installs lie by digest."""
+        return self.folder / "quarantine"
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def list(self) -> tuple[InstalledBundle, ...]:
+        """Return what is installed, by name, version and digest."""
+        if not self.installed.is_dir():
+            return ()
+        found = [self._load(path) for path in self.installed.iterdir()]
+        return tuple(
+            sorted(found, key=lambda b: (b.manifest.name, b.manifest.version, b.digest.hex))
+        )
+
+    def current(self) -> InstalledBundle | None:
+        """Return the bundle that answers by default, None when nothing was ever activated."""
+        try:
+            target = (self.folder / "current").readlink()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise FaultError("host.state", f"{self.folder}/current is not a link") from error
+        return self._load(self.installed / target.name)
+
+    def get(self, name: str) -> InstalledBundle:
+        """Return the bundle with that digest, name, or `name-version`; the current one wins.
+
+        Raises:
+            RefusedError: `store.missing`, none or several match.
+
+        """
+        current = self.current()
+        wanted = [
+            item
+            for item in self.list()
+            if name
+            in {
+                str(item.digest),
+                item.digest.hex,
+                item.manifest.name,
+                f"{item.manifest.name}-{item.manifest.version}",
+            }
+        ]
+        if current is not None and any(item.digest == current.digest for item in wanted):
+            return current
+        if len(wanted) == 1:
+            return wanted[0]
+        raise RefusedError(
+            "store.missing",
+            f"{len(wanted)} installed bundles answer to {name!r:.80}",
+            hint="airgap list; then name one by its digest",
+        )
+
+    def state(self) -> State:
+        """Return the high-water marks; a store that is new has none."""
+        path = self.folder / "state.json"
+        if not path.exists():
+            return State()
+        raw = read_limited(path, STATE_LIMIT, code="store.state", what="the store's state")
+        parse_canonical(raw, code="store.state", what="the store's state", limit=STATE_LIMIT)
+        try:
+            return State.model_validate_json(raw)
+        except ValidationError as error:
+            raise RefusedError(
+                "store.state", f"{path}: {first_problem(error)}", hint="restore it from a backup"
+            ) from error
+
+    def floors(self, clock: datetime | None = None) -> Floors:
+        """Return what a bundle may not fall behind; `clock` is that of the last audit record."""
+        state = self.state()
+        epochs = {
+            line: (mark.epoch, Digest.parse(mark.bundle)) for line, mark in state.marks.items()
+        }
+        latest = [moment for moment in (clock, state.latest_created) if moment is not None]
+        return Floors(clock=max(latest, default=None), epochs=epochs)
+
+    def unfinished(self) -> tuple[Path, ...]:
+        """Return the quarantines of installs that did not finish."""
+        if not self.quarantine.is_dir():
+            return ()
+        return tuple(sorted(self.quarantine.iterdir()))
+
+    # -- changing -----------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the store for one install; FaultError `host.state` when somebody else does."""
+        for folder in (self.folder, self.installed, self.quarantine):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FaultError(
+                    "host.state",
+                    f"another install holds {self.folder}/lock",
+                    hint="wait for it, or stop it, then run it again",
+                ) from error
+            yield
+
+    def raise_mark(self, manifest: Manifest, digest: Digest) -> None:
+        """Remember the epoch of a bundle that is about to be active."""
+        state = self.state()
+        created = max(filter(None, [state.latest_created, manifest.created]))
+        marks = {
+            **state.marks,
+            manifest.bundle_id: Mark(epoch=manifest.epoch, bundle=str(digest)),
+        }
+        fresh = state.model_copy(update={"latest_created": created, "marks": marks})
+        raw = canonical_json(fresh.model_dump(mode="json", exclude_none=True))
+        write_beside(self.folder / "state.json", raw)
+
+    def activate(self, digest: Digest | None) -> None:
+        """Point `current` to an installed bundle, or to none."""
+        link = self.folder / "current"
+        if digest is None:
+            link.unlink(missing_ok=True)
+        else:
+            fresh = self.folder / f".current.{os.getpid()}"
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(Path("installed") / digest.hex)
+            fresh.replace(link)
+        sync_folder(self.folder)
+
+    def remove_quarantine(self, digest: Digest) -> None:
+        """Drop what is left of an install."""
+        shutil.rmtree(self.quarantine / digest.hex, ignore_errors=True)
+
+    def _load(self, folder: Path) -> InstalledBundle:
+        try:
+            raw = read_limited(
+                folder / "META/manifest.json", MANIFEST_LIMIT, code="start.digest", what="manifest"
+            )
+            manifest = parse_manifest(raw)
+        except AirgapError as error:
+            raise _damaged(folder, error.message) from error
+        digest = Digest.of(raw)
+        if digest.hex != folder.name:
+            raise _damaged(folder, f"its manifest has digest {digest}")
+        return InstalledBundle(folder, manifest, digest)
+
+
+def verify_installed(folder: Path, progress: Progress | None = None) -> Manifest:
+    """Hash every file of an installed bundle again and allow no other; before each model start.
+
+    Raises:
+        RefusedError: `start.digest`; a file is missing, altered or not listed, or the manifest is
+            not the one that the folder is named after.
+
+    """
+    bundle = Store(folder.parent.parent)._load(folder)  # noqa: SLF001 - one module, one invariant
+    listed = {entry.path for entry in bundle.manifest.files} | set(HEAD_FILES)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or (not path.is_dir() and name not in listed):
+            raise _damaged(folder, f"{name!r:.160} is not a file of this bundle")
+    wrong = find_wrong(folder, bundle.manifest, progress)
+    if wrong:
+        raise _damaged(folder, f"{wrong!r:.160} is not the file that was installed")
+    return bundle.manifest
+
+
+def find_wrong(
+    folder: Path, manifest: Manifest, progress: Progress | None = None, *, sync: bool = False
+) -> str:
+    """Return the path of the first file whose digest is not the manifest's, or nothing.
+
+    Files are hashed two at a time. With `sync`, each is also written through to the disk.
+    """
+    total = sum(entry.size for entry in manifest.files)
+    done = 0
+
+    def check(item: tuple[str, str, int]) -> tuple[str, bool, int]:
+        path, sha256, size = item
+        return path, _digest_file(folder / path, sync=sync) == (sha256, size), size
+
+    items: Sequence[tuple[str, str, int]] = [(e.path, e.sha256, e.size) for e in manifest.files]
+    pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
+    try:
+        for path, same, size in pool.map(check, items):
+            if not same:
+                return path
+            done += size
+            if progress is not None:
+                progress(done, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return ""
+
+
+def write_beside(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a file beside, sync it, rename it over `path`, and sync the folder."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest_file(path: Path, *, sync: bool) -> tuple[str, int]:
+    """Return digest and size of a plain file, ("", 0) when it is missing or no such file."""
+    hasher, size = hashlib.sha256(), 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return "", 0
+    with os.fdopen(descriptor, "rb", buffering=0) as stream:
+        while part := stream.read(_PART):
+            hasher.update(part)
+            size += len(part)
+        if sync:
+            os.fsync(descriptor)
+    return hasher.hexdigest(), size
+
+
+def _damaged(folder: Path, reason: str) -> RefusedError:
+    return RefusedError(
+        "start.digest",
+        f"the installed bundle {folder.name:.64} is damaged: {reason}",
+        hint="remove that folder and install the bundle again from its medium",
+    )
