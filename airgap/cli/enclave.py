@@ -116,8 +116,8 @@ def _probe(rung: Rung) -> list[Any]:
     verdict = rung.verdict
     lines, untested = condense(verdict.rows)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for title in ("channel", "control", "sealed", "closed by"):
-        table.add_column(title, overflow="fold")
+    for name in ("channel", "control", "sealed", "closed by"):
+        table.add_column(name, overflow="fold")
     for line in lines:
         leaking = line.control == "LEAK"
         table.add_row(

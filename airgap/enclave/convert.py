@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan, PlanError
@@ -95,6 +95,7 @@ def run_sealed(
     expected: Sequence[str] | None = None,
     threads: int = 2,
     rung: str | None = None,
+    state: Path | None = None,
 ) -> SealedResult:
     """Run `job` under the seal and accept what it leaves, or raise.
 
@@ -105,6 +106,7 @@ def run_sealed(
         expected: The only relative names that may be left; None accepts any plain file.
         threads: OMP_NUM_THREADS of the program.
         rung: Try this rung alone.
+        state: Folder that keeps the probe's result between processes.
 
     Raises:
         SealRefused: The seal could not be proven, or the program left something unacceptable; `out`
@@ -117,7 +119,7 @@ def run_sealed(
     if "C" in (least, rung):
         raise SealRefused("rung", "a conversion opens files, so rung C would leave it unsealed")
     inputs = [os.path.abspath(path) for path in job.read_only]  # noqa: PTH100 - symbolic links stay
-    work = _Work(
+    work = Work(
         job=job,
         facts=facts,
         program=parse_argv(job.argv),
@@ -132,7 +134,9 @@ def run_sealed(
     for name in [name for name in rungs if rung in (None, name)]:
         try:
             with _cleared_on_error(work.out):
-                return _run(work, name, tried)
+                report = twin.probe_rung(name, None, facts, state)
+                twin.require_sealed(report)
+                return run_on(name, work, tried=tried, probe=report)
         except SealRefused as refused:
             refused.facts, refused.tried = facts, tried
             if refused.layer not in {"namespaces", "root"} or name == rungs[-1] or rung:
@@ -143,7 +147,7 @@ def run_sealed(
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class Work:
     """A job whose wishes have been looked at."""
 
     job: Job
@@ -152,18 +156,30 @@ class _Work:
     out: Path
     inputs: Sequence[str]
     limit: int
-    expected: Sequence[str] | None
-    threads: int
+    expected: Sequence[str] | None = None
+    threads: int = 2
+    uid: int | None = None
 
 
-def _run(work: _Work, rung: str, tried: Sequence[dict[str, str]]) -> SealedResult:
+def run_on(
+    rung: str,
+    work: Work,
+    *,
+    tried: Sequence[dict[str, str]] = (),
+    probe: dict[str, Any] | None = None,
+    leaked: tuple[int, ...] = (),
+) -> SealedResult:
+    """Run a job on `rung`; `run_sealed` has the probe's word before it calls this.
+
+    `leaked` are descriptors that the probe hands to its launcher on purpose.
+    """
     job, out = work.job, work.out
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         plan = _plan(work, rung, (out, scratch))
-        process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S)
+        process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S, leaked=leaked)
         try:
-            document = _seal(process, plan, work.facts, tried)
+            document = _seal(process, plan, work.facts, tried, probe)
             started = time.monotonic()
             process.send(channel.REQUEST, json.dumps(work.program).encode())
             _wait(process, (out, scratch), work.limit, started + job.timeout_s)
@@ -183,7 +199,7 @@ def _run(work: _Work, rung: str, tried: Sequence[dict[str, str]]) -> SealedResul
     return SealedResult(end["status"], end["signal"], process.words(), files, document, seconds)
 
 
-def _plan(work: _Work, rung: str, writable: tuple[Path, Path]) -> Plan:
+def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
     """Plan the seal and give both writable folders, result and scratch, to the worker's uid."""
     environment = plans.built_environment(threads=work.threads, scratch=str(writable[1]))
     try:
@@ -199,7 +215,7 @@ def _plan(work: _Work, rung: str, writable: tuple[Path, Path]) -> Plan:
             memory_mb=work.job.memory_mb,
             descriptors=DESCRIPTORS,
             file_mb=work.limit // _MIB,
-            uid=None,
+            uid=work.uid,
         )
     except PlanError as error:
         raise SealRefused(error.layer, str(error)) from error
@@ -210,7 +226,11 @@ def _plan(work: _Work, rung: str, writable: tuple[Path, Path]) -> Plan:
 
 
 def _seal(
-    process: Process, plan: Plan, facts: HostSurvey, tried: Sequence[dict[str, str]]
+    process: Process,
+    plan: Plan,
+    facts: HostSurvey,
+    tried: Sequence[dict[str, str]],
+    probe: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Let the stub close exec and verify it twice, as for a worker."""
     process.expect(channel.LOADED)
@@ -235,7 +255,7 @@ def _seal(
             "ort_telemetry": "disabled" if facts.telemetry else "absent",
         },
         tried=tried,
-        probe=None,
+        probe=None if probe is None else twin.summary(probe),
         self_test={},
         host=evidence.own_namespaces(),
     )

@@ -142,7 +142,8 @@ def condense(rows: Sequence[Row]) -> tuple[list[Line], tuple[str, ...]]:
         if row.control not in {"LEAK", "open"}:
             untested.setdefault(row.control, []).append(row.channel)
             continue
-        sealed = row.stage1 if row.stage1 == row.stage2 else f"{row.stage1}, then {row.stage2}"
+        seen = dict.fromkeys((row.stage1, row.convert, row.stage2))
+        sealed = " ".join(answer for answer in seen if answer != "-")
         groups.setdefault((row.control, sealed, row.closed_by), []).append(row.channel)
     lines = [Line(tuple(names), *key) for key, names in groups.items()]
     return lines, tuple(f"{answer}: {' '.join(names)}" for answer, names in untested.items())

@@ -27,14 +27,14 @@ _NR, _ARCH, _ARGUMENT = (
 
 _SET_MODE_FILTER, _TSYNC, _LOG = 1, 1, 2
 
-# SHA-256 of the bytes below; a test rebuilds them and the files under `published/`.
+# SHA-256 of each program; `published/` holds the bytes for an auditor without Python.
 PUBLISHED = {
-    "stage1.x86_64": "",
-    "stage2.x86_64": "",
-    "no_exec.x86_64": "",
-    "stage1.aarch64": "",
-    "stage2.aarch64": "",
-    "no_exec.aarch64": "",
+    "stage1.x86_64": "4d1f314c179af5848bc0587818b8982342fc4e18cc9ae27316df27078a4be19e",
+    "stage2.x86_64": "7406b4ec0172ad654e594bc4f41d26a6c96f0bc0eea9817de2e199659a1763b4",
+    "no_exec.x86_64": "325e8e5e216e71602d4ccf11a0939542bf4144796e1078170b8f6331226e95ef",
+    "stage1.aarch64": "d7f30ce6d79e9890c11df38b4a4fddd573faa9ed73e65d9c3b8e8486ee402944",
+    "stage2.aarch64": "e7d59dbae9573946c2e876ae15afdf64dd2886784ff3ae916134370e0b7b27a9",
+    "no_exec.aarch64": "0ec762fcf8b2f0a2323d3e9a1766095e3a6078fdcdbd5a84d9050b2b2209f3d6",
 }
 
 
@@ -86,6 +86,15 @@ def waiting_parent(child: int, arch: str = "x86_64") -> bytes:
         code += _rule(tables.number(name, arch), _deny_bits(2, tables.PROT_EXEC))
     code += _rule(tables.number("kill", arch), _allow_values(0, (child,)))
     return _pack([*code, (_RETURN, 0, 0, _ERRNO | EPERM)])
+
+
+def programs() -> dict[str, bytes]:
+    """Return what is published: each filter for each architecture, stage 2 for pid 1."""
+    return {
+        f"{name}.{arch}": program(arch)
+        for name, program in (("stage1", stage1), ("no_exec", no_exec))
+        for arch in tables.ARCHITECTURES
+    } | {f"stage2.{arch}": stage2(1, arch) for arch in tables.ARCHITECTURES}
 
 
 def digest(program: bytes) -> str:

@@ -22,10 +22,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from airgap.enclave import evidence, host, linux, probe
+from airgap.enclave import convert, evidence, host, linux, probe
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import Caps, SealSpec, start
@@ -68,6 +69,7 @@ def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) ->
         "ts": evidence.utc(),
         "own_network": outside.own_network,
         "rung": rung,
+        "landlock": facts.landlock_abi,
         "control": control,
         "received": {},
     }
@@ -91,6 +93,8 @@ def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) ->
         with contextlib.suppress(AirgapError):
             twin.request(json.dumps({"op": "foreign"}).encode(), 10.0)
         report["foreign_abi"] = twin.close()["signal"]
+        if rung != "C":
+            report["convert"] = _converted(rung, uid, facts, outside)
     except SealRefused as refused:
         report["refused"] = {"layer": refused.layer, "message": refused.message}
     except AirgapError as error:
@@ -98,6 +102,47 @@ def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) ->
     time.sleep(_SETTLE_S)
     report["received"] = outside.received()
     return report
+
+
+def _converted(
+    rung: str, uid: int | None, facts: HostSurvey, outside: Outside
+) -> dict[str, list[str]]:
+    """Try every channel once more, as a conversion."""
+    targets = outside.targets("convert")
+    job = ProbeJob(outside.folder / "out", json.dumps(targets))
+    job.out.mkdir()
+    work = convert.Work(
+        job=job,
+        facts=facts,
+        program=convert.parse_argv(job.argv),
+        out=job.out,
+        inputs=(),
+        limit=1 << 20,
+        uid=uid,
+    )
+    leaked = (targets["inherited"], targets["passed"])
+    result = convert.run_on(rung, work, leaked=leaked)
+    if not result.files:
+        raise SealRefused("probe", f"the conversion twin failed: {result.stderr[-400:]!r}")
+    return dict(json.loads(result.files[0].read_bytes()))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeJob:
+    """The probe as a conversion."""
+
+    out: Path
+    targets: str
+    read_only: tuple[Path, ...] = ()
+    memory_mb: int = 512
+    timeout_s: float = 15.0
+    stderr_limit: int = 4096
+
+    @property
+    def argv(self) -> list[str]:
+        """Return the command line."""
+        result = str(self.out / "channels.json")
+        return ["python", "-m", "airgap.enclave.probe", self.targets, result]
 
 
 # -- the fake internet ----------------------------------------------------------------------------
@@ -164,7 +209,7 @@ class Outside:
 
     def __init__(self, folder: Path, uid: int | None, *, own_network: bool) -> None:
         self.own_network = own_network
-        self._folder = folder
+        self.folder = folder
         self._uid = uid
         self._tokens: dict[str, str] = {}
         self._got: list[str] = []
@@ -204,7 +249,7 @@ class Outside:
             lines = list(self._got)
         return {
             phase: sorted({line.split(":", 1)[1] for line in lines if line.startswith(token + ":")})
-            + (["write_shared_dir"] if (self._folder / "shared" / token).exists() else [])
+            + (["write_shared_dir"] if (self.folder / "shared" / token).exists() else [])
             for phase, token in self._tokens.items()
         }
 
@@ -221,17 +266,17 @@ class Outside:
             "port": self._port,
             "dns_port": self._dns_port,
             "resolver": self.own_network,
-            "stream": str(self._folder / "stream"),
-            "datagram": str(self._folder / "datagram"),
-            "abstract": ABSTRACT + self._folder.name,
+            "stream": str(self.folder / "stream"),
+            "datagram": str(self.folder / "datagram"),
+            "abstract": ABSTRACT + self.folder.name,
             "inherited": inherited.fileno(),
             "passed": other.fileno(),
             "pid": self._pid,
             "address": self._address,
             "outside_pipe": _OUTSIDE_PIPE,
             "outside_socket": _OUTSIDE_SOCKET,
-            "shared": str(self._folder / "shared"),
-            "secret": str(self._folder / "secret"),
+            "shared": str(self.folder / "shared"),
+            "secret": str(self.folder / "secret"),
             "shm_key": SHM_KEY,
             "queue": QUEUE,
         }
@@ -239,12 +284,12 @@ class Outside:
     # -- receivers --------------------------------------------------------------------------------
 
     def _files(self) -> None:
-        self._folder.chmod(0o755)
-        shared = self._folder / "shared"
+        self.folder.chmod(0o755)
+        shared = self.folder / "shared"
         shared.mkdir()
         shared.chmod(0o777)
-        (self._folder / "secret").write_text("a file of the user")
-        (self._folder / "secret").chmod(0o644)
+        (self.folder / "secret").write_text("a file of the user")
+        (self.folder / "secret").chmod(0o644)
 
     def _listen(self) -> None:
         """Bind every receiver; the threads that read them start after the forks."""
@@ -263,13 +308,13 @@ class Outside:
         names.bind(("0.0.0.0", 53) if self.own_network else ("127.0.0.1", 0))  # noqa: S104 - an own namespace
         self._dns_port = names.getsockname()[1]
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.bind(str(self._folder / "stream"))
+        stream.bind(str(self.folder / "stream"))
         datagram = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        datagram.bind(str(self._folder / "datagram"))
+        datagram.bind(str(self.folder / "datagram"))
         for name in ("stream", "datagram"):
-            (self._folder / name).chmod(0o777)
+            (self.folder / name).chmod(0o777)
         abstract = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        abstract.bind("\0" + ABSTRACT + self._folder.name)
+        abstract.bind("\0" + ABSTRACT + self.folder.name)
         for listening in (tcp, stream, abstract):
             listening.listen(64)
             self._serve_stream(listening)

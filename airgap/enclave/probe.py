@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 
 from airgap.enclave import linux
 
@@ -707,3 +708,15 @@ class Twin:
 def create(config: dict[str, Any]) -> Twin:
     """Make the program of the twin."""
     return Twin(config)
+
+
+def main(argv: list[str]) -> int:
+    """Try every channel as a sealed conversion: `argv` is the targets as JSON and a result file."""
+    found = attempt_all(json.loads(argv[0]))
+    with open(argv[1], "w", encoding="utf-8") as file:  # noqa: PTH123 - the worker has no pathlib
+        json.dump(found, file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

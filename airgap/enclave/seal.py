@@ -16,6 +16,7 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -183,7 +184,7 @@ def start(
                 "program": _json(frame.payload).get("program"),
             },
             tried=tried,
-            probe=probe,
+            probe=None if probe is None else twin.summary(probe),
             self_test=self_test,
             host=evidence.own_namespaces(),
         )
@@ -262,9 +263,11 @@ class Process:
         incoming, self._to = os.pipe()
         self._from, outgoing = os.pipe()
         try:
-            self._popen = _spawner().start(
-                plans.launcher_argv(incoming, outgoing), (incoming, outgoing, *leaked)
-            )
+            argv = plans.launcher_argv(incoming, outgoing)
+            self._popen = _spawner().start(argv, (incoming, outgoing, *leaked))
+        except BaseException:
+            self._close_ends()  # a launcher that reads no plan ends
+            raise
         finally:
             os.close(incoming)
             os.close(outgoing)
@@ -352,7 +355,23 @@ class Process:
         )
         if findings:
             raise SealRefused(findings[0].layer, "; ".join(f.message for f in findings)[:2000])
+        if self.plan["namespaces"]:
+            self._verify_parent(facts)
         return found
+
+    def _verify_parent(self, facts: HostSurvey) -> None:
+        """Look at the process that waits outside: it seals itself, an instant later."""
+        until = time.monotonic() + _GRACE_S
+        while True:
+            found = evidence.read(self._popen.pid)
+            if found.seccomp and found.filters == evidence.inherited_filters() + 1:
+                break
+            if time.monotonic() > until:
+                raise SealRefused("parent", "the waiting parent has taken no filter")
+            time.sleep(0.001)
+        whole = (found.uids[1], found.no_new_privs, found.capabilities["prm"], found.descriptors)
+        if whole[:3] != (self.uid_seen(facts), 1, "0") or whole[3]:
+            raise SealRefused("parent", f"the waiting parent is not sealed: {whole}")
 
     def uid_seen(self, facts: HostSurvey) -> int:
         """Return the uid that /proc shows: in a user namespace it stays the starter's."""
@@ -463,6 +482,7 @@ class Enclave:
         self._verified = time.monotonic()
         self._exit: dict[str, Any] | None = None
         self._incident: str | None = None
+        weakref.finalize(self, process.kill)  # forgotten or not, it ends with this object
 
     def __enter__(self) -> Self:
         return self

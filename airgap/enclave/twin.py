@@ -54,6 +54,8 @@ HEARD = frozenset(
     }
 )
 
+_SCOPE_ABI = 6
+
 _kept: dict[str, dict[str, Any]] = {}
 
 
@@ -65,6 +67,7 @@ class Row:
     control: str
     stage1: str
     stage2: str
+    convert: str
     closed_by: str
 
 
@@ -183,6 +186,7 @@ def judge(report: dict[str, Any]) -> Verdict:
     """Put together what was tried and what was heard; the first reason against the seal wins."""
     control = report.get("control") or {}
     stage1, stage2 = report.get("stage1") or {}, report.get("stage2") or {}
+    convert = report.get("convert") or {}
     heard = {phase: set(names) for phase, names in (report.get("received") or {}).items()}
     rows = tuple(
         Row(
@@ -190,15 +194,21 @@ def judge(report: dict[str, Any]) -> Verdict:
             _cell(control.get(name), name in heard.get("control", ())),
             _cell(stage1.get(name), name in heard.get("stage1", ())),
             _cell(stage2.get(name), name in heard.get("stage2", ())),
+            _cell(convert.get(name), name in heard.get("convert", ())),
             probe.CLOSED_BY[name],
         )
         for name in probe.CHANNELS
     )
-    sealed_open = [name for name in probe.CHANNELS if _open(stage2.get(name))]
-    leaked = sorted(heard.get("stage1", set()) | heard.get("stage2", set()))
-    reason = _reason(report, control, stage1, stage2, heard)
+    phases = _phases(report)
+    still_open = {
+        name
+        for phase in phases
+        for name, answer in (report.get(phase) or {}).items()
+        if _open(answer)
+    }
+    leaked = {name for phase in phases for name in heard.get(phase, ())}
     return Verdict(
-        reason=reason,
+        reason=_reason(report, heard),
         rows=rows,
         not_tested=tuple(
             f"{name}: {_cell(control.get(name), heard=False)}"
@@ -207,42 +217,65 @@ def judge(report: dict[str, Any]) -> Verdict:
         ),
         control_open=sum(_open(answer) for answer in control.values()),
         control_heard=len(heard.get("control", ())),
-        sealed_open=len(sealed_open),
+        sealed_open=len(still_open),
         sealed_heard=len(leaked),
     )
 
 
-def _reason(
-    report: dict[str, Any],
-    control: dict[str, list[str]],
-    stage1: dict[str, list[str]],
-    stage2: dict[str, list[str]],
-    heard: dict[str, set[str]],
-) -> str:
+def _reason(report: dict[str, Any], heard: dict[str, set[str]]) -> str:
+    """Return why the report does not prove the seal; empty when it does."""
     if report.get("refused"):
         return f"the twin did not start: {report['refused'].get('message', '')}"
+    control = report.get("control") or {}
     deaf = [name for name in probe.CORE if not _open(control.get(name))]
     deaf += [n for n in HEARD if _open(control.get(n)) and n not in heard.get("control", ())]
     if deaf:
         return f"inconclusive: the control did not leak over {', '.join(sorted(set(deaf)))}"
-    missing = [name for name in probe.CHANNELS if name not in stage1 or name not in stage2]
-    if missing:
-        return f"inconclusive: the twin did not try {', '.join(missing[:8])}"
-    if report.get("rung") == "C":
-        heard = {phase: names for phase, names in heard.items() if phase != "stage1"}
-        stage1 = {}
-    leaks = [f"{n} ({p})" for p in ("stage1", "stage2") for n in sorted(heard.get(p, ()))]
-    leaks += [f"{name} (stage2, open)" for name, answer in stage2.items() if _open(answer)]
+    phases = {phase: report.get(phase) or {} for phase in _phases(report)}
+    for phase, answers in phases.items():
+        missing = [name for name in probe.CHANNELS if name not in answers]
+        if missing:
+            return f"inconclusive: {phase} did not try {', '.join(missing[:8])}"
+    leaks = [f"{name} ({phase})" for phase in phases for name in sorted(heard.get(phase, ()))]
     leaks += [
-        f"{name} (stage1, open)"
-        for name, answer in stage1.items()
-        if _open(answer) and name not in probe.OPEN_BEFORE_STAGE2
+        f"{name} ({phase}, open)"
+        for phase, answers in phases.items()
+        for name, answer in answers.items()
+        if _open(answer) and name not in _tolerated(phase, report)
     ]
     if leaks:
         return f"the sealed twin got out over {', '.join(leaks)}"
     if _open(control.get("foreign_abi")) and report.get("foreign_abi") != signal.SIGSYS:
         return "a call by the i386 gate did not kill the sealed twin"
     return ""
+
+
+def _phases(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return what must be sealed: rung C makes no claim for the time before stage 2."""
+    return ("stage2",) if report.get("rung") == "C" else ("stage1", "stage2", "convert")
+
+
+def _tolerated(phase: str, report: dict[str, Any]) -> frozenset[str]:
+    """Return what may be open: exec before stage 2 inherits the seal, and rung B has few scopes."""
+    out = probe.OPEN_BEFORE_STAGE2 if phase == "stage1" else frozenset()
+    if phase != "stage2" and report.get("rung") == "B" and report.get("landlock", 0) < _SCOPE_ABI:
+        out |= {"signal_outside"}
+    return out
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a report that goes into the evidence."""
+    verdict = judge(report)
+    return {
+        "version": report.get("version"),
+        "ts": report.get("ts"),
+        "own_network": report.get("own_network"),
+        "control": {row.channel: row.control for row in verdict.rows},
+        "sealed": {row.channel: [row.stage1, row.stage2, row.convert] for row in verdict.rows},
+        "receiver_tokens_seen": verdict.sealed_heard,
+        "foreign_abi_signal": report.get("foreign_abi"),
+        "not_tested": list(verdict.not_tested),
+    }
 
 
 def _open(answer: list[str] | None) -> bool:
