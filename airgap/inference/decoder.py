@@ -146,6 +146,8 @@ class Decoder:
         """
         prompt = self._prompt(request)
         rest = [self._model.vocabulary.encode(one) for one in request.completions]
+        if not all(rest):
+            raise _empty("a completion")
         longest = max(len(ids) for ids in rest)
         plan = self._plan(len(prompt), longest, 1)
         prefix = self._prefill(prompt)
@@ -167,7 +169,10 @@ class Decoder:
     def _prompt(self, request: Generate | Score) -> list[int]:
         """Return the ids of the prompt; the start token comes once, where the model has one."""
         bos = self._model.facts.bos_id
-        return [*([] if bos is None else [bos]), *self._model.vocabulary.encode(request.prompt)]
+        ids = [*([] if bos is None else [bos]), *self._model.vocabulary.encode(request.prompt)]
+        if not ids:
+            raise _empty("the prompt")
+        return ids
 
     def _plan(self, prompt: int, new: int, n: int) -> Plan:
         return plan_memory(
@@ -395,6 +400,10 @@ def _likelihood(logits: Logits, ids: list[int]) -> float:
         return float(sampling.log_likelihood(logits, np.array(ids, dtype=np.int64)).sum())
     except sampling.NotFiniteError as error:
         raise _not_finite(0) from error
+
+
+def _empty(what: str) -> ProgramError:
+    return ProgramError("request.malformed", f"{what} has no tokens", "give at least one tag")
 
 
 def _not_finite(step: int) -> ProgramError:

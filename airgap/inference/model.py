@@ -205,6 +205,9 @@ def _require_signature(facts: ModelFacts, graph: Graph, session: Any) -> type[np
             one.shape[axis] != size for axis, size in expected.items()
         ):
             raise _unfit(graph, f"has a cache {one.name} of shape {one.shape!r:.80}")
+    logits = next(one for one in outputs if one.name == "logits")
+    if isinstance(logits.shape[-1], int) and logits.shape[-1] != facts.vocab_size:
+        raise _unfit(graph, f"has logits for {logits.shape[-1]} entries")
     for one in inputs:
         if one not in caches and one.type != "tensor(int64)":
             raise _unfit(graph, f"has an input {one.name} of type {one.type!r:.40}")

@@ -310,6 +310,16 @@ def test_scores_are_those_of_torch_and_of_sampling(monkeypatch):
     assert [v for v, _ in pieces.scores] == pytest.approx([v for v, _ in found.scores], abs=1e-4)
 
 
+def test_an_empty_prompt_or_completion_is_refused(monkeypatch):
+    decoder = Decoder(model(), budget=64 * MIB, most_rows=4)
+    with pytest.raises(ProgramError) as caught:
+        decoder.score(Score(prompt=segments_of(RETRO), completions=((Segment(""),),)))
+    assert caught.value.code == "request.malformed"
+    run(request(prompt=(Segment(""),)))  # the start token alone
+    monkeypatch.setattr(model(), "facts", replace(model().facts, bos_id=None))
+    assert refusal(request(prompt=(Segment(""),))).code == "request.malformed"
+
+
 def test_scores_of_too_long_completions_are_refused():
     decoder = Decoder(model(), budget=64 * MIB, most_rows=4)
     with pytest.raises(ProgramError) as caught:

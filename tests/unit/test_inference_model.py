@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -105,6 +107,28 @@ def test_a_graph_of_another_shape_is_refused(field, tmp_path):
         document[field] += 1
 
     assert refused(write_model(tmp_path / "model", change)) == "model.graph"
+
+
+def test_a_graph_of_another_vocabulary_is_refused(tmp_path):
+    def change(document):
+        document["vocab_size"] += 8
+
+    assert refused(write_model(tmp_path / "model", change)) == "model.graph"
+
+
+def test_a_graph_that_hides_its_vocabulary_fails_without_writing_past_the_buffer(tmp_path):
+    def hide(graph):
+        logits = next(value for value in graph.output if value.name == "logits")
+        logits.type.tensor_type.shape.dim[2].dim_param = "anything"
+
+    for size in (-8, 8):
+        folder = change_graph(write_model(tmp_path / f"model{size}"), hide)
+        model = load(folder)
+        assert isinstance(model.session.get_outputs()[0].shape[2], (str, int))
+        model.facts = replace(model.facts, vocab_size=model.facts.vocab_size + size)
+        with pytest.raises(ProgramError) as caught:
+            model.run(np.array([[5]]), Cache(model, rows=1, capacity=4), 0)
+        assert caught.value.code == "model.run"
 
 
 def test_a_precision_that_is_not_there_is_refused():
