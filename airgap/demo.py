@@ -77,6 +77,11 @@ class Demo:
     total: int = 0
 
     @property
+    def pins(self) -> Path:
+        """The institution's own list of digests, beside the snapshot and never inside it."""
+        return self.source.with_name("SHA256SUMS")
+
+    @property
     def staging(self) -> Path:
         """The connected side's tree."""
         return self.out / "staging"
@@ -268,9 +273,8 @@ def make_people(demo: Demo) -> None:
 
 def inspect(demo: Demo) -> None:
     """Inspect the snapshot against the institution's own list of digests."""
-    pin = demo.source / "SHA256SUMS"
     outcome = call(
-        demo, "inspect", demo.source, "--pin", pin, "--html", demo.reports / "inspect.html"
+        demo, "inspect", demo.source, "--pin", demo.pins, "--html", demo.reports / "inspect.html"
     )
     demo.found["inspect"] = outcome.document
 
@@ -280,8 +284,10 @@ def build(demo: Demo) -> None:
     outcome = call(
         demo,
         *("build", demo.source, "-o", demo.bundle, "--name", MODEL, "--version", "1.0.0"),
-        *("--key", demo.staging / "keys" / "builder.pem", "--pin", demo.source / "SHA256SUMS"),
-        *("--origin", f"local:{MODEL}", "--root", demo.staging),
+        *("--key", demo.staging / "keys" / "builder.pem", "--pin", demo.pins),
+        *("--origin", f"local:{MODEL}", "--supplier", "airgap project", "--jurisdiction", "none"),
+        *("--modality", "retrosynthesis", "--modality", "molecule", "--modality", "protein"),
+        *("--modality", "material", "--root", demo.staging),
     )
     demo.found["build"] = outcome.document
 

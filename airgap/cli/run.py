@@ -139,14 +139,14 @@ def infer_with_progress(broker: Broker, job: Job) -> Answer:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} samples, {task.fields[tokens]} tokens"),
+        TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=stderr, transient=True) as progress:
-        bar = progress.add_task("decoding", total=None, tokens=0)
-        return broker.infer(
-            job,
-            lambda tokens, finished, n: progress.update(
-                bar, completed=finished, total=n, tokens=tokens
-            ),
-        )
+        bar = progress.add_task("decoding", total=None, state="")
+
+        def tell(tokens: int, finished: int, n: int) -> None:
+            state = f"{finished}/{n} samples, {tokens} tokens"
+            progress.update(bar, completed=finished, total=n, state=state)
+
+        return broker.infer(job, tell)
