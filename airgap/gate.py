@@ -28,14 +28,14 @@ from policy.lineage import (
     SCHEMA as LINEAGE_SCHEMA,
 )
 from policy.lineage import (
+    LineageFile,
     ModelRecord,
-    Origin,
     Registry,
-    Start,
     parse_lineage,
     unite,
 )
 from policy.pack import Packs, PolicyPack, combine, parse_pack
+from policy.paths import Origin, Start
 from policy.snapshots import ListSnapshot, Snapshots, parse_lists
 from policy.terms import (
     FACTS,
@@ -83,7 +83,7 @@ def load_rules(root: Path | None) -> Rules:
     return Rules(
         packs=combine(shipped.packs, own.packs),
         lists=Snapshots((*shipped.lists, *own.lists)),
-        registry=unite((*shipped.registries, *own.registries)),
+        registry=unite((*shipped.lineage, *own.lineage)),
     )
 
 
@@ -91,7 +91,7 @@ def load_rules(root: Path | None) -> Rules:
 class _Files:
     packs: tuple[PolicyPack, ...] = ()
     lists: tuple[ListSnapshot, ...] = ()
-    registries: tuple[Registry, ...] = ()
+    lineage: tuple[LineageFile, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +108,7 @@ def _parse_files(paths: Sequence[Path]) -> _Files:
         raise RefusedError("pack.limit", f"more than {MAX_SITE_FILES} files in {paths[0].parent}")
     found_packs: list[PolicyPack] = []
     found_lists: list[ListSnapshot] = []
-    found_registries: list[Registry] = []
+    found_lineage: list[LineageFile] = []
     for path in paths:
         with path.open("rb") as file:
             content = file.read(policy.strict.MAX_BYTES + 1)
@@ -118,10 +118,10 @@ def _parse_files(paths: Sequence[Path]) -> _Files:
         if schema == snapshots.SCHEMA:
             found_lists += parse_lists(content, name)
         elif schema == LINEAGE_SCHEMA:
-            found_registries.append(parse_lineage(content, name))
+            found_lineage.append(parse_lineage(content, name))
         else:
             found_packs.append(parse_pack(content, name))
-    return _Files(tuple(found_packs), tuple(found_lists), tuple(found_registries))
+    return _Files(tuple(found_packs), tuple(found_lists), tuple(found_lineage))
 
 
 # -- facts of a bundle ----------------------------------------------------------------------------

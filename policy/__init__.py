@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from policy.approvals import Approval, Approvals, Approver
     from policy.engine import Decision, decide, require
     from policy.evaluator import Request
-    from policy.lineage import Origin, Registry, Start, parse_lineage
+    from policy.lineage import Registry, parse_lineage, unite
     from policy.pack import Packs, PolicyPack, combine, parse_pack
+    from policy.paths import Origin, Start
     from policy.snapshots import ListSnapshot, Snapshots, parse_lists
 
 _HOMES = {
@@ -23,19 +24,20 @@ _HOMES = {
     "Approver": "approvals",
     "Decision": "engine",
     "ListSnapshot": "snapshots",
-    "Origin": "lineage",
+    "Origin": "paths",
     "Packs": "pack",
     "PolicyPack": "pack",
     "Registry": "lineage",
     "Request": "evaluator",
     "Snapshots": "snapshots",
-    "Start": "lineage",
+    "Start": "paths",
     "combine": "pack",
     "decide": "engine",
     "parse_lineage": "lineage",
     "parse_lists": "snapshots",
     "parse_pack": "pack",
     "require": "engine",
+    "unite": "lineage",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "parse_lists",
     "parse_pack",
     "require",
+    "unite",
 ]
 
 

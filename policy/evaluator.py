@@ -14,9 +14,10 @@ from typing import Literal
 from policy.approvals import Approval, Approvals, Case
 from policy.errors import RefusedError
 from policy.facts import check_facts, complete_facts, list_age
-from policy.lineage import PathFinder, PathResult, Registry, Start, boundaries
+from policy.lineage import Registry
 from policy.logic import OPERATORS, AnyPath, Comparison, F, T, Truth, U
 from policy.pack import DUES, CompiledRule, Obligation, Packs, Program, Rule
+from policy.paths import PathFinder, PathResult, Start, boundaries
 from policy.snapshots import ListSnapshot, Snapshots
 from policy.terms import STARTS, Digest, Fact, Outcome, Scope, Unknown
 

@@ -12,8 +12,8 @@ import rfc8785
 
 from policy.evaluator import Evaluation, Evaluator, RuleResult
 from policy.facts import sources_of
-from policy.lineage import Start
 from policy.logic import LETTERS, AnyPath, Comparison, F, T, Truth, U
+from policy.paths import Start
 from policy.terms import FACTS, Digest, Fact, Outcome, Unknown, Value
 
 if TYPE_CHECKING:

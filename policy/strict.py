@@ -8,6 +8,7 @@ are invisible and bidirectional characters, because a pack is read and signed by
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -48,7 +49,8 @@ _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 def parse_day(value: object) -> object:
     """Turn `YYYY-MM-DD` into a date; anything else is left for the strict type to refuse."""
     if isinstance(value, str) and _DAY.fullmatch(value):
-        return date.fromisoformat(value)  # ValueError for 2026-02-30: pydantic words it
+        with contextlib.suppress(ValueError):  # 2026-02-30: not a date, so it stays a text
+            return date.fromisoformat(value)
     return value
 
 

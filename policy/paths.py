@@ -1,0 +1,199 @@
+"""`any_path`: whether the lineage of a bundle or a party reaches a listed party (policy, 3 and 4).
+
+True when asserted edges lead to a hit, unknown when a step rests on a disputed edge, an unresolved
+name or an unchecked list, and false otherwise, which reads "no hit on edition X" and never
+"cleared".
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from types import MappingProxyType
+from typing import NamedTuple
+
+from policy.lineage import Registry
+from policy.logic import AnyPath, F, T, Truth, U
+from policy.snapshots import Entry, ListSnapshot, normal_name
+from policy.terms import MAKER_RELATIONS
+
+SELF = "self"  # relation of a start that is the party itself
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """A first step of a path: `party` is an id, a name or a handle; not sure means unknown."""
+
+    relation: str
+    party: str
+    sure: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First steps that are known, and relations about which nothing is known (with the reason)."""
+
+    origins: tuple[Origin, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def nothing_known(cls, reason: str = "not supplied") -> Start:
+        """A start about which nobody has said anything."""
+        relations = (*MAKER_RELATIONS, "affiliated_with", SELF)
+        return cls((), MappingProxyType(dict.fromkeys(relations, reason)))
+
+    @classmethod
+    def parties(cls, names: Iterable[str], source: str) -> Start:
+        """A start at the parties themselves (`counterparty`, `recipient`)."""
+        return cls(tuple(Origin(SELF, each, sure=True, source=source) for each in names))
+
+    def united(self, other: Start) -> Start:
+        """Both starts: everything known of either, and everything unknown of either."""
+        return Start(
+            tuple(dict.fromkeys((*self.origins, *other.origins))),
+            MappingProxyType({**self.unknown, **other.unknown}),
+        )
+
+
+class Hop(NamedTuple):
+    """One step of a found path, for the trace."""
+
+    relation: str
+    party: str
+    by: str
+
+
+class PathResult(NamedTuple):
+    """Value of one `any_path`, the path that decided it, and words for a reader."""
+
+    truth: Truth
+    hops: tuple[Hop, ...]
+    words: str
+
+
+class PathFinder:
+    """Evaluates `any_path` leaves over one registry and the editions that are held."""
+
+    def __init__(self, registry: Registry, held: Mapping[str, ListSnapshot | None]) -> None:
+        self.registry = registry
+        self.held = held
+        self._hits: dict[tuple[str, str], tuple[Entry, ...]] = {}
+
+    def find(self, leaf: AnyPath, start: Start, day: date) -> PathResult:
+        """Walk every path once, nearest first; a sure hit decides, else the best unknown."""
+        allowed = leaf.via | {SELF}
+        best = PathResult(F, (), self._clear_words(leaf))
+        for relation in sorted(allowed & start.unknown.keys()):
+            words = f"{relation} of {leaf.start} is unknown: {start.unknown[relation]}"
+            best = PathResult(U, (), words)
+        queue: deque[tuple[str, bool, tuple[Hop, ...]]] = deque(
+            (each.party, each.sure, (Hop(each.relation, each.party, each.source),))
+            for each in start.origins
+            if each.relation in allowed
+        )
+        seen: set[tuple[str, bool]] = set()
+        while queue:
+            name, sure, hops = queue.popleft()
+            party = self.registry.party_of(name)
+            if {(party or name, True), (party or name, sure)} & seen:
+                continue
+            seen.add((party or name, sure))
+            truth, words = self._look(leaf, party, name, day)
+            if truth == T and sure:
+                return PathResult(T, hops, words)
+            if truth != F and best.truth == F:
+                doubt = "" if sure else "; a step on the way is disputed or weakly sourced"
+                best = PathResult(U, hops, words + doubt)
+            for step in self.registry.steps[party] if party else ():
+                if step.relation in leaf.via and step.valid.holds(day):
+                    hop = Hop(step.relation, step.target, step.edge_id)
+                    queue.append((step.target, sure and step.sure, (*hops, hop)))
+        return best
+
+    def _clear_words(self, leaf: AnyPath) -> str:
+        if leaf.hits_list is None:
+            return "no party of that domicile"
+        snapshot = self.held.get(leaf.hits_list)
+        edition = snapshot.text.edition if snapshot else "none held"
+        return f"no hit on {leaf.hits_list} edition {edition}"
+
+    def _look(self, leaf: AnyPath, party: str | None, name: str, day: date) -> tuple[Truth, str]:
+        if leaf.hits_list is not None:
+            return self._look_at_list(leaf, leaf.hits_list, party, name, day)
+        if party is None:
+            return U, f"{name} is not in the lineage registry"
+        domicile = self.registry.parties[party].domicile
+        if domicile is None:
+            deferred = self._stands_for_another(party, leaf.via, day)
+            return (F, "") if deferred else (U, f"the domicile of {party} is not recorded")
+        found = leaf.domicile_in is not None and domicile in leaf.domicile_in
+        return (T if found else F), f"{party} is domiciled in {domicile}"
+
+    def _look_at_list(
+        self, leaf: AnyPath, list_id: str, party: str | None, name: str, day: date
+    ) -> tuple[Truth, str]:
+        snapshot = self.held.get(list_id)
+        if snapshot is None:
+            return U, f"no edition of {list_id} is held"
+        edition = f"{list_id} edition {snapshot.text.edition}"
+        basis = leaf.basis or "released"
+        entries = self._entries(snapshot, party, name)
+        for entry in entries:
+            window = entry.window(basis)
+            if window is not None and window.holds(day):
+                return T, f"{party or name} is on {edition} as {entry.names[0]} ({basis})"
+        if any(entry.window(basis) is None and _on_other_basis(entry, day) for entry in entries):
+            return U, f"{party or name} is on {edition}, but its {basis} dates are not recorded"
+        if party is None:
+            return U, f"{name} is not in the lineage registry"
+        if entries or self._looked_at(snapshot, party, leaf.via, day):
+            return F, f"no hit for {party} on {edition}"
+        held = "" if snapshot.text.complete else ", which is held in part"
+        return U, f"{party} has not been checked against {edition}{held}"
+
+    def _looked_at(
+        self, snapshot: ListSnapshot, party: str, via: frozenset[str], day: date
+    ) -> bool:
+        key = (party, snapshot.list_id, snapshot.text.edition)
+        finding = self.registry.findings.get(key)
+        if finding is not None:
+            return finding.finding == "no_hit"
+        return snapshot.text.complete or self._stands_for_another(party, via, day)
+
+    def _entries(self, snapshot: ListSnapshot, party: str | None, name: str) -> tuple[Entry, ...]:
+        if party is None:
+            return snapshot.matches((normal_name(name),))
+        key = (snapshot.list_id, party)
+        found = self._hits.get(key)
+        if found is None:
+            found = self._hits[key] = snapshot.matches(self.registry.keys[party])
+        return found
+
+    def _stands_for_another(self, party: str, via: frozenset[str], day: date) -> bool:
+        """Whether it is a unit or account of a legal person that the path goes on to look at."""
+        if self.registry.parties[party].kind not in {"internal_unit", "model_org"}:
+            return False
+        return "same_person_as" in via and any(
+            step.relation == "same_person_as" and step.sure and step.valid.holds(day)
+            for step in self.registry.steps[party]
+        )
+
+
+def _on_other_basis(entry: Entry, day: date) -> bool:
+    windows = (entry.released, entry.published)
+    return any(window is not None and window.holds(day) for window in windows)
+
+
+def boundaries(registry: Registry, held: Iterable[ListSnapshot | None]) -> set[date]:
+    """Every day on which an edge or a listing begins or ends."""
+    found: set[date | None] = set()
+    for edge in registry.edges:
+        found |= {edge.valid.start, edge.valid.end}
+    for snapshot in held:
+        for entry in snapshot.text.entries if snapshot else ():
+            for window in (entry.released, entry.published):
+                found |= {window.start, window.end} if window else set()
+    return {day for day in found if day is not None}
