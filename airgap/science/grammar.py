@@ -58,6 +58,7 @@ class PromptError(RefusedError):
         expected: What could stand at that place.
 
     Attributes:
+        at: Character index of the fault.
         offset: Byte offset of the fault in the UTF-8 form of `text`, or None.
         caret: Two lines, an excerpt and its underline; empty without `text`.
 
@@ -74,6 +75,7 @@ class PromptError(RefusedError):
         width: int = 1,
         expected: Sequence[str] = (),
     ) -> None:
+        self.at = at
         self.offset = None if text is None else byte_offset(text, at)
         self.caret = "" if text is None else caret(text, at, width)
         self.expected = tuple(expected)

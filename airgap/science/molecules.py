@@ -62,7 +62,7 @@ def find_molecule(text: str) -> Chem.Mol | Problem:
     try:
         check_smiles(text)
     except PromptError as error:
-        return Problem(error.message.split(" (byte ")[0], error.offset or 0)
+        return Problem(error.message.split(" (byte ")[0], error.at)
     molecule = parse_loosely(text)
     if molecule is None:
         return _syntax_problem(text)

@@ -291,7 +291,20 @@ def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise _malformed(f"`rows` is not a list of at most {tasks.SAMPLES_LIMIT}")
     if not all(isinstance(row, dict) and type(row.get("rank")) is int for row in rows):
         raise _malformed("a row is not an object with a rank")
+    if not all(_has_parts(row) for row in rows):
+        raise _malformed("a row has parts without a SMILES")
     return rows
+
+
+def _has_parts(row: Mapping[str, Any]) -> bool:
+    """Return whether every part of a row is an object with a SMILES."""
+    for name in ("reactants", "linkers"):
+        parts = row.get(name, [])
+        if not isinstance(parts, list) or not all(
+            isinstance(part, dict) and isinstance(part.get("smiles"), str) for part in parts
+        ):
+            return False
+    return isinstance(row.get("smiles", ""), str)
 
 
 def _track(request: Mapping[str, Any]) -> dict[str, Any]:

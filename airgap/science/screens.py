@@ -35,7 +35,7 @@ ATOM_LIMIT = 500
 FRAGMENT_LIMIT = 40
 MATCH_LIMIT = 500
 SECONDS = 60.0
-"""Time for one call; a call that needs more is incomplete."""
+"""Time for one call of the screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +188,11 @@ def _group(text: str) -> Group:
 
 
 class Screener:
-    """Screens molecules against one pack."""
+    """Screens molecules against one pack; a call that needs more than `seconds` is incomplete."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, *, seconds: float = SECONDS) -> None:
         self.pack = pack
+        self._seconds = seconds
         self._uncharger = rdMolStandardize.Uncharger()
         self._disconnector = rdMolStandardize.MetalDisconnector()
         self._tautomers = rdMolStandardize.TautomerEnumerator()
@@ -211,7 +212,7 @@ class Screener:
             target: They are products for which a route is asked: anything from H2 up counts as H3.
 
         """
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + self._seconds
         found: dict[str, str] = {}
         reason = ""
         for molecule in molecules:

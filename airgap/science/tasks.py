@@ -1,5 +1,4 @@
-"""Typed tasks: from what a scientist has to a prompt, a budget, sampling settings and a grammar
-mode.
+"""Typed tasks: from what a scientist has to a prompt, a budget, settings and a grammar mode.
 
 A user gives a SMILES, a FASTA file, a sequence or a structure and never types a tag. The tasks,
 their prompt forms, stop tags and sampling settings are those of the authors' released scripts and

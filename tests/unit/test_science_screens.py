@@ -1,0 +1,349 @@
+"""The hazard screen: what the Annex defines is found in every written form, medicines are not."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from rdkit import Chem
+from rdkit.Chem.EnumerateStereoisomers import EnumerateStereoisomers, StereoEnumerationOptions
+from rdkit.Chem.MolStandardize import rdMolStandardize
+
+from airgap.science import molecules, screens
+from airgap.science.screens import Group, Screener, ScreenResult
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+POSITIVE = tomllib.loads((VECTORS / "cwc_positive.toml").read_text())
+NEGATIVE = tomllib.loads((VECTORS / "cwc_negative.toml").read_text())
+PACK = screens.load_pack()
+SCREENER = Screener(PACK)
+FAMILIES = {family.paragraph: family for family in PACK.families}
+LISTED = {}
+for entry in PACK.listed:
+    LISTED.setdefault(entry.paragraph, set()).add(entry.block)
+
+ALKYL = {
+    "H": None,
+    "methyl": "C",
+    "ethyl": "CC",
+    "n-propyl": "CCC",
+    "isopropyl": "C(C)C",
+    "n-butyl": "CCCC",
+    "pinacolyl": "C(C)C(C)(C)C",
+    "cyclohexyl": "C1CCCCC1",
+    "cyclopropyl": "C1CC1",
+    "n-decyl": "C" * 10,
+    "n-undecyl": "C" * 11,
+    "phenyl": "c1ccccc1",
+    "vinyl": "C=C",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    molecules.capture_log()
+
+
+def core_of(paragraph: str, number: int = 0) -> Chem.RWMol:
+    """Turn a core of the pack into atoms and bonds."""
+    query = FAMILIES[paragraph].cores[number]
+    edit = Chem.RWMol()
+    for atom in query.GetAtoms():
+        number = atom.GetAtomicNum()
+        if not number:
+            symbol = re.search(r"[A-Z][a-z]?", atom.GetSmarts().replace("X", ""))[0]
+            number = Chem.GetPeriodicTable().GetAtomicNumber(symbol)
+        added = edit.GetAtomWithIdx(edit.AddAtom(Chem.Atom(number)))
+        added.SetIsAromatic(atom.GetIsAromatic())
+        added.SetFormalCharge(int("&+" in atom.GetSmarts()))
+    for bond in query.GetBonds():
+        edit.AddBond(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx(), bond.GetBondType())
+    return edit
+
+
+def grow(paragraph: str, groups: dict[int, list[str]], core: int = 0) -> Chem.Mol:
+    """Build a member of a family: its core from the pack, with these groups on numbered atoms."""
+    edit = core_of(paragraph, core)
+    for atom in FAMILIES[paragraph].cores[core].GetAtoms():
+        for name in groups.get(atom.GetAtomMapNum() or -1, []):
+            if ALKYL[name] is not None:
+                start = edit.GetNumAtoms()
+                edit = Chem.RWMol(Chem.CombineMols(edit, Chem.MolFromSmiles(ALKYL[name])))
+                edit.AddBond(atom.GetIdx(), start, Chem.BondType.SINGLE)
+    for atom in edit.GetAtoms():
+        if atom.GetAtomicNum() == 7 and atom.GetDegree() == 4:
+            atom.SetFormalCharge(1)
+    Chem.SanitizeMol(edit)
+    return edit.GetMol()
+
+
+# Families whose Annex example is grown here; its key must be the one that the pack lists by name.
+EXAMPLES = {
+    "1a01 sarin": ("1a01", {1: ["methyl"], 2: ["isopropyl"]}),
+    "1a01 soman": ("1a01", {1: ["methyl"], 2: ["pinacolyl"]}),
+    "1a02 tabun": ("1a02", {1: ["methyl", "methyl"], 2: ["ethyl"]}),
+    "1a03 VX": ("1a03", {1: ["methyl"], 2: ["ethyl"], 3: ["isopropyl", "isopropyl"]}),
+    "1b09 DF": ("1b09", {1: ["methyl"]}),
+    "1b10 QL": ("1b10", {1: ["methyl"], 2: ["ethyl"], 3: ["isopropyl", "isopropyl"]}),
+    "2a01 amiton": ("2a01", {}),
+}
+
+
+@pytest.mark.parametrize(("paragraph", "groups"), EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_example_that_the_annex_names_belongs_to_its_family_and_is_listed(paragraph, groups):
+    made = grow(paragraph, groups)
+    found = SCREENER.find_classes(made)
+    assert found[paragraph] == ("H2" if paragraph.startswith("2") else "H3")
+    assert screens.first_block(made) in LISTED[paragraph]
+    assert f"{paragraph}.listed" in found
+
+
+MEMBERS = {
+    "1a01": [{1: ["n-propyl"], 2: ["n-decyl"]}, {1: ["ethyl"], 2: ["cyclohexyl"]}],
+    "1a02": [{1: ["ethyl", "isopropyl"], 2: ["cyclohexyl"]}],
+    "1a03": [
+        {1: ["ethyl"], 2: ["H"], 3: ["methyl", "ethyl"]},
+        {1: ["ethyl"], 2: ["n-decyl"], 3: ["methyl", "ethyl", "methyl"]},
+    ],
+    "1a13": [
+        {1: ["n-decyl"], 2: ["n-decyl"], 3: ["n-decyl", "n-decyl"]},
+        {1: ["methyl"], 2: ["H"], 3: ["ethyl", "ethyl"]},
+    ],
+    "1a14": [{1: ["methyl"], 2: ["methyl"], 3: ["ethyl", "ethyl"]}],
+    "1b09": [{1: ["isopropyl"]}],
+    "1b10": [{1: ["ethyl"], 2: ["cyclohexyl"], 3: ["methyl", "methyl"]}],
+    "2a01": [{1: ["methyl"]}],
+    "2b05": [{1: ["methyl", "isopropyl"]}],
+    "2b06": [{1: ["methyl"], 2: ["isopropyl"], 3: ["ethyl", "n-propyl"]}],
+    "2b10": [{1: ["isopropyl", "isopropyl"]}],
+    "2b11": [{1: ["isopropyl", "ethyl"]}],
+    "2b12": [{1: ["methyl", "methyl"]}],
+}
+OUTSIDE = {
+    "1a01 O-alkyl above C10": ("1a01", {1: ["methyl"], 2: ["n-undecyl"]}),
+    "1a01 P-butyl": ("1a01", {1: ["n-butyl"], 2: ["methyl"]}),
+    "1a01 P-cyclopropyl": ("1a01", {1: ["cyclopropyl"], 2: ["methyl"]}),
+    "1a01 O-phenyl": ("1a01", {1: ["methyl"], 2: ["phenyl"]}),
+    "1a01 no ester": ("1a01", {1: ["methyl"]}),
+    "1a02 N-butyl": ("1a02", {1: ["methyl", "n-butyl"], 2: ["ethyl"]}),
+    "1a13 alkylidene above C10": (
+        "1a13",
+        {1: ["methyl"], 2: ["n-undecyl"], 3: ["methyl", "methyl"]},
+    ),
+    "1b09 P-butyl": ("1b09", {1: ["n-butyl"]}),
+    "2b06 O-butyl": ("2b06", {1: ["n-butyl"], 2: ["ethyl"], 3: ["ethyl", "ethyl"]}),
+    "2b10 N-butyl": ("2b10", {1: ["n-butyl", "n-butyl"]}),
+    "2b11 primary": ("2b11", {1: []}),
+    "2b11 three groups": ("2b11", {1: ["methyl", "n-butyl"]}),
+    "2b12 vinyl": ("2b12", {1: ["vinyl", "methyl"]}),
+}
+
+
+@pytest.mark.parametrize("paragraph", MEMBERS)
+def test_members_of_a_family_are_found_within_the_carbon_counts(paragraph):
+    for core in range(len(FAMILIES[paragraph].cores)):
+        for groups in MEMBERS[paragraph]:
+            if core and paragraph in {"1a13", "1a14"}:
+                continue  # the second core is the alkylated salt, written with a charge
+            assert paragraph in SCREENER.find_classes(grow(paragraph, groups, core))
+
+
+@pytest.mark.parametrize(("paragraph", "groups"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_what_the_paragraph_does_not_cover_is_not_of_its_family(paragraph, groups):
+    assert MEMBERS[paragraph]
+    assert paragraph not in SCREENER.find_classes(grow(paragraph, groups))
+
+
+def test_every_family_has_a_member_in_these_tests():
+    covered = {*MEMBERS, "1a16", "2b04"}
+    assert covered == set(FAMILIES)
+
+
+def forms(molecule: Chem.Mol) -> dict[str, Chem.Mol]:
+    """Write one molecule in every form that could hide it."""
+    smiles = Chem.MolToSmiles(molecule)
+    carbon = Chem.Mol(molecule)
+    for atom in carbon.GetAtoms():
+        if atom.GetAtomicNum() == 6:
+            atom.SetIsotope(13)
+    heavy = Chem.AddHs(molecule)
+    for atom in heavy.GetAtoms():
+        if atom.GetAtomicNum() == 1:
+            atom.SetIsotope(2)
+    mapped = Chem.Mol(molecule)
+    for atom in mapped.GetAtoms():
+        atom.SetAtomMapNum(atom.GetIdx() + 1)
+    found = {
+        "plain": molecule,
+        "carbon-13": carbon,
+        "deuterium": heavy,
+        "hydrogens written": Chem.AddHs(molecule),
+        "atom maps": mapped,
+        "mixture": Chem.MolFromSmiles(f"{smiles}.CCO.c1ccccc1"),
+        "unsanitised": molecules.parse_loosely(smiles),
+        "other order": molecules.parse_loosely(Chem.MolToSmiles(molecule, doRandom=True)),
+    }
+    for number, other in enumerate(rdMolStandardize.TautomerEnumerator().Enumerate(molecule)):
+        found[f"tautomer {number}"] = other
+    stereo = EnumerateStereoisomers(molecule, options=StereoEnumerationOptions(maxIsomers=4))
+    for number, other in enumerate(stereo):
+        found[f"stereoisomer {number}"] = other
+    return found | charged(molecule)
+
+
+def charged(molecule: Chem.Mol) -> dict[str, Chem.Mol]:
+    """Write salts and charge-separated forms, where the molecule has the atoms for them."""
+    found: dict[str, Chem.Mol] = {}
+    amine = Chem.MolFromSmarts("[NX3;+0;!$(N-[!#6]);!$(N-[#6]=[!#6])]")
+    for (at,) in molecule.GetSubstructMatches(amine)[:1]:
+        edit = Chem.RWMol(molecule)
+        atom = edit.GetAtomWithIdx(at)
+        atom.SetFormalCharge(1)
+        atom.SetNumExplicitHs(atom.GetTotalNumHs() + 1)
+        Chem.SanitizeMol(edit)
+        found["hydrochloride"] = Chem.MolFromSmiles(Chem.MolToSmiles(edit) + ".[Cl-]")
+    for (at,) in molecule.GetSubstructMatches(Chem.MolFromSmarts("[OX2H]"))[:1]:
+        edit = Chem.RWMol(molecule)
+        edit.GetAtomWithIdx(at).SetFormalCharge(-1)
+        Chem.SanitizeMol(edit)
+        found["sodium salt"] = Chem.MolFromSmiles(Chem.MolToSmiles(edit) + ".[Na+]")
+        edit.GetAtomWithIdx(at).SetFormalCharge(0)
+        sodium = edit.AddAtom(Chem.Atom(11))
+        edit.AddBond(at, sodium, Chem.BondType.SINGLE)
+        Chem.SanitizeMol(edit)
+        found["sodium bonded"] = edit.GetMol()
+    edit = Chem.RWMol(molecule)
+    split = False
+    for bond in edit.GetBonds():
+        ends = sorted((bond.GetBeginAtom(), bond.GetEndAtom()), key=lambda a: -a.GetAtomicNum())
+        if bond.GetBondType() == Chem.BondType.DOUBLE and ends[0].GetAtomicNum() in {15, 16}:
+            bond.SetBondType(Chem.BondType.SINGLE)
+            ends[0].SetFormalCharge(ends[0].GetFormalCharge() + 1)
+            ends[1].SetFormalCharge(ends[1].GetFormalCharge() - 1)
+            split = True
+    if split:
+        Chem.SanitizeMol(edit)
+        found["charges apart"] = edit.GetMol()
+    return found
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_positive_control_is_found_in_every_written_form(name):
+    molecule = Chem.MolFromSmiles(POSITIVE[name])
+    wanted = "H4" if name.startswith("1") else "H2"
+    for form, written in forms(molecule).items():
+        result = SCREENER.screen([written])
+        assert (result.status, result.tier) == ("complete", wanted), form
+        assert any(found.startswith(name[:4]) for found in result.classes), form
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_grown_example_is_found_in_every_written_form(name):
+    paragraph, groups = EXAMPLES[name]
+    for form, written in forms(grow(paragraph, groups)).items():
+        result = SCREENER.screen([written])
+        assert result.status == "complete", form
+        assert result.tier >= ("H2" if paragraph.startswith("2") else "H3"), form
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_negative_control_stays_at_or_below_h1(name):
+    molecule = Chem.MolFromSmiles(NEGATIVE[name])
+    for form, written in {"plain": molecule, **charged(molecule)}.items():
+        result = SCREENER.screen([written])
+        assert (result.status, result.tier <= "H1", result.classes) == ("complete", True, ()), form
+
+
+def test_second_quaternary_nitrogen_decides_the_carbamates():
+    # The core of 1a16 from the pack, filled with methyl; nothing of the Annex's own chains.
+    edit = core_of("1a16")
+    charged_atoms = [atom.GetIdx() for atom in edit.GetAtoms() if atom.GetFormalCharge() > 0]
+    for at in charged_atoms:
+        for _ in range(3 - edit.GetAtomWithIdx(at).GetDegree()):
+            edit.AddBond(at, edit.AddAtom(Chem.Atom(6)), Chem.BondType.SINGLE)
+    bridge = edit.AddAtom(Chem.Atom(6))
+    half = Chem.RWMol(edit)
+    for at in charged_atoms:
+        edit.AddBond(at, bridge, Chem.BondType.SINGLE)
+    Chem.SanitizeMol(edit)
+    assert "1a16" in SCREENER.find_classes(edit.GetMol())
+    half.AddBond(charged_atoms[0], bridge, Chem.BondType.SINGLE)
+    half.GetAtomWithIdx(charged_atoms[1]).SetFormalCharge(0)
+    Chem.SanitizeMol(half)
+    assert "1a16" not in SCREENER.find_classes(half.GetMol())
+    assert "1a16" not in SCREENER.find_classes(Chem.MolFromSmiles(NEGATIVE["pyridostigmine"]))
+
+
+def test_route_to_anything_from_h2_up_holds():
+    thiodiglycol = [Chem.MolFromSmiles(POSITIVE["2b13 thiodiglycol"])]
+    assert SCREENER.screen(thiodiglycol).tier == "H2"
+    assert SCREENER.screen(thiodiglycol, target=True).tier == "H3"
+    harmless = [Chem.MolFromSmiles("CCO")]
+    assert SCREENER.screen(harmless, target=True).tier == "H0"
+
+
+def test_failure_is_incomplete_and_still_reports_what_was_found():
+    huge = Chem.MolFromSmiles("C" * 1_200)
+    found = Chem.MolFromSmiles(POSITIVE["2b13 thiodiglycol"])
+    result = SCREENER.screen([found, huge])
+    assert (result.status, result.tier, result.classes) == (
+        *("incomplete", "H2"),
+        ("2b13.listed",),
+    )
+    assert result.reason
+    many = Chem.MolFromSmiles(".".join(["C"] * 100))
+    assert SCREENER.screen([many]).status == "incomplete"
+
+
+def test_time_out_is_incomplete():
+    result = Screener(PACK, seconds=-1.0).screen([Chem.MolFromSmiles("CCO")])
+    assert (result.status, result.reason) == ("incomplete", "time")
+
+
+def test_results_without_structures_say_why():
+    assert SCREENER.nothing("no input").status == "complete"
+    assert "no input" in SCREENER.nothing("no input").mode
+    assert SCREENER.incomplete("crash") == ScreenResult(
+        "incomplete", "H0", PACK.digest, SCREENER.mode, (), "crash"
+    )
+
+
+def test_groups_fill_in_any_order_and_may_be_absent_from_zero():
+    small, any_size = Group(1, 3, rings=False), Group(0, 10, rings=True)
+    assert screens._fit([(10, True), (1, False)], [small, any_size])
+    assert screens._fit([(2, False)], [small, any_size])
+    assert not screens._fit([(10, True)], [small])
+    assert not screens._fit([], [small])
+    assert not screens._fit([(1, False), (1, False)], [small])
+
+
+GOOD = screens.PACK_FILE.read_bytes()
+BAD_PACKS = {
+    "not text": b"\xff\xfe",
+    "not TOML": b"= =",
+    "other schema": GOOD.replace(b"airgap/screen/1", b"airgap/screen/9"),
+    "empty": b'schema = "airgap/screen/1"\nname = "x"\nversion = 1\nlisted = []\nfamily = []\n',
+    "no list": b'schema = "airgap/screen/1"\nname = "x"\nversion = 1\n',
+    "wrong tier": GOOD.replace(b'tier = "H3"', b'tier = "H9"', 1),
+    "not SMARTS": GOOD.replace(b'cores = ["[#15:1]', b'cores = ["[#15:1', 1),
+    "unknown field": GOOD.replace(b"whole = true", b"whole = true\nroute = 1", 1),
+    "unknown field of a name": GOOD.replace(b'atoms = "', b'potency = 1\natoms = "', 1),
+    "too large": GOOD + b"#" * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("raw", BAD_PACKS.values(), ids=BAD_PACKS.keys())
+def test_bad_pack_is_refused(raw):
+    assert screens.parse_pack(GOOD).digest == PACK.digest
+    with pytest.raises(ValueError, match=r"pack|schema|tier|SMARTS|field|large"):
+        screens.parse_pack(raw)
+
+
+def test_pack_holds_every_paragraph_of_the_schedules_or_says_why_not():
+    held = {entry.paragraph for entry in PACK.listed} | set(FAMILIES)
+    schedule_1 = {f"1a{n:02}" for n in (*range(1, 9), *range(13, 17))}
+    schedule_1 |= {f"1b{n:02}" for n in range(9, 13)}
+    schedule_2 = {f"2a{n:02}" for n in range(1, 4)} | {f"2b{n:02}" for n in range(4, 15)}
+    schedule_3 = {f"3a{n:02}" for n in range(1, 5)} | {f"3b{n:02}" for n in range(5, 18)}
+    assert schedule_1 | schedule_2 | schedule_3 == held | {"1a08"}
+    assert b"ricin (1a08), a protein" in GOOD
