@@ -334,24 +334,21 @@ def follow_chain(trust: Trust, raw: bytes) -> Trust:
         _Chain.model_validate_json(raw)  # the shape; each root is read from its own bytes below
     except ValidationError as error:
         raise RefusedError("trust.chain", f"META/trust.json: {first_problem(error)}") from error
+    roots = [parse_envelope(canonical_json(entry), code="trust.chain") for entry in value["roots"]]
+    carried = _verify_chain(roots)  # old links too: no byte of the head is free
     held = {document.version: document for document in trust.documents}
-    newer: list[Envelope] = []
-    last = 0
-    for entry in value["roots"]:
-        envelope = parse_envelope(canonical_json(entry), code="trust.chain")
-        document = parse_root(envelope.payload)
-        if last and document.version != last + 1:
-            raise RefusedError("trust.chain", f"root {last} is followed by {document.version}")
-        last = document.version
-        known = held.get(document.version)
-        if known is not None and known != document:
+    for document in carried.documents:
+        if held.get(document.version, document) != document:
             raise RefusedError(
                 "trust.chain",
                 f"the bundle carries another root of version {document.version} than this host",
                 hint="compare fingerprints with `airgap trust show` on both hosts",
             )
-        if document.version > trust.version:
-            newer.append(envelope)
+    newer = [
+        envelope
+        for envelope, document in zip(carried.chain, carried.documents, strict=True)
+        if document.version > trust.version
+    ]
     return _verify_chain([*trust.chain, *newer]) if newer else trust
 
 

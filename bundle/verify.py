@@ -28,6 +28,7 @@ from bundle.envelope import parse_envelope
 from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
 from bundle.scan import ScanReport, scan_payload
+from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, verify_seal
 from bundle.trust import Trust, follow_chain
 from policy.errors import FaultError, RefusedError
@@ -337,12 +338,14 @@ def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> Sc
         view: Gives the bytes of a listed file: from the bundle, or from a quarantine.
 
     Raises:
-        RefusedError: `manifest.layout`, `evidence.subject`, `bom.mismatch`, `scan.*`.
+        RefusedError: `manifest.layout`, `bom.mismatch`, `scan.*`.
 
     """
     wanted = archive.sums_text([(e.path, e.sha256) for e in manifest.files if e.path != SUMS])
     if bytes(view(SUMS)) != wanted:
         raise RefusedError("manifest.layout", f"{SUMS} and the manifest list different files")
+    if manifest.find(BOM) is None:
+        raise RefusedError("bom.mismatch", f"the release lists no {BOM}")
     return scan_payload(view, manifest)
 
 

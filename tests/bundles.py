@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from bundle import archive, envelope, keys, merkle, trust
 from bundle.archive import Member
 from bundle.canonical import canonical_json
 from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
-from bundle.manifest import Manifest, Release, canonical
+from bundle.manifest import Manifest, ModelEntry, Release
 from bundle.statement import PAYLOAD_TYPE, seal_statement
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ENROLLED = NOW - timedelta(days=30)
 CREATED = NOW - timedelta(days=1)
 MODEL = "tiny"
-WEIGHTS = 5 * 1024 * 1024  # bytes: more than one chunk
+WEIGHTS = 4 * 1024 * 1024 + 65536  # bytes: more than one chunk
 VOCABULARY = ["<pad>", "<unk>", "<bos>", "<eos>", "<MoleculeS>", "<MoleculeE>", "C", "O"]
 
 # name -> person, roles
@@ -179,19 +181,30 @@ def make_weights(size: int = WEIGHTS, seed: int = 0) -> bytes:
     return (block * (size // len(block) + 1))[:size]
 
 
+def make_bom(payload: list[Member]) -> bytes:
+    files = [
+        {
+            "type": "file",
+            "name": member.path,
+            "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(member.source).hexdigest()}],
+        }
+        for member in payload
+    ]
+    return canonical_json({"bomFormat": "CycloneDX", "specVersion": "1.7", "components": files})
+
+
 def make_members(weights: bytes | None = None, extra: tuple[Member, ...] = ()) -> list[Member]:
     weights = make_weights() if weights is None else weights
     found = [
         Member(f"payload/{MODEL}/{name}", content, role)
         for name, (role, content) in make_payload(weights).items()
     ]
-    bom = canonical_json({"bomFormat": "CycloneDX", "specVersion": "1.7", "components": []})
     found += [
+        Member("META/sbom/bom.cdx.json", make_bom(found), "sbom", "application/json"),
         Member("META/report.json", canonical_json({"findings": []}), "report", "application/json"),
         Member("META/evidence/pins.sha256", b"pins\n", "evidence", "text/plain"),
         Member("META/vectors/parity.json", canonical_json({"prompts": []}), "vectors"),
     ]
-    del bom
     return [*found, *extra]
 
 
@@ -221,8 +234,6 @@ MODEL_FACTS: dict[str, Any] = {
 
 def make_release(**changes: Any) -> Release:
     model = {**MODEL_FACTS, **changes.pop("model", {})}
-    from bundle.manifest import ModelEntry
-
     entry = ModelEntry.model_validate_json(json.dumps(model))
     return Release(**{**RELEASE, "models": (entry,), **changes})
 
@@ -268,36 +279,39 @@ class Forge:
     manifest: dict[str, Any]
     body: bytearray
     signers: tuple[str, ...] = ("builder", "alice", "bob")
-    retree: bool = True
+    builder: str = "ben"
     raw_manifest: bytes | None = None
     leaves: list[bytes] | None = None
     statement: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Forge:
-        with archive.open_file(path) as stream:
+    def of(cls, raw: bytes) -> Forge:
+        with tempfile.TemporaryFile(buffering=0) as stream:
+            stream.write(raw)
             head = archive.read_head(stream)
-        return cls(
-            head.trust, json.loads(head.manifest), bytearray(path.read_bytes()[head.body_start :])
-        )
+        return cls(head.trust, json.loads(head.manifest), bytearray(raw[head.body_start :]))
 
-    def assemble(self) -> bytes:
-        size = self.manifest["body"]["chunk_size"]
-        leaves = [
+    def true_leaves(self) -> list[bytes]:
+        size = archive.CHUNK_SIZE
+        return [
             merkle.leaf_hash(bytes(self.body[i : i + size])) for i in range(0, len(self.body), size)
         ]
-        if self.retree:
-            self.manifest["body"] |= {
-                "root": merkle.root(leaves).hex(),
-                "leaves": len(leaves),
-                "size": len(self.body),
-            }
-        raw = self.raw_manifest or canonical_json(self.manifest)
+
+    def sealed_manifest(self) -> dict[str, Any]:
+        """Return the manifest with the true facts of the body as it stands."""
+        leaves = self.true_leaves()
+        facts = {"root": merkle.root(leaves).hex(), "leaves": len(leaves), "size": len(self.body)}
+        self.manifest["body"] = {**self.manifest["body"], **facts}
+        return self.manifest
+
+    def assemble(self) -> bytes:
+        raw = self.raw_manifest or canonical_json(self.sealed_manifest())
         payload = canonical_json(self.statement or self.make_statement(raw))
         made = envelope.Envelope(payload, PAYLOAD_TYPE, ())
         for name in self.signers:
             made = envelope.add_signature(made, signer(name))
-        head = archive._head(made.to_padded(), self.trust, raw, b"".join(self.leaves or leaves))
+        leaves = self.leaves if self.leaves is not None else self.true_leaves()
+        head = archive._head(made.to_padded(), self.trust, raw, b"".join(leaves))
         return head + bytes(self.body)
 
     def make_statement(self, raw: bytes) -> dict[str, Any]:
@@ -324,12 +338,8 @@ class Forge:
                 "not_before": get("not_before"),
                 "expires": get("expires"),
                 "body_size": self.manifest["body"]["size"],
-                "builder": "ben",
+                "builder": self.builder,
                 "policy_pack_digests": [],
                 "report_digest": f"sha256:{report}",
             },
         }
-
-
-def canonical_of(manifest: Manifest) -> bytes:
-    return canonical(manifest)
