@@ -31,7 +31,7 @@ from policy.errors import FaultError, RefusedError, UsageError
 MODEL = "logos-ref-tiny"
 MARKER = ".airgap-demo"  # a folder without it is somebody's data and is never cleared
 SHOWN_REASONS = 4
-CODE_WIDTH = 20
+CODE_WIDTH = 16
 OUTPUT_LIMIT = 64 * 1024 * 1024  # bytes of one command's JSON
 PARACETAMOL = "CC(=O)Nc1ccc(O)cc1"
 # Human lysozyme C, residues 19 to 66 of UniProt P61626: short enough for the small model.
@@ -369,13 +369,12 @@ def connect_inside(demo: Demo) -> tuple[str, str, str]:
     """Probe the seal: the control must reach its receiver, the sealed twin must not."""
     outcome = call(demo, "doctor", "--root", demo.lab)
     demo.found["doctor"] = outcome.document
-    probe = outcome.document["probe"]
-    row = probe["sealed"]["tcp4"]
-    answer = row if isinstance(row, str) else " ".join(str(part) for part in row)
+    rung = next(each for each in outcome.document["rungs"] if each["sealed"])
+    row = next(each for each in rung["verdict"]["rows"] if each["channel"] == "tcp4")
     return (
         "connect() from inside the seal",
-        f"{answer}; the same call outside the seal: {probe['control']['tcp4']}",
-        f"{len(probe['sealed'])} channels tried, none open",
+        f"{row['stage1']} before, {row['stage2']} after the last filter",
+        f"the same call outside the seal: {row['control']}",
     )
 
 
@@ -465,7 +464,7 @@ def what_runs(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{MODEL} 1.0.0, provenance {built.get('provenance_level', 'L1')}"),
         ("bundle", str(found["install"].get("digest", ""))),
         ("made by", str(built.get("supplier", "this project")) + "; scientific_use: false"),
-        ("parity", str(built.get("parity", ""))),
+        ("parity", str(built["parity"]["text"])),
         ("signed by", ", ".join(found["sign"].get("people", []))),
     ]
 
@@ -483,9 +482,16 @@ def why(found: dict[str, Any]) -> list[tuple[str, str]]:
 def egress(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Give the rung of the seal and the probe."""
     doctor = found["doctor"]
+    verdict = next(each for each in doctor["rungs"] if each["sealed"])["verdict"]
     return [
-        ("seal", f"SEALED/{doctor['rung']}"),
-        ("probe", found["refusals"][2][2]),
+        ("seal", str(doctor["verdict"])),
+        (
+            "probe",
+            (
+                f"outside {verdict['control_open']} channels open, {verdict['control_heard']} "
+                f"heard; inside {verdict['sealed_open']} open, {verdict['sealed_heard']} heard"
+            ),
+        ),
     ]
 
 
@@ -510,11 +516,13 @@ def done(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def refusals(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Give the four refusals."""
-    rows = []
-    for what, code, cause in found["refusals"]:
-        rows += [(code[:20] if len(code) <= CODE_WIDTH else "", f"{what}: {cause:.160}")]
-    return rows
+    """Give the four refusals: what was tried, and how it ended."""
+    return [
+        (f"{number}. {code}" if len(code) < CODE_WIDTH else f"{number}.", f"{what}: {cause:.150}")
+        if len(code) < CODE_WIDTH
+        else (f"{number}. errno", f"{what}: {code}; {cause}")
+        for number, (what, code, cause) in enumerate(found["refusals"], 1)
+    ]
 
 
 def look_at(out: Path) -> list[tuple[str, str]]:
