@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bundle.fields import has_hidden
+from bundle.staging.parity import STEPS, Parity
 from bundle.staging.pipeline import Built
 from bundle.staging.sign import Draft, Tally
 
@@ -97,29 +97,46 @@ def write_page(path: Path, text: str) -> None:
 
 def built_document(built: Built) -> dict[str, Any]:
     """Return what `airgap build --json` prints."""
+    model = built.manifest.models[0]
     return {
         "bundle": str(built.path),
         "digest": str(built.manifest.digest),
         "body_root": built.manifest.body.root,
         "size": built.path.stat().st_size,
         "builder": built.builder,
-        "provenance_level": built.report.provenance["level"],
+        "model": model.id,
+        "version": built.manifest.version,
+        "source": model.source,
+        "revision": model.revision,
+        "supplier": model.supplier.legal_name,
+        "licence": model.licence.spdx,
+        "scientific_use": model.scientific_use,
+        "provenance_level": model.provenance_level,
         "parity": {
             "prompts": len(built.parity.vectors),
             "skipped": len(built.parity.skipped),
             "max_delta_full": str(built.parity.full),
             "max_delta_with_cache": str(built.parity.past),
             "greedy_tokens_equal": True,
+            "text": parity_text(built.parity),
         },
         "rung": str(built.seal.get("rung", "unknown")),
         "decision": built.decision,
     }
 
 
+def parity_text(parity: Parity) -> str:
+    """Say in one line what the proof showed."""
+    kinds = len({vector.prompt.kind for vector in parity.vectors})
+    return (
+        f"{len(parity.vectors)} prompts of {kinds} kinds: largest difference of a logit "
+        f"{parity.full:.1e} in a full pass, {parity.past:.1e} with the cache; "
+        f"{STEPS} greedy tokens the same on each"
+    )
+
+
 def built_view(built: Built) -> RenderableType:
     """Show a finished draft on a terminal."""
-    parity = built.parity
-    kinds = len({vector.prompt.kind for vector in parity.vectors})
     rows = [
         ("bundle", f"{built.path} ({size_text(built.path.stat().st_size)})"),
         ("digest", str(built.manifest.digest)),
@@ -129,14 +146,7 @@ def built_view(built: Built) -> RenderableType:
             f"{built.report.provenance['level']}: {built.report.provenance['sentence']}",
         ),
         ("conversion", f"sealed, no network (rung {built.seal.get('rung', 'unknown')})"),
-        (
-            "parity",
-            (
-                f"{len(parity.vectors)} prompts of {kinds} kinds: largest difference of a logit "
-                f"{_small(parity.full)} in a full pass, {_small(parity.past)} with the cache; "
-                "64 greedy tokens the same on each"
-            ),
-        ),
+        ("parity", parity_text(built.parity)),
         ("policy", _decision_text(built.decision)),
         ("builder", f"{built.builder} has signed; approvers sign next"),
     ]
@@ -190,7 +200,7 @@ def tally_document(draft: Draft, tally: Tally, who: str) -> dict[str, Any]:
         "bundle": str(draft.path),
         "digest": str(draft.digest),
         "signed_by": who,
-        "approvers": list(tally.approvers),
+        "people": list(tally.approvers),
         "needed": tally.needed,
         "missing_roles": list(tally.missing_roles),
         "builder": tally.builder,
@@ -269,10 +279,6 @@ def _use_text(report: Mapping[str, Any]) -> str:
         "scientific use is not excluded" if use["scientific_use"] else "not for scientific use"
     )
     return ", ".join(parts) + " (declared)"
-
-
-def _small(value: Decimal) -> str:
-    return f"{value:.1e}"
 
 
 def _decision_text(decision: Mapping[str, Any]) -> str:

@@ -1,0 +1,178 @@
+"""The judge of parity: every figure is checked, a missing or odd one fails, and so does a near miss."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from decimal import Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from staging_runs import Result
+
+from bundle.staging.parity import (
+    KINDS,
+    MIN_PROMPTS,
+    STEPS,
+    judge,
+    load_prompts,
+    prove_parity,
+    statement,
+)
+from policy.errors import AirgapError, RefusedError
+
+PROMPTS = load_prompts()[0]
+
+
+def figures(**changes):
+    rows = [
+        {
+            "index": index,
+            "ids": [2, 8],
+            "source": list(range(STEPS)),
+            "graph": list(range(STEPS)),
+            "full": "1.5e-06",
+            "past": "2.5e-06",
+            "margin": "1.0e-02",
+            "top": [[1, "2.0e+00"]],
+        }
+        for index in range(len(PROMPTS))
+    ]
+    base = {
+        "rows": rows,
+        "skipped": [],
+        "versions": {"torch": "2"},
+        "provider": "CPU",
+        "steps": STEPS,
+    }
+    return {**base, **changes}
+
+
+def refused(value) -> RefusedError:
+    with pytest.raises(RefusedError) as caught:
+        judge(value, PROMPTS)
+    return caught.value
+
+
+def test_the_packaged_prompts_are_enough_and_credited():
+    prompts, credits = load_prompts()
+    assert len(prompts) >= MIN_PROMPTS
+    assert {prompt.kind for prompt in prompts} == KINDS
+    assert len({prompt.text for prompt in prompts}) == len(prompts)
+    assert all(prompt.source for prompt in prompts)
+    assert all(item["licence"] for item in credits)
+
+
+def test_sound_figures_are_a_proof():
+    parity = judge(figures(), PROMPTS)
+    assert (parity.full, parity.past) == (Decimal("1.5e-06"), Decimal("2.5e-06"))
+    document = parity.vectors_document("tiny")
+    assert len(document["vectors"]) == len(PROMPTS)
+    assert document["vectors"][0]["greedy_ids"] == list(range(STEPS))
+    raw = statement(parity, {"payload/m/model.onnx": "0" * 64}, {"model.safetensors": "1" * 64})
+    assert json.loads(raw)["predicate"]["result"] == "PASSED"
+
+
+@pytest.mark.parametrize("field", ["full", "past"])
+@pytest.mark.parametrize("value", ["1.001e-03", "nan", "inf", "-1e-09", "1", "x", None, []])
+def test_a_delta_beyond_the_tolerance_or_no_number_fails(field, value):
+    rows = deepcopy(figures()["rows"])
+    rows[3][field] = value
+    assert refused(figures(rows=rows)).code == "parity.failed"
+    rows[3][field] = "1.000e-03"
+    assert judge(figures(rows=rows), PROMPTS)
+
+
+def test_one_other_token_fails_and_is_named():
+    rows = deepcopy(figures()["rows"])
+    rows[5]["graph"][40] = 7
+    error = refused(figures(rows=rows))
+    assert error.code == "parity.failed"
+    assert f"token 41 of {STEPS}" in error.message
+
+
+@pytest.mark.parametrize("tokens", [[], list(range(STEPS - 1)), "abc", [1.5] * STEPS, [-1] * STEPS])
+def test_other_than_64_tokens_fails(tokens):
+    rows = deepcopy(figures()["rows"])
+    rows[0]["source"] = rows[0]["graph"] = tokens
+    assert refused(figures(rows=rows)).code == "parity.failed"
+
+
+def test_the_same_prompt_twice_fails():
+    rows = figures()["rows"]
+    assert refused(figures(rows=[*rows, rows[0]])).code == "parity.failed"
+
+
+def test_too_few_prompts_or_a_missing_kind_is_no_proof():
+    rows = figures()["rows"]
+    assert refused(figures(rows=rows[: MIN_PROMPTS - 1])).code == "parity.vectors"
+    without = [row for row in rows if PROMPTS[row["index"]].kind != "material"]
+    skipped = [
+        {"index": n, "reason": "the tokenizer lacks a token"}
+        for n, prompt in enumerate(PROMPTS)
+        if prompt.kind == "material"
+    ]
+    assert len(without) >= MIN_PROMPTS
+    error = refused(figures(rows=without, skipped=skipped))
+    assert error.code == "parity.vectors"
+    assert "material" in error.message
+    assert "lacks a token" in error.message
+
+
+@pytest.mark.parametrize("key", ["rows", "skipped", "versions", "provider"])
+def test_missing_parts_fail(key):
+    value = figures()
+    del value[key]
+    assert refused(value).code == "parity.failed"
+
+
+JSON = some.recursive(
+    some.none() | some.booleans() | some.integers(-5, 99) | some.text(max_size=5),
+    lambda inner: (
+        some.lists(inner, max_size=4)
+        | some.dictionaries(some.sampled_from(list(figures()["rows"][0])), inner, max_size=8)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(some.dictionaries(some.sampled_from(list(figures())), JSON | some.lists(JSON, max_size=3)))
+def test_any_figures_are_judged_or_refused(changes):
+    try:
+        judge(figures(**changes), PROMPTS)
+    except AirgapError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("left", "code"),
+    [
+        ({}, "parity.failed"),
+        ({"parity.json": b"{}"}, "parity.failed"),
+        ({"parity.json": b'{"a":1,"a":2}'}, "parity.failed"),
+        ({"parity.json": b"{}", "extra": b""}, "parity.failed"),
+    ],
+)
+def test_what_a_run_leaves_is_not_believed(tmp_path, left, code):
+    def run(job):
+        for name, content in left.items():
+            (job.out / name).write_bytes(content)
+        return Result()
+
+    with pytest.raises(RefusedError) as caught:
+        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=run, memory_mb=1)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "result",
+    [Result(1, stderr="Traceback\nRuntimeError: no"), Result(None, 9, ""), Result(137)],
+    ids=["error", "killed", "status"],
+)
+def test_a_run_that_fails_is_a_refusal(tmp_path, result):
+    with pytest.raises(RefusedError) as caught:
+        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=lambda _: result, memory_mb=1)
+    assert caught.value.code == "parity.failed"
+    assert "Traceback" not in caught.value.message
