@@ -464,7 +464,7 @@ class AuditLog:
 
     # -- the writer ----------------------------------------------------------------------------
 
-    def _submit(self, event: Event, peer: Peer | None, waiting: threading.Lock) -> _Pending:
+    def _submit(self, event: Event, peer: Peer | None, waiting: threading.Lock | None) -> _Pending:
         if self.state not in {State.RUNNING, State.DRAIN}:
             raise self._fault()
         if self.state is State.DRAIN and event.kind not in _DRAIN:
