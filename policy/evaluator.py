@@ -15,11 +15,11 @@ from policy.approvals import Approval, Approvals, Case
 from policy.errors import RefusedError
 from policy.facts import check_facts, complete_facts, list_age
 from policy.lineage import Registry
-from policy.logic import OPERATORS, AnyPath, Comparison, F, T, Truth, U
+from policy.logic import AnyPath, Comparison, F, T, Truth, compare
 from policy.pack import DUES, CompiledRule, Obligation, Packs, Program, Rule
 from policy.paths import PathFinder, PathResult, Start, boundaries
 from policy.snapshots import ListSnapshot, Snapshots
-from policy.terms import STARTS, Digest, Fact, Outcome, Scope, Unknown
+from policy.terms import STARTS, Digest, Fact, Outcome, Scope
 
 _AGE = "lists.max_age_days"
 
@@ -133,9 +133,7 @@ class Evaluator:
 
     def _compare(self, leaf: Comparison, age: Fact | None) -> Truth:
         fact = age if age is not None and leaf.fact == _AGE else self.facts[leaf.fact]
-        if isinstance(fact, Unknown):
-            return U
-        return T if OPERATORS[leaf.form](fact.value, leaf.operand) else F
+        return compare(leaf, fact)
 
     def _result(self, compiled: CompiledRule, values: Sequence[Truth], day: date) -> RuleResult:
         text = compiled.rule.text

@@ -177,7 +177,8 @@ RULE = """\
   on_unknown: {on_unknown}
   override: {override}
   obligations: {obligations}
-  citation: {{text: "t", url: null, source: institutional, quote_sha256: null, checked_on: null, checked_by: null}}
+  citation: {{text: "t", url: null, source: institutional, quote_sha256: null, checked_on: null,
+    checked_by: null}}
   confidence: policy
   verify_before_release: false
   review_by: "2027-02-21"

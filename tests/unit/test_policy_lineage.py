@@ -188,10 +188,10 @@ CASES = [
 ]
 
 
-def look(start, list_id, basis, day, known_at=NOW, via=CONTROL, rules=RULES):
-    held = {list_id: rules.lists.held(list_id, known_at)}
-    leaf = AnyPath("counterparty", via, list_id, None, basis)
-    return PathFinder(rules.registry, held).find(leaf, Start.parties([start], "test"), day)
+def look(start, list_id, basis, day, known_at=NOW):
+    held = {list_id: RULES.lists.held(list_id, known_at)}
+    leaf = AnyPath("counterparty", CONTROL, list_id, None, basis)
+    return PathFinder(RULES.registry, held).find(leaf, Start.parties([start], "test"), day)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[7]}")
@@ -312,10 +312,17 @@ prepared_on: "2026-11-23"
 status: draft
 reviewer: null
 parties:
-  - {{id: acme, kind: legal_person, legal_name: "Acme Inc", names: [], domicile: "US", source: institutional, confidence: high, litigation_watch: false, verify_before_release: false, note: null}}
-  - {{id: {second}, kind: legal_person, legal_name: "{name}", names: [], domicile: null, source: institutional, confidence: high, litigation_watch: false, verify_before_release: false, note: null}}
+  - {{id: acme, kind: legal_person, legal_name: "Acme Inc", names: [], domicile: "US",
+     source: institutional, confidence: high, litigation_watch: false,
+     verify_before_release: false, note: null}}
+  - {{id: {second}, kind: legal_person, legal_name: "{name}", names: [], domicile: null,
+     source: institutional, confidence: high, litigation_watch: false,
+     verify_before_release: false, note: null}}
 edges:
-  - {{id: S-1, subject: acme, relation: controlled_by, object: {parent}, valid: {{from: "2026-03", to: null}}, status: asserted, citation: "c", source: institutional, confidence: high, checked_on: null, reviewer: null, verify_before_release: false, note: null}}
+  - {{id: S-1, subject: acme, relation: controlled_by, object: {parent},
+     valid: {{from: "2026-03", to: null}}, status: asserted, citation: "c",
+     source: institutional, confidence: high, checked_on: null, reviewer: null,
+     verify_before_release: false, note: null}}
 models: []
 list_findings: []
 adjudications: []
@@ -379,7 +386,9 @@ snapshots:
   verify_before_release: false
   note: null
   entries:
-  - {{names: ["Acme"], listed_as: listed, released: {{from: "2026-01-01", to: null}}, published: null, source: primary, confidence: high, verify_before_release: false, note: null}}
+  - {{names: ["Acme"], listed_as: listed, released: {{from: "2026-01-01", to: null}},
+     published: null, source: primary, confidence: high, verify_before_release: false,
+     note: null}}
 """
 
 
