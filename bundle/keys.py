@@ -240,10 +240,10 @@ def read_limited(path: Path, limit: int, *, code: str, what: str) -> bytes:
 
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device would block or never end
+            raise RefusedError(code, f"{what} {str(path)!r:.200} is not a plain file")
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise RefusedError(code, f"{what} {str(path)!r:.200} is not a plain file")
             raw = stream.read(limit + 1)
     except OSError as error:
         raise FaultError(
