@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt
 
-.PHONY: demo test lint bench soak smoke-train clean
+.PHONY: demo test wheel-test lint bench soak smoke-train clean
 
 $(VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ test: $(VENV)/.dev
 	$(BIN)/coverage run -m pytest -m 'not soak'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=90
+
+# The wheel alone: a lab with [cpu,science], an auditor with no extra at all.
+wheel-test: $(VENV)/.run
+	test -f demo-out/audit-export/manifest.json || $(BIN)/airgap demo --out demo-out
+	$(BIN)/python tests/wheel_test.py --demo demo-out --work build/wheel
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(invoke(sys.argv[1:]))
 
 
-def run(argv: Sequence[str]) -> int:
+def invoke(argv: Sequence[str]) -> int:
     """Run one command line and return its exit status; prints errors, never a traceback."""
     from airgap.cli.app import dispatch  # keeps `airgap.cli` importable without typer loaded
 

@@ -9,8 +9,8 @@ import os
 import sys
 import traceback
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from airgap.cli.common import show_error, stderr
 from policy.errors import AirgapError, FaultError, UsageError
@@ -49,10 +49,7 @@ def dispatch(argv: list[str]) -> int:
     """Run `argv` and return its exit status; the only broad `except` of the project is here."""
     try:
         outcome = build()(args=argv, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        sys.stderr.write(error.format_message() + "\n")
-        return UsageError.exit_status
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         stderr.print("interrupted", markup=False)
         return INTERRUPTED
     except BrokenPipeError:
@@ -71,8 +68,9 @@ def as_error(error: Exception) -> AirgapError:
     """Return the coded form of any exception that reaches the top."""
     if isinstance(error, AirgapError):
         return error
-    if isinstance(error, click.ClickException):
-        return UsageError("usage.argument", error.format_message(), hint="airgap --help")
+    if isinstance(error, TyperException):
+        message = error.format_message().strip() or "a command is missing"
+        return UsageError("usage.argument", message, hint="airgap --help")
     if isinstance(error, OSError):
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         where = f" ({error.filename})" if error.filename else ""

@@ -8,6 +8,7 @@ broker (architecture, section 4).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import pwd
@@ -26,12 +27,18 @@ from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
 from policy.engine import Decision
-from policy.errors import AirgapError, RefusedError
+from policy.errors import AirgapError, FaultError, RefusedError
 
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 PRECISION = "fp32"
 HOLDS_COUNT = timedelta(days=30)
+
+# What the sealed processes import; looked up, never imported here.
+EXTRAS = {
+    "cpu": ("numpy", "onnxruntime", "tokenizers", "llguidance"),
+    "science": ("rdkit", "gemmi"),
+}
 
 Clock = Callable[[], datetime]
 
@@ -59,6 +66,7 @@ def open_broker(
         FaultError: The log cannot be opened.
 
     """
+    require_extras()
     site = load_site(root)
     rules = gate.load_rules(root)
     installed = find_installed(root, model)
@@ -86,6 +94,18 @@ def open_broker(
             ),
             chosen,
         )
+
+
+def require_extras() -> None:
+    """Refuse before anything starts when a library of the sealed processes is not installed."""
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            raise FaultError(
+                "host.extra",
+                f"a run needs {', '.join(missing)}, which this environment does not hold",
+                hint=f"install the extra `{extra}` from the wheelhouse: airgap[{extra}]",
+            )
 
 
 @contextlib.contextmanager

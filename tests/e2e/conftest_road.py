@@ -23,7 +23,7 @@ def call(capsys, *argv, as_json=True):
     """Run one command in this process and return exit status and document."""
     capsys.readouterr()
     words = [str(word) for word in argv] + (["--json"] if as_json else [])
-    status = cli.run(words)
+    status = cli.invoke(words)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return Call(status, json.loads(out) if as_json and out.strip() else {}, out + err)

@@ -22,7 +22,7 @@ SECURED = {
 SCRIPT = """
 import json, sys
 from airgap import cli
-status = cli.run(sys.argv[1:])
+status = cli.invoke(sys.argv[1:])
 print("\\nMODULES", json.dumps([status, sorted(m.partition(".")[0] for m in sys.modules)]))
 """
 

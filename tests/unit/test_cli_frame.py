@@ -3,8 +3,9 @@
 import errno
 import json
 
-import click
 import pytest
+import typer
+from typer.exceptions import TyperException
 
 from airgap import cli
 from airgap.cli.app import as_error, build
@@ -24,20 +25,20 @@ from policy.errors import CODES, FaultError, RefusedError, UsageError
     ],
 )
 def test_usage_ends_with_its_status(argv, status, capsys):
-    assert cli.run(argv) == status
+    assert cli.invoke(argv) == status
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_every_command_has_a_sentence_of_help(capsys):
-    root = __import__("typer").main.get_command(build())
+    root = typer.main.get_command(build())
 
     def walk(command, path):
-        if isinstance(command, click.Group):
+        if hasattr(command, "commands"):
             for name, child in command.commands.items():
                 walk(child, [*path, name])
         else:
             assert command.help, path
-            assert cli.run([*path, "--help"]) == 0
+            assert cli.invoke([*path, "--help"]) == 0
 
     walk(root, [])
     assert "--root" in capsys.readouterr().out
@@ -49,17 +50,17 @@ def test_root_commands_exist(name):
 
 
 def test_a_refusal_is_one_json_document(tmp_path, capsys):
-    assert cli.run(["status", "--root", str(tmp_path), "--json"]) in {0, 1, 3}
+    assert cli.invoke(["status", "--root", str(tmp_path), "--json"]) in {0, 1, 3}
     out = capsys.readouterr()
     json.loads(out.out)
-    status = cli.run(["verify", str(tmp_path / "absent.agb"), "--root", str(tmp_path), "--json"])
+    status = cli.invoke(["verify", str(tmp_path / "absent.agb"), "--root", str(tmp_path), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert status == document["exit"]
     assert document["code"] in CODES
 
 
 def test_usage_errors_are_json_too(capsys):
-    assert cli.run(["run", "molecule", "-n", "many", "--json"]) == 2
+    assert cli.invoke(["run", "molecule", "-n", "many", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["code"] == "usage.argument"
 
 
@@ -69,7 +70,7 @@ def test_usage_errors_are_json_too(capsys):
         (OSError(errno.ENOSPC, "No space left on device", "/x"), FaultError, "host.space"),
         (OSError(errno.EDQUOT, "Quota"), FaultError, "host.space"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), FaultError, "host.io"),
-        (click.UsageError("no"), UsageError, "usage.argument"),
+        (TyperException("no"), UsageError, "usage.argument"),
         (RefusedError("policy.denied", "no"), RefusedError, "policy.denied"),
         (ZeroDivisionError("x"), FaultError, "host.internal"),
     ],
