@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, NamedTuple, Required, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, Required, cast, get_args
 
 import orjson
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
@@ -52,6 +52,7 @@ Kind = Literal[
     "policy.load", "model.load", "key.rotate",
     "export", "prune", "spill.purge", "import.cosign", "verify.result",
 ]  # fmt: skip
+KINDS: Final = get_args(Kind)
 Phase = Literal["event", "intent", "chunk", "outcome"]
 OutcomeWord = Literal["permit", "permit_with_obligations", "needs_approval", "deny"]
 Auth = Literal["peercred", "self", "local"]
