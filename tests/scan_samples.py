@@ -45,8 +45,8 @@ def varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
-def put(number: int, value: int | str | bytes | float) -> bytes:
-    """Encode one field: a number as varint, a float as 32 bits, text and bytes with their length."""
+def put(number: int, value: float | str | bytes) -> bytes:
+    """Encode one field: a varint, a float of 32 bits, or text and bytes with their length."""
     if isinstance(value, float):
         return varint(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):

@@ -376,7 +376,7 @@ def memory_of(report: InspectReport) -> int:
 @contextlib.contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
     """Make a folder beside `out` for everything unfinished, and remove it however it ends."""
-    work = out.parent / f".{out.name}.work"
+    work = out.absolute().parent / f".{out.name}.work"  # the sealed programs run in another folder
     if work.exists():
         shutil.rmtree(work)  # of a build that was killed
     work.mkdir(mode=0o700)

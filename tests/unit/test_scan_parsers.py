@@ -108,7 +108,7 @@ BAD_HEADERS = {
     "only metadata": safetensors({"__metadata__": {}}),
     "metadata not of strings": safetensors({"__metadata__": {"a": 1}, **ONE_TENSOR}, bytes(8)),
     "metadata a list": safetensors({"__metadata__": [], **ONE_TENSOR}, bytes(8)),
-    "metadata too large": safetensors({"__metadata__": {"a": "x" * 300_000}, **ONE_TENSOR}, bytes(8)),
+    "metadata too large": safetensors({"__metadata__": {"a": "x" * 300_000}, **ONE_TENSOR}, bytes(8)),  # noqa: E501 - a table
     "unknown type": safetensors(entry(dtype="F4"), bytes(8)),
     "type not text": safetensors(entry(dtype=[]), bytes(8)),
     "negative size": safetensors(entry(shape=[-2]), bytes(8)),
@@ -148,7 +148,7 @@ def test_header_is_bounded(monkeypatch):
 
 @pytest.mark.parametrize(
     "key",
-    ["auto_map", "AUTO_MAP", "trust_remote_code", "vision_trust_remote_code", "_attn_implementation",
+    ["auto_map", "AUTO_MAP", "trust_remote_code", "vision_trust_remote_code", "_attn_implementation",  # noqa: E501 - a table
      "_attn_implementation_internal", "_attn_implementation_autoset", "attn_implementation_x",
      "custom_pipelines", "custom_generate", "_target_", "model_target_", "__class__", "py/object",
      "use_kernels", "code_revision"],
@@ -204,10 +204,10 @@ def test_an_ordinary_chat_template_passes():
 
 @pytest.mark.parametrize(
     "text",
-    ["{{ x.__class__ }}", "{{ x['__class__'] }}", "{{ x|attr('y') }}", "{{ f() }}", "{{ x.y.system() }}",
+    ["{{ x.__class__ }}", "{{ x['__class__'] }}", "{{ x|attr('y') }}", "{{ f() }}", "{{ x.y.system() }}",  # noqa: E501 - a table
      "{{ _x }}", "{% import 'a' as b %}", "{% include 'a' %}", "{% extends 'a' %}", "{{ 2 ** 99 }}",
      "{{ 'a' * 99 }}", "{{ x is foo }}", "{{ (x or y)() }}", "{% block a %}{% endblock %}",
-     "{% filter upper %}{% endfilter %}", "{{ '%s'|format(x) }}", "{{ cycler(1) }}", "{{ lipsum() }}",
+     "{% filter upper %}{% endfilter %}", "{{ '%s'|format(x) }}", "{{ cycler(1) }}", "{{ lipsum() }}",  # noqa: E501 - a table
      "{% if %}", "{{ x }" , "{{" + "(" * 200 + "1" + ")" * 200 + "}}", "{{ 1//0 }}"],
 )  # fmt: skip
 def test_templates_that_do_more_are_refused_before_rendering(text, monkeypatch):

@@ -1,4 +1,4 @@
-"""From a snapshot to a signed draft with the real programs: torch, optimum, onnxruntime; no seal."""
+"""From a snapshot to a signed draft with the real programs, torch to onnxruntime; without seal."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def snapshot(tmp_path):
     return tiny_llama.write_snapshot(tmp_path / "model")
 
 
-def never(job):
+def never(_job):
     pytest.fail("the sealed runner was called")
 
 
@@ -342,7 +342,7 @@ def test_an_interrupted_build_leaves_the_old_file_and_nothing_else(snapshot, tmp
     out = tmp_path / "x.agb"
     out.write_bytes(b"the release of last month")
 
-    def run(job):
+    def run(_job):
         assert list(tmp_path.glob(".x.agb.work"))
         raise failure
 
@@ -393,7 +393,7 @@ def swap_heads(model) -> None:
 
 
 def forget_the_cache(model) -> None:
-    """Feed the first layer's keys to the second layer's values: right without a past, wrong with."""
+    """Feed one layer's past to the other: right in a full pass, wrong with the cache."""
     for node in model.graph.node:
         node.input[:] = [
             "past_key_values.0.value" if name == "past_key_values.1.value" else name
@@ -497,7 +497,7 @@ def test_a_required_role_is_missed_until_it_signs(draft):
     assert sign(read_draft(draft), trust, bundles.signer("bob"), confirmation="tiny").complete
 
 
-def test_a_draft_that_changed_while_it_was_read_is_not_signed(made, draft, tmp_path):
+def test_a_draft_that_changed_while_it_was_read_is_not_signed(made, draft):
     shown = read_draft(draft)
     other = build_tiny(made[1], draft, facts=replace(FACTS, version="6.6.6"))
     assert other.path == draft
@@ -559,7 +559,7 @@ def test_the_approver_sees_what_she_signs(draft):
     assert "carry tiny.agb across" in screen(tally_view(shown, done, "bob"))
 
 
-def test_findings_reach_the_approver(tmp_path, made):
+def test_findings_reach_the_approver(made):
     shown = read_draft(made[0].path)
     report = {**shown.report, "findings": [{"path": "README.md", "text": "a finding"}]}
     tally = replace(count(shown, TRUST), missing_roles=("isso",), builder_signed=False)
