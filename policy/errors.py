@@ -214,6 +214,7 @@ CODES: dict[str, str] = {
     "enclave.deadline": "the sealed process did not come up in time",
     "enclave.descriptors": "the sealed process holds a descriptor that it should not",
     "enclave.dumpable": "the sealed process can be read by others of its uid",
+    "enclave.environment": "the environment of the sealed process is not the one that was built",
     "enclave.evidence": "the facts about the sealed process cannot be read",
     "enclave.exec": "the program could not be started inside the seal",
     "enclave.files": "the sealed process cannot read what it needs",

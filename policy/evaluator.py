@@ -17,7 +17,7 @@ from policy.facts import check_facts, complete_facts, list_age
 from policy.lineage import Registry
 from policy.logic import AnyPath, Comparison, F, T, Truth, compare
 from policy.pack import DUES, CompiledRule, Obligation, Packs, Program, Rule
-from policy.paths import PathFinder, PathResult, Start, boundaries
+from policy.paths import PathResult, Start, boundaries, path_finder
 from policy.snapshots import ListSnapshot, Snapshots
 from policy.terms import STARTS, Digest, Fact, Outcome, Scope
 
@@ -110,7 +110,7 @@ class Evaluator:
         }
         self.facts = complete_facts(request.facts, self.program.fact_names, packs)
         self.starts = _starts(request)
-        self._finder = PathFinder(lineage, self.held)
+        self._finder = path_finder(lineage, tuple(self.held.items()))
         self._fixed = [
             F if isinstance(leaf, AnyPath) or leaf.fact == _AGE else self._compare(leaf, None)
             for leaf in self.program.leaves

@@ -183,7 +183,7 @@ class Step(NamedTuple):
     edge_id: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Registry:
     """The lineage graph, indexed once."""
 

@@ -346,24 +346,20 @@ class Program:
 
 @dataclass(frozen=True)
 class Packs:
-    """The rules that hold: union of the packs, in the order of rule ids."""
+    """The rules that hold: union of the packs, in the order of rule ids.
+
+    `list_ids` are the lists that some rule of either scope names.
+    """
 
     packs: tuple[PolicyPack, ...]
     rules: tuple[Rule, ...]
     programs: Mapping[Scope, Program]
+    list_ids: frozenset[str]
 
     @property
     def states(self) -> frozenset[str]:
         """US states for which a rule pack is loaded."""
         return frozenset().union(*(pack.states for pack in self.packs))
-
-    @property
-    def list_ids(self) -> frozenset[str]:
-        """Lists that some rule names."""
-        found = (leaf for rule in self.rules for leaf in rule.leaves())
-        return frozenset(
-            leaf.hits_list for leaf in found if isinstance(leaf, AnyPath) and leaf.hits_list
-        )
 
 
 def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) -> Packs:
@@ -397,7 +393,18 @@ def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) 
             rules[rule.id] = rule
     ordered = tuple(rules[each] for each in sorted(rules))
     programs = {scope: _program([r for r in ordered if scope in r.scopes]) for scope in Scope}
-    return Packs((*packs, *site_packs), ordered, MappingProxyType(programs))
+    paths = [
+        leaf
+        for program in programs.values()
+        for leaf in program.leaves
+        if isinstance(leaf, AnyPath)
+    ]
+    return Packs(
+        (*packs, *site_packs),
+        ordered,
+        MappingProxyType(programs),
+        frozenset(leaf.hits_list for leaf in paths if leaf.hits_list is not None),
+    )
 
 
 _STRICTNESS = ("not_matched", "permit", "oblige", "needs_approval", "deny")

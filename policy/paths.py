@@ -7,10 +7,10 @@ name or an unchecked list, and false otherwise, which reads "no hit on edition X
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from policy.snapshots import Entry, ListSnapshot, normal_name
 from policy.terms import MAKER_RELATIONS
 
 SELF = "self"  # relation of a start that is the party itself
+MAX_LOOKS = 50_000  # remembered answers of one finder
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,44 +75,76 @@ class PathResult(NamedTuple):
     words: str
 
 
+class _Reached(NamedTuple):
+    """A party on the way, and how it was reached."""
+
+    name: str
+    sure: bool
+    relation: str
+    by: str
+    before: _Reached | None
+
+    def hops(self) -> tuple[Hop, ...]:
+        """The steps from the start to here."""
+        found: list[Hop] = []
+        here: _Reached | None = self
+        while here is not None:
+            found.append(Hop(here.relation, here.name, here.by))
+            here = here.before
+        return tuple(reversed(found))
+
+
+@lru_cache(maxsize=8)
+def path_finder(
+    registry: Registry, held: tuple[tuple[str, ListSnapshot | None], ...]
+) -> PathFinder:
+    """The finder of these very objects; what it has looked up serves the next decision too."""
+    return PathFinder(registry, dict(held))
+
+
 class PathFinder:
     """Evaluates `any_path` leaves over one registry and the editions that are held."""
 
     def __init__(self, registry: Registry, held: Mapping[str, ListSnapshot | None]) -> None:
         self.registry = registry
         self.held = held
-        self._hits: dict[tuple[str, str], tuple[Entry, ...]] = {}
+        self._looks: dict[tuple[object, ...], tuple[Truth, str]] = {}
 
     def find(self, leaf: AnyPath, start: Start, day: date) -> PathResult:
-        """Walk every path once, nearest first; a sure hit decides, else the best unknown."""
-        allowed = leaf.via | {SELF}
-        best = PathResult(F, (), self._clear_words(leaf))
-        for relation in sorted(allowed & start.unknown.keys()):
-            words = f"{relation} of {leaf.start} is unknown: {start.unknown[relation]}"
-            best = PathResult(U, (), words)
-        queue: deque[tuple[str, bool, tuple[Hop, ...]]] = deque(
-            (each.party, each.sure, (Hop(each.relation, each.party, each.source),))
+        """Walk every path once, nearest first; a sure hit decides, else the first unknown."""
+        via = leaf.via
+        doubt = self._doubt_of_start(leaf, start) if start.unknown else None
+        reached = [
+            _Reached(each.party, each.sure, each.relation, each.source, None)
             for each in start.origins
-            if each.relation in allowed
-        )
+            if each.relation in via or each.relation == SELF
+        ]
         seen: set[tuple[str, bool]] = set()
-        while queue:
-            name, sure, hops = queue.popleft()
-            party = self.registry.party_of(name)
-            if {(party or name, True), (party or name, sure)} & seen:
+        for here in reached:  # grows while it is walked
+            party = self.registry.party_of(here.name)
+            key = party or here.name
+            if (key, True) in seen or (key, here.sure) in seen:
                 continue
-            seen.add((party or name, sure))
-            truth, words = self._look(leaf, party, name, day)
-            if truth == T and sure:
-                return PathResult(T, hops, words)
-            if truth != F and best.truth == F:
-                doubt = "" if sure else "; a step on the way is disputed or weakly sourced"
-                best = PathResult(U, hops, words + doubt)
+            seen.add((key, here.sure))
+            truth, words = self._look(leaf, party, here.name, day)
+            if truth == T and here.sure:
+                return PathResult(T, here.hops(), words)
+            if truth != F and doubt is None:
+                weak = "" if here.sure else "; a step on the way is disputed or weakly sourced"
+                doubt = PathResult(U, here.hops(), words + weak)
             for step in self.registry.steps[party] if party else ():
-                if step.relation in leaf.via and step.valid.holds(day):
-                    hop = Hop(step.relation, step.target, step.edge_id)
-                    queue.append((step.target, sure and step.sure, (*hops, hop)))
-        return best
+                if step.relation in via and step.valid.holds(day):
+                    sure = here.sure and step.sure
+                    reached.append(_Reached(step.target, sure, step.relation, step.edge_id, here))
+        return doubt or PathResult(F, (), self._clear_words(leaf))
+
+    @staticmethod
+    def _doubt_of_start(leaf: AnyPath, start: Start) -> PathResult | None:
+        for relation in sorted(start.unknown):
+            if relation in leaf.via or relation == SELF:
+                words = f"{relation} of {leaf.start} is unknown: {start.unknown[relation]}"
+                return PathResult(U, (), words)
+        return None
 
     def _clear_words(self, leaf: AnyPath) -> str:
         if leaf.hits_list is None:
@@ -121,6 +154,19 @@ class PathFinder:
         return f"no hit on {leaf.hits_list} edition {edition}"
 
     def _look(self, leaf: AnyPath, party: str | None, name: str, day: date) -> tuple[Truth, str]:
+        """Look at one party once for all leaves with this target."""
+        deferring = "same_person_as" in leaf.via
+        key = (leaf.hits_list, leaf.basis, leaf.domicile_in, party or name, deferring, day)
+        found = self._looks.get(key)
+        if found is None:
+            if len(self._looks) > MAX_LOOKS:
+                self._looks.clear()
+            found = self._looks[key] = self._look_afresh(leaf, party, name, day)
+        return found
+
+    def _look_afresh(
+        self, leaf: AnyPath, party: str | None, name: str, day: date
+    ) -> tuple[Truth, str]:
         if leaf.hits_list is not None:
             return self._look_at_list(leaf, leaf.hits_list, party, name, day)
         if party is None:
@@ -166,11 +212,7 @@ class PathFinder:
     def _entries(self, snapshot: ListSnapshot, party: str | None, name: str) -> tuple[Entry, ...]:
         if party is None:
             return snapshot.matches((normal_name(name),))
-        key = (snapshot.list_id, party)
-        found = self._hits.get(key)
-        if found is None:
-            found = self._hits[key] = snapshot.matches(self.registry.keys[party])
-        return found
+        return snapshot.matches(self.registry.keys[party])
 
     def _stands_for_another(self, party: str, via: frozenset[str], day: date) -> bool:
         """Whether it is a unit or account of a legal person that the path goes on to look at."""

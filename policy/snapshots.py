@@ -75,7 +75,7 @@ class _File(Frozen):
     snapshots: tuple[SnapshotText, ...] = Field(max_length=MAX_SNAPSHOTS, strict=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ListSnapshot:
     """A loaded edition; `index` holds its entries by normalised name."""
 
@@ -101,8 +101,8 @@ class ListSnapshot:
 
     def matches(self, keys: Iterable[str]) -> tuple[Entry, ...]:
         """Entries under exactly one of these normalised names."""
-        found = [entry for key in keys for entry in self.index.get(key, ())]
-        return tuple(dict.fromkeys(found))
+        found = {id(entry): entry for key in keys for entry in self.index.get(key, ())}
+        return tuple(found.values())
 
 
 def parse_lists(content: bytes, name: str = "lists") -> tuple[ListSnapshot, ...]:
