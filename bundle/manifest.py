@@ -238,15 +238,18 @@ class Manifest(Release):
 
     def find(self, path: str) -> FileEntry | None:
         """Return the entry of `path`, if there is one."""
-        return self._by_path.get(path)
+        files, index = self._index
+        if files is not self.files:  # `model_copy` takes the cache along
+            index = {entry.path: entry for entry in self.files}
+        return index.get(path)
 
     def model(self, model_id: str) -> ModelEntry | None:
         """Return the model with that id, if there is one."""
         return next((model for model in self.models if model.id == model_id), None)
 
     @cached_property
-    def _by_path(self) -> dict[str, FileEntry]:
-        return {entry.path: entry for entry in self.files}
+    def _index(self) -> tuple[tuple[FileEntry, ...], dict[str, FileEntry]]:
+        return self.files, {entry.path: entry for entry in self.files}
 
 
 def canonical(manifest: Manifest) -> bytes:
