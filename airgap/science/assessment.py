@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from airgap.science.molecules import (
     identity,
     parse_loosely,
 )
-from airgap.science.screens import Screener, ScreenResult
+from airgap.science.screens import Screener, can_screen
 from airgap.science.tasks import Subject, Task
 
 TEXT_SHOWN = 2_000
@@ -68,13 +68,22 @@ class _Fault:
 
 
 def assess(
-    task: Task, subject: Subject, samples: Sequence[Sample], screener: Screener
+    task: Task,
+    subject: Subject,
+    samples: Sequence[Sample],
+    screener: Screener,
+    tick: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Return rows, invalid completions, output screen and summary as the JSON of a reply."""
+    """Return rows, invalid completions, output screen and summary as the JSON of a reply.
+
+    `tick` is told steps done and steps in all: reading, describing and screening, a sample each.
+    """
+    steps = 3 * len(samples)
     read = _READERS[task.name]
     groups: dict[str, list[tuple[Sample, _Reading]]] = {}
     invalid: list[tuple[Sample, Completion, _Fault]] = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
+        tick(number, steps)
         stopped = sample.finish_reason == "stop"
         completion = parse_completion(task.name, sample.text, stopped=stopped)
         outcome = (
@@ -85,7 +94,10 @@ def assess(
         else:
             groups.setdefault(outcome.key, []).append((sample, outcome))
     ordered = sorted(groups.values(), key=_rank)
-    rows = [_row(place + 1, members) for place, members in enumerate(ordered)]
+    rows = []
+    for place, members in enumerate(ordered):
+        tick(len(samples) + place, steps)
+        rows.append(_row(place + 1, members))
     shown, loose = _show_invalid(task, invalid)
     structures = [mol for members in ordered for mol in members[0][1].structures]
     document: dict[str, Any] = {
@@ -93,7 +105,7 @@ def assess(
         "rows": rows,
         "invalid": shown,
         "track": _track(subject, groups) if task.name == "binding-site" else None,
-        "output_screen": _screen(task, screener, [*structures, *loose]).document(),
+        "output_screen": _screen(task, screener, _ticking([*structures, *loose], tick, steps)),
         "summary": _summary(samples, rows, invalid),
         "unchecked": task.unchecked,
     }
@@ -271,37 +283,43 @@ def _show_invalid(
     A text that is no molecule in any reading cannot be screened and is withheld.
     """
     shown: list[dict[str, Any]] = []
-    structures: list[Chem.Mol] = []
+    structures: dict[str, Chem.Mol | None] = {}
     for sample, completion, fault in invalid:
-        found = None if task.name == "binding-site" else _loose_structures(task, sample.text)
-        if found:
-            structures += found
+        runs = _text_runs(task, sample.text)
+        for run in runs:
+            if run not in structures:
+                structures[run] = _loose_structure(run)
+        known = task.name != "binding-site" and all(structures[run] is not None for run in runs)
         shown.append(
             {
                 "index": sample.index,
                 "reason": fault.reason,
                 "offset": fault.offset,
-                "text": sample.text[:TEXT_SHOWN] if found is not None else None,
-                "remainder": completion.remainder[:TEXT_SHOWN] if found is not None else None,
+                "text": sample.text[:TEXT_SHOWN] if known else None,
+                "remainder": completion.remainder[:TEXT_SHOWN] if known else None,
                 **_likelihood(sample),
             }
         )
-    return shown, structures
+    return shown, [molecule for molecule in structures.values() if molecule is not None]
 
 
-def _loose_structures(task: Task, text: str) -> list[Chem.Mol] | None:
-    """Read each run of text outside tags as a structure, mended if need be; None if one resists."""
-    nodes = re.compile(r"<MetalS>[^<>]*(?:<MetalE>|$)")
-    plain = nodes.sub("<>", text) if task.name == "material" else text
-    found: list[Chem.Mol] = []
-    for run in re.split(r"<[^<>]*>", plain):
-        if not run.strip():
-            continue
-        molecule = parse_loosely(run) or parse_loosely(mend(run))
-        if molecule is None:
-            return None
-        found.append(molecule)
-    return found
+def _text_runs(task: Task, text: str) -> list[str]:
+    """Return the runs of text outside tags that could be molecules; a copied protein has none."""
+    if task.name == "binding-site":
+        return []
+    if task.name == "material":
+        text = re.sub(r"<MetalS>[^<>]*(?:<MetalE>|$)", "<>", text)
+    return [run for run in re.split(r"<[^<>]*>", text) if run.strip()]
+
+
+def _loose_structure(run: str) -> Chem.Mol | None:
+    """Read a run of text as a structure, mended if need be.
+
+    None if it resists, or is too large to be screened: its text is then withheld, which is better
+    than holding the whole run for one sample that ran away.
+    """
+    molecule = parse_loosely(run) or parse_loosely(mend(run))
+    return molecule if molecule is not None and can_screen(molecule) else None
 
 
 def mend(text: str) -> str:
@@ -325,12 +343,18 @@ def mend(text: str) -> str:
     return joined
 
 
-def _screen(task: Task, screener: Screener, structures: Sequence[Chem.Mol]) -> ScreenResult:
+def _ticking(
+    structures: Sequence[Chem.Mol], tick: Callable[[int, int], None], steps: int
+) -> Iterator[Chem.Mol]:
+    for number, structure in enumerate(structures):
+        tick(min(steps, 2 * steps // 3 + number), steps)
+        yield structure
+
+
+def _screen(task: Task, screener: Screener, structures: Iterator[Chem.Mol]) -> dict[str, Any]:
     if task.name == "binding-site":
-        return screener.nothing("output is an exact copy of the input")
-    if not structures:
-        return screener.nothing("no structure came out")
-    return screener.screen(structures)
+        return screener.nothing("output is an exact copy of the input").document()
+    return screener.screen(structures).document()
 
 
 def _summary(

@@ -35,7 +35,7 @@ TEXT_LIMIT = 65_536
 _TAG = re.compile(r"<[^<>]{0,64}>")
 _WORD = re.compile(r"\[[^\[\]]+\]|Br|Cl|%\d\d|.", re.DOTALL)
 _SMILES_TOKEN = re.compile(
-    r"(?P<atom>\[[^\[\]\s]+\]|Br|Cl|[BCNOPSFI]|[bcnops]|\*)"
+    r"(?P<atom>\[[!-Z^-~]+\]|Br|Cl|[BCNOPSFI]|[bcnops]|\*)"
     r"|(?P<bond>[-=#$:/\\.~])"
     r"|(?P<ring>%\(\d{1,5}\)|%\d\d|\d)"
     r"|(?P<branch>[()])"

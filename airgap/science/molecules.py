@@ -76,6 +76,8 @@ def find_molecule(text: str) -> Chem.Mol | Problem:
 
 def parse_loosely(text: str) -> Chem.Mol | None:
     """Parse without sanitisation, so that a wrong valence is no obstacle; None: a syntax error."""
+    if not text.isascii():  # RDKit quotes it in a message that is then no text
+        return None
     _MESSAGES.clear()
     settings = Chem.SmilesParserParams()
     for name in ("sanitize", "removeHs", "allowCXSMILES", "parseName"):

@@ -12,13 +12,17 @@ Requests and replies::
         "subject", "input_screen", "unchecked", "notes"}
     {"op": "assess", "task": ..., "inputs": {...}, "samples": [{"index": 0, "text": "...",
      "finish_reason": "eos", "logprob": -4.1, "tokens": 5, "removed_mass": 0.0}, ...]}
-    -> {"task", "rows", "invalid", "track", "output_screen", "summary", "unchecked"}
+    -> {"task", "rows", "invalid", "track", "output_screen", "summary", "unchecked", "parts"}
     {"op": "draw", "task": ..., "inputs": {...}, "rows": [...], "track": {...} or null}
     -> {"drawings": {"subject": ["<svg ..>"], "1": ["<svg ..>", ...], ...}, "next": 17 or null}
     {"op": "sdf", "task": ..., "rows": [...]} -> {"sdf": "..."}
 
 Drawings are keyed by the rank of their row; `next` is the number of rows drawn when not all were,
 because a reply has a largest size: ask again with the rest.
+
+Long work sends parts `{"event": "progress", "done": 300, "of": 10000}`. An assessment that would
+not fit one frame sends its rows as parts `{"event": "part", "rows": [...], "invalid": [...]}` and
+ends with empty lists and the number of such `parts`; `results.parse_assessed` joins them.
 
 `inputs` are the same in every request of a run: the helper keeps nothing between requests. A
 refusal is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not
@@ -40,7 +44,12 @@ from airgap.enclave.channel import ProgramError
 from airgap.science import assessment, drawing, molecules, screens, structures, tasks
 from airgap.science.grammar import PromptError, require_tokens
 
+Emit = Callable[[bytes], None]
+
 SAMPLE_TEXT_LIMIT = 200_000
+TICK_SECONDS = 1.0
+ROWS_PER_PART = 300
+"""A row of molecules takes under 10 kB, so that a part fits one frame of the channel."""
 ALIGN_SECONDS = 6.0
 """Time in one request for turning reactants as they lie in the product."""
 REPLY_LIMIT = 3 * 1024 * 1024
@@ -71,15 +80,14 @@ class Program:
         _rehearse(self)
         return {"pack": pack.digest, "screen": self._screener.mode}
 
-    def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
+    def handle(self, payload: bytes, emit: Emit) -> bytes:
         """Answer one request; ProgramError for a refusal."""
-        del emit  # every reply fits one frame
         request = _parse(payload)
         operation = _OPERATIONS.get(str(request.get("op")))
         if operation is None:
             raise _malformed("`op` is none of " + ", ".join(_OPERATIONS))
         try:
-            reply = operation(self, request)
+            reply = operation(self, request, emit)
         except PromptError as error:
             raise ProgramError(error.code, error.message, error.hint) from error
         except KeyError as error:
@@ -100,8 +108,9 @@ class Program:
             raise _malformed("the program has not been warmed up")
         return self._screener
 
-    def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def prepare(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Turn typed input into a prompt with its budget, settings and input screen."""
+        del emit
         task, inputs = _task_and_inputs(request)
         notes: list[str] = []
         subject, screen = self.subject(task, inputs, notes)
@@ -146,13 +155,15 @@ class Program:
             return subject, self.screener.nothing("input sequence not screened")
         return tasks.Subject(), self.screener.nothing("no input")
 
-    def assess(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def assess(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Turn completions into ranked rows with an output screen."""
         task, inputs = _task_and_inputs(request)
         subject, _ = self.subject(task, inputs, [])
-        return assessment.assess(task, subject, _samples(request), self.screener)
+        samples = _samples(request)
+        tick = _Ticker(emit)
+        return _split(assessment.assess(task, subject, samples, self.screener, tick), emit)
 
-    def draw(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def draw(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Draw the subject and as many rows as fit one reply."""
         task, inputs = _task_and_inputs(request)
         rows = _rows(request)
@@ -167,7 +178,9 @@ class Program:
             found["subject"] = [drawing.draw_molecule(product)]
         if request.get("track"):
             found["subject"] = [drawing.draw_track(_track(request))]
+        tick = _Ticker(emit)
         for number, row in enumerate(rows):
+            tick(number, len(rows))
             drawn = _draw_row(task, row, product, until)
             size += sum(map(len, drawn)) + 64
             if size > REPLY_LIMIT - 512_000 and number:
@@ -175,12 +188,40 @@ class Program:
             found[str(int(row["rank"]))] = drawn
         return {"drawings": found, "next": None}
 
-    def sdf(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def sdf(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Write the molecules of the rows as SDF with their data fields."""
+        del emit
         return {"sdf": "".join(molecules.write_sdf(row) for row in _rows(request))}
 
 
-_OPERATIONS: dict[str, Callable[[Program, Mapping[str, Any]], dict[str, Any]]] = {
+class _Ticker:
+    """Sends a sign of life about once a second."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit, self._last = emit, time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if time.monotonic() - self._last >= TICK_SECONDS:
+            self._last = time.monotonic()
+            self._emit(_encode({"event": "progress", "done": done, "of": of}))
+
+
+def _split(document: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Send rows as parts where the whole would not fit one frame."""
+    document["parts"] = 0
+    if len(_encode(document)) <= REPLY_LIMIT:
+        return document
+    for name in ("rows", "invalid"):
+        items, document[name] = document[name], []
+        for start in range(0, len(items), ROWS_PER_PART):
+            part = {"event": "part", "rows": [], "invalid": []}
+            part[name] = items[start : start + ROWS_PER_PART]
+            emit(_encode(part))
+            document["parts"] += 1
+    return document
+
+
+_OPERATIONS: dict[str, Callable[[Program, Mapping[str, Any], Emit], dict[str, Any]]] = {
     "prepare": Program.prepare,
     "assess": Program.assess,
     "draw": Program.draw,
@@ -365,10 +406,14 @@ def _rehearse(program: Program) -> None:
     }
     for name, (inputs, text) in completions.items():
         head = {"task": name, "inputs": inputs}
-        program.prepare({**head, "context": context})
-        reply = program.assess({**head, "samples": [{**sample, "text": text}]})
-        program.draw({**head, "rows": reply["rows"], "track": reply["track"]})
-        program.sdf({**head, "rows": reply["rows"]})
+        program.prepare({**head, "context": context}, _nowhere)
+        reply = program.assess({**head, "samples": [{**sample, "text": text}]}, _nowhere)
+        program.draw({**head, "rows": reply["rows"], "track": reply["track"]}, _nowhere)
+        program.sdf({**head, "rows": reply["rows"]}, _nowhere)
+
+
+def _nowhere(part: bytes) -> None:
+    """Drop a part."""
 
 
 def _every_tag() -> tuple[str, ...]:

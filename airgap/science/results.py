@@ -6,7 +6,7 @@ infinite numbers and oversize are refused. Standard library and pydantic; no RDK
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,7 @@ from policy.errors import FaultError
 REPLY_LIMIT = 4 * 1024 * 1024
 SVG_LIMIT = 400_000
 ROWS_LIMIT = 10_000
+SDF_ROWS = 200
 
 Model = TypeVar("Model", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -205,7 +206,7 @@ _ROWS: dict[str, type[Row]] = {
 
 
 class Assessed(_Strict):
-    """Reply of `assess`."""
+    """Reply of `assess`; `parts` counts the frames that its rows came in before it."""
 
     task: Line
     rows: list[Row] = Field(max_length=ROWS_LIMIT)
@@ -214,6 +215,15 @@ class Assessed(_Strict):
     output_screen: ScreenResult
     summary: Summary
     unchecked: Line
+    parts: Count = 0
+
+
+class _Part(_Strict):
+    event: Literal["progress", "part"]
+    done: Count = 0
+    of: Count = 0
+    rows: list[Row] = Field(default=[], max_length=ROWS_LIMIT)
+    invalid: list[Invalid] = Field(default=[], max_length=ROWS_LIMIT)
 
 
 class Drawings(_Strict):
@@ -221,6 +231,10 @@ class Drawings(_Strict):
 
     drawings: dict[Line, list[Annotated[str, Field(max_length=SVG_LIMIT)]]]
     next: Count | None
+
+
+class _Sdf(_Strict):
+    sdf: Annotated[str, Field(max_length=REPLY_LIMIT)]
 
 
 def parse_prepared(reply: bytes) -> Prepared:
@@ -236,15 +250,33 @@ def parse_prepared(reply: bytes) -> Prepared:
     return prepared
 
 
-def parse_assessed(reply: bytes) -> Assessed:
+def parse_assessed(reply: bytes, parts: Iterable[bytes] = ()) -> Assessed:
     """Read a reply of `assess`; FaultError `science.reply` if it is not one.
 
-    Every row is of the type that the task has.
+    Args:
+        reply: The last frame.
+        parts: Every frame that came before it. Without them only an answer that fits one frame
+            can be read; one that does not is refused and never cut.
+
+    Every row is of the type that the task has, and rows, votes and summary agree.
     """
+    read = [part for part in (_parse(_Part, raw) for raw in parts) if part.event == "part"]
     assessed = _parse(Assessed, reply)
+    if len(read) != assessed.parts:
+        raise _wrong(f"{len(read)} parts came, {assessed.parts} were sent")
+    if read:
+        rows = [*assessed.rows, *(row for part in read for row in part.rows)]
+        invalid = [*assessed.invalid, *(one for part in read for one in part.invalid)]
+        assessed = assessed.model_copy(update={"rows": rows, "invalid": invalid})
     kind = _ROWS.get(assessed.task)
     if kind is None or any(type(row) is not kind for row in assessed.rows):
         raise _wrong("rows are not those of the task")
+    total = assessed.summary
+    votes = sum(row.votes for row in assessed.rows)
+    if (len(assessed.rows), votes) != (total.unique, total.valid):
+        raise _wrong("rows and votes do not add up to the summary")
+    if len(assessed.invalid) != total.invalid or total.valid + total.invalid != total.n:
+        raise _wrong("invalid samples do not add up to the summary")
     return assessed
 
 
@@ -294,6 +326,16 @@ def draw_all(
             raise _wrong("a portion of drawings makes no progress")
         start = None if reply.next is None else start + reply.next
     return found
+
+
+def sdf_all(ask: Callable[[Mapping[str, Any]], bytes], assessed: Assessed) -> str:
+    """Ask the helper for SDF in portions of `SDF_ROWS` rows and return the whole."""
+    texts = []
+    for start in range(0, len(assessed.rows), SDF_ROWS):
+        rows = [row.model_dump(mode="json") for row in assessed.rows[start : start + SDF_ROWS]]
+        reply = ask({"op": "sdf", "task": assessed.task, "rows": rows})
+        texts.append(_parse(_Sdf, reply).sdf)
+    return "".join(texts)
 
 
 def _parse(model: type[Model], reply: bytes) -> Model:

@@ -245,8 +245,8 @@ class Screener:
 
     def find_classes(self, molecule: Chem.Mol) -> dict[str, str]:
         """Return the classes that match, with tiers; ValueError for what is too large to judge."""
-        if molecule.GetNumAtoms() > 2 * ATOM_LIMIT:
-            raise ValueError("too many atoms")
+        if not can_screen(molecule):
+            raise ValueError("too many atoms or fragments")
         found: dict[str, str] = {}
         for form in self.forms(molecule):
             found.update(self._match(form))
@@ -256,12 +256,8 @@ class Screener:
         """Return the standard form of each fragment, and its tautomer where it matters."""
         whole = self._disconnector.Disconnect(_neutral_pairs(_plain(molecule)))
         parts = Chem.GetMolFrags(whole, asMols=True, sanitizeFrags=False)
-        if len(parts) > FRAGMENT_LIMIT:
-            raise ValueError("too many fragments")
         forms: dict[str, Chem.Mol] = {}
         for part in parts:
-            if part.GetNumHeavyAtoms() > ATOM_LIMIT:
-                raise ValueError("too many atoms")
             form = _plain(self._uncharger.uncharge(part))
             forms[Chem.MolToSmiles(form)] = form
             if self._needs_tautomer(form):
@@ -289,6 +285,12 @@ class Screener:
                     continue
                 found[family.paragraph] = family.tier
         return found
+
+
+def can_screen(molecule: Chem.Mol) -> bool:
+    """Return whether the molecule is small enough for every step of the screen."""
+    small = molecule.GetNumHeavyAtoms() <= ATOM_LIMIT and molecule.GetNumAtoms() <= 3 * ATOM_LIMIT
+    return small and len(Chem.GetMolFrags(molecule)) <= FRAGMENT_LIMIT
 
 
 def first_block(molecule: Chem.Mol) -> str:

@@ -96,8 +96,7 @@ def read_protein(
             f"{chosen[0]}"
         )
     elif residues:
-        bare_labels = [label.partition(":")[2] for label in labels]
-        pockets = tuple(select(residues.replace(f"{name}:", ""), bare_labels, "residues"))
+        pockets = tuple(select(residues, labels, "residues"))
     sequence = "".join(letter for _, letter in members)
     return Protein(sequence, labels, name, pockets, chosen[0] if chosen else "")
 

@@ -326,6 +326,8 @@ def select(text: str, labels: Sequence[str], what: str) -> list[int]:
 
     """
     place = {label: at for at, label in enumerate(labels)}
+    for at, label in enumerate(labels):  # the chain may be left out: all labels are of one chain
+        place.setdefault(label.rpartition(":")[2], at)
     shown = f"{labels[0]} to {labels[-1]}" if labels else "none"
     found: set[int] = set()
     for part in text.replace(";", ",").split(","):

@@ -114,7 +114,7 @@ def short(digest: str) -> str:
 
 def document(prepared: Prepared, assessed: Assessed, header: Header) -> dict[str, Any]:
     """Return the whole result as one JSON document; the screens stay behind as one line each."""
-    result = assessed.model_dump(mode="json", exclude={"output_screen"})
+    result = assessed.model_dump(mode="json", exclude={"output_screen", "parts"})
     return {
         "format": "airgap/result/1",
         **result,

@@ -175,6 +175,7 @@ def test_any_request_is_answered_or_refused(value, operation):
     assert refused is None or refused.code.startswith(("prompt.", "request."))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_answered_or_refused(raw):
     with pytest.raises(ProgramError):
