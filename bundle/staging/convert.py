@@ -71,7 +71,8 @@ def convert(
         memory_mb: Limit of the sealed process.
 
     Raises:
-        RefusedError: `convert.failed`, `convert.output`, or a code of the scan.
+        RefusedError: `convert.output`, or a code of the scan.
+        FaultError: `convert.failed`.
 
     """
     out.mkdir()

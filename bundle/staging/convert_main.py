@@ -12,6 +12,7 @@ the protobuf is written in its deterministic form.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,7 +30,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PYTHONHASHSEED": "0",
 }
-INLINE_LIMIT = 1 << 30  # bytes of weights kept inside the graph file; protobuf ends at 2 GiB
+INLINE_LIMIT = 1 << 28  # bytes of weights inside the graph file; more lie beside it, to be mapped
 GRAPH = "model.onnx"
 EXTERNAL = "model.onnx_data"
 
@@ -88,7 +89,7 @@ def finish(out: Path) -> None:
 
     model = onnx.load(out / GRAPH)
     strip(model)
-    size = model.ByteSize()
+    size = sum(4 * math.prod(tensor.dims) for tensor in model.graph.initializer)
     for path in out.iterdir():
         path.unlink()
     if size > INLINE_LIMIT:

@@ -117,7 +117,8 @@ def prove_parity(
         memory_mb: Limit of the sealed process.
 
     Raises:
-        RefusedError: `parity.failed`, `parity.vectors`, `convert.failed`.
+        RefusedError: `parity.failed`, `parity.vectors`.
+        FaultError: `parity.run`.
 
     """
     out.mkdir()
@@ -130,7 +131,7 @@ def prove_parity(
             timeout_s=SECONDS,
         )
     )
-    require_success(done, "the parity run", "parity.failed")
+    require_success(done, "the parity run", "parity.run")
     require_only(out, {"parity.json"}, "parity.failed")
     figures = parse_object(
         take(out, "parity.json", _LIMIT, "parity.failed"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bundle.scan.strict import open_view
-from policy.errors import RefusedError
+from policy.errors import FaultError, RefusedError
 
 STDERR_LIMIT = 64 * 1024
 
@@ -65,14 +65,25 @@ def python(program: Path, *arguments: Path) -> tuple[str, ...]:
 
 
 def require_success(result: SealedResult, what: str, code: str) -> None:
-    """Refuse with `code` unless the run ended well; quotes the last line that it wrote."""
+    """Raise unless the run ended well; quotes the last line that it wrote.
+
+    Raises:
+        FaultError: `host.space` when the disk was full, else `code`.
+
+    """
     if result.status == 0:
         return
+    if "No space left on device" in result.stderr:
+        raise FaultError(
+            "host.space",
+            f"{what} filled the disk",
+            hint="free space, or name an output on a larger disk",
+        )
     lines = result.stderr.strip().splitlines()
     last = lines[-1] if lines else "it wrote nothing"
     if result.signal is not None:
         last = f"ended by signal {result.signal}; {last}"
-    raise RefusedError(
+    raise FaultError(
         code,
         f"{what} failed: {last!r:.240}",
         hint="see that memory and disk suffice (about 3 times the weights in fp32); "

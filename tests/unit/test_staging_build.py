@@ -15,8 +15,12 @@ from staging_runs import FACTS, Result, build_tiny, permit, run_inline
 
 from bundle.archive import open_file, read_head
 from bundle.envelope import parse_envelope
+from bundle.graphs import FileRef, parse_graphs
 from bundle.scan.bom import PATH as BOM
 from bundle.scan.bom import require_bom
+from bundle.scan.onnx import parse_onnx
+from bundle.scan.payload import _require_agreement
+from bundle.scan.tokenizer import parse_tokenizer
 from bundle.staging.bom import require_schema
 from bundle.staging.inspect import inspect_source
 from bundle.staging.parity import MIN_PROMPTS
@@ -184,6 +188,62 @@ def test_two_builds_give_the_same_bytes(made, tmp_path):
     again = build_tiny(copy, tmp_path / "again.agb", pins=pins)
     assert again.manifest == built.manifest
     assert again.path.read_bytes() == built.path.read_bytes()  # Ed25519: the signature too
+
+
+def test_large_models_keep_their_weights_beside_the_graph(snapshot, tmp_path, monkeypatch):
+    from bundle.staging import convert_main
+
+    monkeypatch.setattr(convert_main, "INLINE_LIMIT", 0)
+    built = build_tiny(snapshot, tmp_path / "x.agb")
+    again = build_tiny(snapshot, tmp_path / "y.agb")
+    assert built.path.read_bytes() == again.path.read_bytes()
+    data = built.manifest.find("payload/tiny/model.onnx_data")
+    assert data.role == "external-data"
+    graphs = json.loads(member(built.path, "payload/tiny/graphs.json"))
+    assert graphs["graphs"][0]["external"] == [{"path": "model.onnx_data", "sha256": data.sha256}]
+    for name in ("alice", "bob"):
+        sign(read_draft(built.path), TRUST, bundles.signer(name), confirmation="tiny")
+    assert verify_bundle(built.path, TRUST, now=NOW).scan.files
+
+
+CONTRADICTIONS = {
+    "graph of another name": {"path": "other.onnx"},
+    "inputs in another order": {"inputs": ("attention_mask", "input_ids")},
+    "external file that is not used": {"external": (FileRef(path="w", sha256="0" * 64),)},
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_graphs_json_may_not_contradict_the_graph(made, name):
+    graphs, onnx, tokenizer = parsed(made[0].path)
+    _require_agreement(graphs, onnx, tokenizer, "payload/tiny")
+    graph = graphs.graphs[0].model_copy(update=CONTRADICTIONS[name])
+    changed = graphs.model_copy(update={"graphs": (graph,)})
+    error = refused(_require_agreement, changed, onnx, tokenizer, "payload/tiny")
+    assert error.code == "scan.graphs"
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 20}, {"tags": {"<MoleculeS>": 9}}, {"unk_id": 0}]
+)
+def test_graphs_json_may_not_contradict_the_tokenizer(made, change):
+    graphs, onnx, tokenizer = parsed(made[0].path)
+    changed = graphs.model_copy(update=change)
+    assert refused(_require_agreement, changed, onnx, tokenizer, "p").code == "scan.graphs"
+    assert refused(_require_agreement, graphs, onnx, None, "p").code == "scan.graphs"
+
+
+def parsed(path: Path):
+    """Return graphs.json, graphs and tokenizer of a draft, each by its own parser."""
+    return (
+        parse_graphs(member(path, "payload/tiny/graphs.json")),
+        {
+            "model.onnx": parse_onnx(
+                memoryview(member(path, "payload/tiny/model.onnx")), sizes={}.get
+            )
+        },
+        parse_tokenizer(memoryview(member(path, "payload/tiny/tokenizer.json"))),
+    )
 
 
 def test_stated_facts_come_before_those_of_the_card(made):

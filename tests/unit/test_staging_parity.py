@@ -21,7 +21,7 @@ from bundle.staging.parity import (
     prove_parity,
     statement,
 )
-from policy.errors import AirgapError, RefusedError
+from policy.errors import AirgapError, FaultError, RefusedError
 
 PROMPTS = load_prompts()[0]
 
@@ -170,8 +170,15 @@ def test_what_a_run_leaves_is_not_believed(tmp_path, left, code):
     [Result(1, stderr="Traceback\nRuntimeError: no"), Result(None, 9, ""), Result(137)],
     ids=["error", "killed", "status"],
 )
-def test_a_run_that_fails_is_a_refusal(tmp_path, result):
-    with pytest.raises(RefusedError) as caught:
+def test_a_run_that_does_not_finish_is_a_fault(tmp_path, result):
+    with pytest.raises(FaultError) as caught:
         prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=lambda _: result, memory_mb=1)
-    assert caught.value.code == "parity.failed"
+    assert caught.value.code == "parity.run"
     assert "Traceback" not in caught.value.message
+
+
+def test_a_full_disk_inside_the_seal_is_told_as_such(tmp_path):
+    full = Result(1, stderr="OSError: [Errno 28] No space left on device: 'x'")
+    with pytest.raises(FaultError) as caught:
+        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=lambda _: full, memory_mb=1)
+    assert caught.value.code == "host.space"
