@@ -21,7 +21,8 @@ from airgap.gate import (
     decide_use,
     registry_facts,
 )
-from policy.engine import Decision
+from policy.approvals import Approvals
+from policy.engine import NO_APPROVALS, Decision
 from policy.errors import RefusedError, UsageError
 from policy.strict import parse_day
 from policy.terms import FACTS, Digest, Fact, Kind, Known, Scope, Value, unknown_name
@@ -63,7 +64,15 @@ class Question:
         return f"{words}, by {self.person}" if by_person else words
 
 
-def ask(question: Question, subject: Subject, site: Site, rules: Rules, day: LegalDay) -> Decision:
+def ask(
+    question: Question,
+    subject: Subject,
+    site: Site,
+    rules: Rules,
+    day: LegalDay,
+    *,
+    approvals: Approvals = NO_APPROVALS,
+) -> Decision:
     """Decide; RefusedError as `airgap.gate` says."""
     if question.scope is Scope.ADMISSION:
         return decide_admission(
@@ -75,6 +84,7 @@ def ask(question: Question, subject: Subject, site: Site, rules: Rules, day: Leg
             submitter=question.person,
             verified=subject.verified,
             assumed=question.assumed,
+            approvals=approvals,
             as_of=day.as_of,
             known_at=day.known_at,
             day_source=day.source,
@@ -96,6 +106,7 @@ def ask(question: Question, subject: Subject, site: Site, rules: Rules, day: Leg
         screen=None,
         admitted=subject.admitted,
         assumed=question.assumed,
+        approvals=approvals,
         as_of=day.as_of,
         known_at=day.known_at,
         day_source=day.source,

@@ -1,4 +1,4 @@
-"""`airgap policy explain|check` and `airgap site init`."""
+"""`airgap policy explain|check`, `airgap site init`; `airgap approve` stands beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from airgap.cli import approve
 from airgap.cli.common import Json, Root, root_folder, show, stdout
 from policy.errors import RefusedError
 
 if TYPE_CHECKING:
+    from policy.approvals import Approvals
     from policy.engine import Decision
 
 
@@ -51,7 +53,8 @@ Assume = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add both groups."""
+    """Add the groups."""
+    approve.register(app)
     policy = typer.Typer(help="Ask the rules, and read why.", no_args_is_help=True)
     policy.command(name="explain")(explain)
     policy.command(name="check")(check)
@@ -188,13 +191,26 @@ def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
         assumed = inquiry.what_if(question, subject) | dict(question.assumed)
         question = replace(question, assumed=assumed)
     day = site.legal_day(now, asked.as_of.date() if asked.as_of else None)
-    decision = inquiry.ask(question, subject, site, rules, day)
+    approvals = site_approvals(root)
+    decision = inquiry.ask(question, subject, site, rules, day, approvals=approvals)
     return Answered(
         decision=decision,
         title=question.title_of(subject),
         assumed=[*notes, *question.assumed_words],
         hazard_role=reader is not None and HAZARD_ROLE in reader.roles,
     )
+
+
+def site_approvals(root: Path) -> Approvals:
+    """The signed approvals of this tree; none where it has no folder for them."""
+    from policy.approvals import Approvals
+
+    if not (root / "policy" / "approvals").is_dir():
+        return Approvals()
+    from airgap.approvals import load_approvals
+    from bundle.trust import load_trust
+
+    return load_approvals(root, load_trust(root / "trust").document)
 
 
 def account_name() -> str:
