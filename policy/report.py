@@ -13,7 +13,8 @@ from typing import Any
 from policy import record
 from policy.engine import Decision
 from policy.evaluator import RuleResult
-from policy.logic import LETTERS, Comparison, Leaf, leaves
+from policy.logic import LETTERS, Comparison, Condition, Leaf, leaves
+from policy.logic import Any as AnyOf
 from policy.pack import ApprovalOverride, Obligation, Override, WaiverOverride
 from policy.terms import Known, Outcome
 
@@ -32,6 +33,14 @@ class LeafView:
 
 
 @dataclass(frozen=True, slots=True)
+class LeavesView:
+    """The leaves of one condition; `any_of` says that one of them is enough."""
+
+    leaves: tuple[LeafView, ...] = ()
+    any_of: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RuleView:
     """One rule that counts."""
 
@@ -43,9 +52,9 @@ class RuleView:
     citation: str
     pedigree: str
     lifting: str
-    applies: tuple[LeafView, ...]
-    fires: tuple[LeafView, ...]
-    excepted: tuple[LeafView, ...]
+    applies: LeavesView
+    fires: LeavesView
+    excepted: LeavesView
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +159,9 @@ def _rule_view(decision: Decision, reason: record.Reason, result: RuleResult | N
             reason.citation,
             pedigree,
             "settle the facts that its permit rules need",
-            *_views_of_permits(decision),
+            LeavesView(),
+            _views_of_permits(decision),
+            LeavesView(),
         )
     rule = result.rule
     approval = result.lifted_by
@@ -166,21 +177,20 @@ def _rule_view(decision: Decision, reason: record.Reason, result: RuleResult | N
         reason.citation,
         pedigree,
         lifted or _lifting(rule.text.override, reason.state),
-        _views(decision, leaves(rule.applies_when)),
-        _views(decision, leaves(rule.when)),
-        _views(decision, leaves(rule.unless)) if rule.unless is not None else (),
+        _views(decision, rule.applies_when),
+        _views(decision, rule.when),
+        LeavesView() if rule.unless is None else _views(decision, rule.unless),
     )
 
 
-def _views_of_permits(
-    decision: Decision,
-) -> tuple[tuple[LeafView, ...], tuple[LeafView, ...], tuple[LeafView, ...]]:
+def _views_of_permits(decision: Decision) -> LeavesView:
     """For a default deny: what the permit rules wanted and did not get."""
     found: list[LeafView] = []
     for result in decision.results:
         if result.rule.text.effect == "permit":
-            found += [each for each in _views(decision, result.rule.leaves()) if each.truth != "T"]
-    return (), tuple(found), ()
+            for condition in (result.rule.applies_when, result.rule.when):
+                found += [each for each in _views(decision, condition).leaves if each.truth != "T"]
+    return LeavesView(tuple(found))
 
 
 def _lifting(override: Override, state: str) -> str:
@@ -194,9 +204,13 @@ def _lifting(override: Override, state: str) -> str:
     return "supply the missing fact" if state == "unknown" else "cannot be lifted; change the facts"
 
 
-def _views(decision: Decision, found: Sequence[Leaf]) -> tuple[LeafView, ...]:
+def _views(decision: Decision, condition: Condition) -> LeavesView:
     position = {leaf: at for at, leaf in enumerate(decision.evaluator.program.leaves)}
-    return tuple(_leaf_view(decision, leaf, position[leaf]) for leaf in dict.fromkeys(found))
+    found = dict.fromkeys(leaves(condition))
+    return LeavesView(
+        tuple(_leaf_view(decision, leaf, position[leaf]) for leaf in found),
+        isinstance(condition, AnyOf) and len(found) > 1,
+    )
 
 
 def _leaf_view(decision: Decision, leaf: Leaf, at: int) -> LeafView:

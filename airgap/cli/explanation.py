@@ -33,6 +33,7 @@ _FUTURES = {
     Outcome.PERMIT_WITH_OBLIGATIONS: "is permitted with obligations",
     Outcome.PERMIT: "is permitted",
 }
+_ANY = {"applies if": "if any of", "and": "and any of", "because": "any of", "unless": "unless any"}
 _TRUTHS = {"T": ("yes", "green"), "F": ("no", "dim"), "U": ("?", "bold yellow")}
 
 
@@ -79,17 +80,18 @@ def _rule(rule: RuleView) -> RenderableType:
     ]
     if rule.effect in {Outcome.DENY, Outcome.NEEDS_APPROVAL}:
         lines.append(Padding(Text(f"way out: {rule.lifting}"), (0, 0, 0, 2)))
-    rows = (("applies if", rule.applies), ("and", rule.fires), ("unless", rule.excepted))
-    for word, leaves in rows:
-        if leaves:
-            lines.append(_leaves(word, leaves))
+    first, second = ("applies if", "and") if rule.applies.leaves else ("", "because")
+    rows = ((first, rule.applies), (second, rule.fires), ("unless", rule.excepted))
+    for word, shown in rows:
+        if shown.leaves:
+            lines.append(_leaves(_ANY[word] if shown.any_of else word, shown.leaves))
     lines.append("")
     return Group(*lines)
 
 
 def _leaves(word: str, leaves: Sequence[LeafView]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
-    table.add_column(width=10, style="dim", justify="right")
+    table.add_column(width=11, style="dim", justify="right")
     table.add_column(width=3, justify="right")
     table.add_column(overflow="fold")
     for at, leaf in enumerate(leaves):
