@@ -226,7 +226,7 @@ def _path(fill: str, stroke: str, width: str, data: str) -> str:
     outside, line = _colour(stroke)
     names = " ".join(
         name
-        for name in (f"f{inside}" * (fill != "none"), f"k{outside}" * (stroke != "none"))
+        for name in (f"q{inside}" * (fill != "none"), f"k{outside}" * (stroke != "none"))
         if name
     )
     out = f'<path class="{names}" fill="{colour if fill != "none" else "none"}"'

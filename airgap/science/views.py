@@ -40,6 +40,7 @@ TABLE_ROWS = 20
 REPORT_ROWS = 200
 INVALID_SHOWN = 100
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_NON_METALS = frozenset(("H", "B", "C", "N", "O", "F", "Si", "P", "S", "Cl", "Se", "Br", "I"))
 TITLES = {
     "retrosynthesis": "Retrosynthesis",
     "molecule": "Molecules",
@@ -274,12 +275,12 @@ def flags(row: RetroRow) -> list[str]:
 
 
 def composition(node: str) -> str:
-    """Return the atoms of a dotted metal node as a formula, metals as they come: `Zn4 O`."""
+    """Return the atoms of a dotted metal node as a formula, metals first: `Zn4 O`."""
     counts: dict[str, int] = {}
     for atom in node.split("."):
         symbol = "".join(c for c in atom if c.isalpha())
         counts[symbol] = counts.get(symbol, 0) + 1
-    ordered = sorted(counts.items(), key=lambda item: (len(item[0]) == 1, item[0]))
+    ordered = sorted(counts.items(), key=lambda item: (item[0] in _NON_METALS, item[0]))
     return " ".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in ordered)
 
 
@@ -314,7 +315,7 @@ def html(
         FaultError: `science.svg`; a drawing holds what no drawing may hold.
 
     """
-    style = _file("report.css")
+    style = _file("report.css") + (_file("stamp.css") if header.stamp else "")
     digest = base64.b64encode(sha256(style.encode()).digest()).decode()
     svgs = {
         key: [clean_svg(text, title=_title(key, assessed)) for text in texts]

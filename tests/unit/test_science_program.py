@@ -391,7 +391,7 @@ def test_scheme_in_a_hurry_is_drawn_without_alignment():
 
 def test_radicals_charges_and_isotopes_are_drawn():
     svg = drawing.draw_molecule(Chem.MolFromSmiles("[CH2]C[N+](C)(C)[13CH3]"))
-    assert 'class="fn"' in svg
+    assert 'class="qn"' in svg
 
 
 def test_many_drawings_come_in_portions():
