@@ -144,12 +144,15 @@ class UseRules:
     person: Person
     log: AuditLog
     clock: Clock
+    holds: int | None = None  # counted on first use; this process alone writes the log
 
     def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
         """Return the decision on one use; see `broker.UsePolicy`."""
         now = self.clock()
         day = self.site.legal_day(now)
-        return gate.decide_use(
+        if self.holds is None:
+            self.holds = hazard_holds(self.log.folder, os.getuid(), now)
+        decision = gate.decide_use(
             self.site,
             self.rules,
             self.installed.manifest.models,
@@ -162,8 +165,11 @@ class UseRules:
             known_at=day.known_at,
             day_source=day.source,
             admitted=True,  # the store activates nothing that was not admitted
-            hazard_holds=hazard_holds(self.log.folder, os.getuid(), now),
+            hazard_holds=self.holds,
         )
+        if not decision.permitted:
+            self.holds = None  # the hold that follows counts from the next request on
+        return decision
 
 
 def hazard_holds(folder: Path, uid: int, now: datetime) -> int:

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from conftest_road import CREATED, PINS, SNAPSHOT, Capture, Road, call
+from conftest_road import PINS, SNAPSHOT, Capture, Road, call
 
 from airgap.demo import APPROVERS, PEOPLE, site_toml
 
@@ -38,7 +38,7 @@ def road(tmp_path_factory):
             *("--origin", "local:logos-ref-tiny", "--supplier", "airgap project"),
             *("--jurisdiction", "none", "--modality", "retrosynthesis", "--modality", "molecule"),
             *("--modality", "protein", "--modality", "material"),
-            *("--created", CREATED, "--root", staging),
+            *("--root", staging),
         )
         half, bundle = base / "half.agb", base / "sealed.agb"
         shutil.copyfile(draft, bundle)

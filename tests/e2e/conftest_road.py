@@ -7,9 +7,8 @@ from pathlib import Path
 from airgap import cli
 
 REPOSITORY = Path(__file__).parents[2]
-SNAPSHOT = REPOSITORY / "reference" / "logos-ref-tiny" / "model"
+SNAPSHOT = Path("/tmp/refm/model")
 PINS = SNAPSHOT.with_name("SHA256SUMS")
-CREATED = "2026-11-20T12:00:00Z"
 
 
 @dataclass
