@@ -486,7 +486,7 @@ def test_require_names_rule_and_citation_of_a_denial_and_what_a_hold_lacks():
 
 
 WRONG_REQUESTS = {
-    "a name outside the vocabulary": known(project__actve=True),
+    "a name outside the vocabulary": known(project__activity=True),
     "another type": known(project__active=1),
     "a derived fact": known(screen__required=False),
     "a strange member": known(data__markings=frozenset({"CIU"})),

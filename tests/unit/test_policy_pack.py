@@ -43,7 +43,7 @@ def test_every_shipped_rule_has_what_a_reader_needs():
 
 
 VOCABULARY = {
-    "an unknown fact, with the nearest name": ("{eq: [project.actve, true]}", "project.active"),
+    "an unknown fact, with the nearest name": ("{eq: [project.activity, true]}", "project.active"),
     "a value of another type": ("{eq: [project.active, 1]}", "true or false"),
     "a text for a number": ('{gte: [screen.tier, "2"]}', "an integer"),
     "a true for a number": ("{gte: [screen.tier, true]}", "an integer"),
