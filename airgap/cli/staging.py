@@ -55,7 +55,11 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Tell what a snapshot is, what is proved about it, and whether it may be built."""
+    """Tell what a snapshot is and what is proved.
+
+    Lists or refuses every file, hashes every byte, and compares with the pins of your institution
+    and the records of the hub client. Nothing in the snapshot is loaded or run.
+    """
     with _staging():
         from bundle.staging.inspect import inspect_source
         from bundle.staging.views import report_page, report_view, write_page
@@ -112,7 +116,11 @@ def build(
     root: Root = None,
     json: Json = False,
 ) -> int:
-    """Inspect, convert under the seal, prove parity, ask the policy, and write a signed draft."""
+    """Convert a snapshot and write a signed draft.
+
+    Inspects it, asks the policy, converts it to ONNX in a process without a network, proves that
+    the graph answers like its source, and signs the draft with the builder's key.
+    """
     with _staging():
         from bundle.staging.pipeline import Facts
         from bundle.staging.pipeline import build as build_draft
@@ -163,7 +171,11 @@ def sign(
     root: Root = None,
     json: Json = False,
 ) -> int:
-    """Show what a draft is, take a typed confirmation, and add your signature."""
+    """Read a draft, confirm it, and sign it.
+
+    Shows the report that the seal names, takes the model's name as the confirmation, and adds the
+    signature in place. The builder of a draft never approves it.
+    """
     with _staging():
         from bundle.staging import sign as signing
         from bundle.staging.views import draft_view, tally_document, tally_view

@@ -9,6 +9,7 @@ Everything happens in one work folder beside the output, which goes away however
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -399,29 +400,30 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
     for file in report.carried():
         if "/" in file.path:
             continue
-        role = report.roles[file.path]
-        known: Role = "config" if role is FileRole.CONFIG else "document"
+        found = report.roles[file.path]
+        known: Role = "config" if found is FileRole.CONFIG else "document"
         digests = report.digests[file.path]
         members.append(
             Member(
                 f"{base}/{file.path}",
                 file.place,
-                "tokenizer" if role is FileRole.TOKENIZER else known,
+                "tokenizer" if found is FileRole.TOKENIZER else known,
                 _MEDIA.get(Path(file.path).suffix, "text/plain"),
                 origin=Origin(sha256=digests.sha256, git_blob=digests.git_blob),
                 sha256=digests.sha256,
             )
         )
-    members.append(
-        Member(f"{base}/{GRAPH}", converted.folder / GRAPH, "onnx", derived_from=derived)
-    )
-    if converted.external:
+    made: list[tuple[str, Role]] = [(GRAPH, "onnx")]
+    made += [(EXTERNAL, "external-data")] if converted.external else []
+    for name, role in made:
+        place = converted.folder / name
         members.append(
             Member(
-                f"{base}/{EXTERNAL}",
-                converted.folder / EXTERNAL,
-                "external-data",
+                f"{base}/{name}",
+                place,
+                role,
                 derived_from=derived,
+                sha256=hashlib.sha256(open_view(place)).hexdigest(),
             )
         )
     graphs = _graphs(report, facts, converted, {member.path: _digest(member) for member in members})
@@ -652,10 +654,10 @@ def _require_space(report: InspectReport, out: Path) -> None:
 
 
 def _digest(member: Member) -> str:
-    source = member.source
     if member.sha256 is not None:
         return member.sha256
-    return Digest.of(source if isinstance(source, bytes) else bytes(open_view(source))).hex
+    source = member.source
+    return hashlib.sha256(source if isinstance(source, bytes) else open_view(source)).hexdigest()
 
 
 def _size(member: Member) -> int:
