@@ -192,6 +192,7 @@ CODES: dict[str, str] = {
     "build.bom": "the bill of materials breaks its schema",
     "sign.confirm": "the confirmation is not the model's name or digest",
     # -- inference: the loaded model and the requests to it ----------------------------------------
+    "model.reply": "the sealed worker broke the protocol",
     "model.config": "the configuration of the worker cannot be understood",
     "model.facts": "graphs.json breaks its schema or contradicts itself",
     "model.file": "a file of the model is missing, unreadable or too large",

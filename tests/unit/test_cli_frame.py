@@ -1,7 +1,10 @@
 """The command-line frame: every outcome becomes one exit status and one document."""
 
+import ast
 import errno
 import json
+import re
+from pathlib import Path
 
 import pytest
 import typer
@@ -91,3 +94,41 @@ def test_codes_are_short_and_described():
         assert len(code) <= 32
         assert "." in code
         assert meaning
+
+
+SOURCES = [
+    path
+    for package in ("policy", "bundle", "airgap")
+    for path in (Path(__file__).parents[2] / package).rglob("*.py")
+]
+RAISERS = re.compile(r"(Error|Refused|refusal|refuse|wrong|bad|fault)$", re.IGNORECASE)
+
+
+def raised_codes():
+    """Yield (file, line, code) of each literal code that an error is made with."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and node.args):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            first = node.args[0]
+            if (
+                RAISERS.search(name)
+                and isinstance(first, ast.Constant)
+                and isinstance(first.value, str)
+                and re.fullmatch(r"[a-z0-9]+\.[a-z0-9_]+", first.value)
+            ):
+                yield path.name, node.lineno, first.value
+
+
+def test_every_code_that_the_source_raises_is_listed():
+    found = list(raised_codes())
+    assert len(found) > 100
+    assert [entry for entry in found if entry[2] not in CODES] == []
+
+
+def test_every_listed_code_occurs_in_the_source():
+    text = "".join(path.read_text() for path in SOURCES if path.name != "errors.py")
+    # Made from parts: the layer of a seal, the number of a grammar rule.
+    made = {code for code in CODES if code.startswith(("enclave.", "prompt.g"))}
+    assert [code for code in CODES if f'"{code}"' not in text and code not in made] == []

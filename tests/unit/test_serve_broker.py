@@ -1,0 +1,306 @@
+"""The broker's order: no answer without a permit, a durable intent and a durable outcome."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from airgap.audit import Actor, open_log
+from airgap.audit.query import read_records
+from airgap.config import Limits, load_site
+from airgap.demo import site_toml
+from airgap.enclave.channel import PART, REPLY, Frame, ProgramError
+from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
+from airgap.inference.protocol import Done, Progress, Sample
+from airgap.science.program import create
+from airgap.serve import Job
+from airgap.serve.broker import Broker, Model, printable
+from airgap.serve.session import choose_project, hazard_holds, require_extras
+from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+TAGS = {
+    tag: number
+    for number, tag in enumerate(
+        [
+            *("<ProteinS>", "<ProteinE>", "<MoleculeS>", "<MoleculeE>", "<PocketS>", "<PocketE>"),
+            *("<MaterialS>", "<MaterialE>", "<MetalS>", "<MetalE>"),
+            *("<Trans>", "<Search>", "<React>", "<ReverseReact>"),
+        ],
+        4,
+    )
+}
+MODEL = Model(
+    id="tiny",
+    bundle=Digest.of(b"bundle"),
+    name="tiny",
+    version="1",
+    precision="fp32",
+    context={"model": "tiny", "max_context": 512, "vocab_size": 150, "tags": TAGS},
+    reference_model=True,
+    scientific_use=False,
+)
+TEXTS = (
+    "<MoleculeS>CC(=O)Cl<MoleculeE><MoleculeS>Nc1ccc(O)cc1<MoleculeE>",
+    "<MoleculeS>CC<MoleculeE>",
+)
+
+
+class Helper:
+    """The helper's program, answered in this process; its refusals become ours, as in the seal."""
+
+    def __init__(self):
+        self.program = create({})
+        self.program.warm_up()
+        self.broken = ""
+
+    def request(self, payload, timeout):
+        assert timeout > 0
+        if self.broken and json.loads(payload)["op"] == self.broken:
+            raise FaultError("enclave.worker", "the helper died")
+        try:
+            return self.program.handle(payload, lambda _part: None)
+        except ProgramError as error:
+            raise RefusedError(error.code, error.message, hint=error.hint) from error
+
+
+class Worker:
+    """Sends the frames that a test wants it to send."""
+
+    rung = "A"
+
+    def __init__(self, frames=None):
+        self.frames = frames
+        self.asked = []
+
+    def stream(self, payload, timeout, *, total_s=None):
+        assert timeout > 0
+        assert total_s
+        self.asked.append(json.loads(payload))
+        yield from self.frames if self.frames is not None else good_frames()
+
+
+def good_frames():
+    yield Frame(PART, 1, Progress(tokens=10, finished=0, n=2).encode())
+    for index, text in enumerate(TEXTS):
+        ids = (6, 30, 7, 3)
+        sample = Sample(index, text, ids, "eos", -3.5 - index, 0.0)
+        yield Frame(PART, 1, sample.encode())
+    yield Frame(REPLY, 1, Done(9, 8, 12, 4, 2).encode())
+
+
+@pytest.fixture(scope="module")
+def helper():
+    return Helper()
+
+
+@pytest.fixture
+def broker(tmp_path, helper):
+    helper.broken = ""
+    (tmp_path / "site.toml").write_text(site_toml(0))
+    site, rules = load_site(tmp_path), load_rules(tmp_path)
+
+    def use_policy(job, *, modality, screen):
+
+        return decide_use(
+            site,
+            rules,
+            registry_facts("logos-ref-tiny", rules.registry),
+            bundle_digest=MODEL.bundle,
+            person="ada",
+            project=job.project,
+            task=TaskFacts(job.task, modality),
+            screen=screen,
+            as_of=site.legal_day(NOW).as_of,
+            known_at=site.legal_day(NOW).known_at,
+            admitted=True,
+            hazard_holds=0,
+        )
+
+    with open_log(tmp_path, site="Test Lab") as log:
+        yield Broker(log, Worker(), helper, MODEL, Actor("Ada"), use_policy)
+
+
+def job(**changes):
+    base = Job(
+        "retrosynthesis", {"smiles": "CC(=O)Nc1ccc(O)cc1"}, "route-design", {"n": 2, "seed": 5}
+    )
+    return replace(base, **changes)
+
+
+def story(broker):
+    """Return (kind, phase, result or code) of every record of a request, in order."""
+    found = []
+    for record in read_records(broker.log.folder):
+        if record["kind"] in {"inference", "denial"}:
+            end = record.get("data", {}).get("result") or record.get("err", {}).get("code", "")
+            found.append((record["kind"], record["phase"], end))
+    return found
+
+
+def test_an_answer_stands_between_two_durable_records(broker):
+    told = []
+    answer = broker.infer(job(), lambda *state: told.append(state))
+    assert story(broker) == [("inference", "intent", ""), ("inference", "outcome", "complete")]
+    assert answer.intent.seq < answer.outcome.seq
+    assert answer.assessed.summary.valid == 2
+    assert told[-1][1:] == (2, 2)
+    assert answer.seed == 5
+    request = broker.worker.asked[0]
+    assert request["prompt"][0] == {"tag": "<MoleculeS>"}
+    assert request["grammar"] == {"mode": "structure", "task": "retrosynthesis"}
+
+
+def test_the_openings_open_the_commitments(broker):
+    from airgap.audit import commitment
+
+    answer = broker.infer(job())
+    records = [r for r in read_records(broker.log.folder) if r["kind"] == "inference"]
+    opening = answer.opening
+    assert records[0]["in"]["commit"] == commitment(opening.content_in, opening.nonce_in).commit
+    assert records[1]["out"]["commit"] == commitment(opening.content_out, opening.nonce_out).commit
+
+
+def test_nobody_chose_a_seed_so_it_is_drawn_and_told(broker):
+    first = broker.infer(job(options={"n": 2}))
+    second = broker.infer(job(options={"n": 2}))
+    assert first.seed != second.seed
+    seeds = [
+        r["data"]["seed"]
+        for r in read_records(broker.log.folder)
+        if r["kind"] == "inference" and r["phase"] == "intent"
+    ]
+    assert seeds == [first.seed, second.seed]
+
+
+def test_a_refused_prompt_never_reaches_the_worker(broker):
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(inputs={"smiles": "CC(=O"}))
+    assert refused.value.code == "prompt.g07"
+    assert broker.worker.asked == []
+    assert story(broker) == [("denial", "event", "prompt.g07")]
+
+
+def test_a_denied_use_never_reaches_the_worker(broker):
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(project="sensor-coatings"))
+    assert refused.value.code == "policy.denied"
+    assert broker.worker.asked == []
+    assert [kind for kind, _, _ in story(broker)] == ["denial"]
+
+
+def test_an_output_that_the_screen_holds_is_not_released(broker):
+    held = "<MoleculeS>CP(=O)(F)OC<MoleculeE>"
+    broker.worker.frames = [
+        Frame(PART, 1, Sample(i, held, (6, 7, 3), "eos", -1.0, 0.0).encode()) for i in range(2)
+    ] + [Frame(REPLY, 1, Done(9, 6, 1, 1, 2).encode())]
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job())
+    assert refused.value.code == "policy.held"
+    assert "Reference" in refused.value.message
+    assert story(broker) == [
+        ("inference", "intent", ""),
+        ("denial", "event", ""),
+        ("inference", "outcome", "refused"),
+    ]
+    assert hazard_holds(broker.log.folder, 0, datetime.now(UTC)) in {0, 1}  # by this test's uid
+
+
+BROKEN_STREAMS = {
+    "one sample too few": lambda f: [*f[:2], f[3]],
+    "one sample twice": lambda f: [*f[:2], f[1], *f[2:]],
+    "no reply": lambda f: f[:3],
+    "no JSON": lambda f: [Frame(PART, 1, b"{"), *f],
+    "an index that was not asked for": lambda f: [
+        Frame(PART, 1, Sample(7, "x", (3,), "eos", -1.0, 0.0).encode()),
+        *f,
+    ],
+    "a positive log-likelihood": lambda f: [
+        Frame(PART, 1, f[1].payload.replace(b"-3.5", b"3.5")),
+        *f[2:],
+    ],
+    "scores instead of samples": lambda f: [
+        *f[:3],
+        Frame(
+            REPLY, 1, b'{"event":"scores","prompt_tokens":9,"scores":[{"logprob":-1.0,"tokens":1}]}'
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_STREAMS.values(), ids=BROKEN_STREAMS.keys())
+def test_a_worker_that_breaks_the_protocol_gives_no_answer(broker, change):
+    assert broker.infer(job()).assessed.rows
+    broker.worker.frames = change(list(good_frames()))
+    with pytest.raises(FaultError) as failed:
+        broker.infer(job())
+    assert failed.value.code == "model.reply"
+    assert story(broker)[-1] == ("inference", "outcome", "failed")
+
+
+def test_a_helper_that_dies_while_assessing_gives_no_answer(broker):
+    broker.helper.broken = "assess"
+    with pytest.raises(FaultError):
+        broker.infer(job())
+    assert story(broker) == [("inference", "intent", ""), ("inference", "outcome", "failed")]
+
+
+def test_an_interrupt_closes_the_intent(broker):
+    def hit():
+        yield Frame(PART, 1, Progress(tokens=1, finished=0, n=2).encode())
+        raise KeyboardInterrupt
+
+    broker.worker.frames = hit()
+    with pytest.raises(KeyboardInterrupt):
+        broker.infer(job())
+    assert story(broker)[-1] == ("inference", "outcome", "cancelled")
+
+
+def test_without_a_log_there_is_no_answer(broker):
+    broker.log.close()
+    with pytest.raises(FaultError) as failed:
+        broker.infer(job())
+    assert failed.value.code.startswith("audit.")
+    assert broker.worker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "changes"),
+    [
+        (Limits(samples=1), {}),
+        (Limits(prompt_bytes=256), {"inputs": {"smiles": "C" * 300}}),
+        (Limits(new_tokens=10), {}),
+    ],
+)
+def test_the_caps_of_the_site_hold(broker, limits, changes):
+    assert broker.infer(job()).assessed.rows
+    broker.limits = limits
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(**changes))
+    assert refused.value.code == "request.limit"
+
+
+def test_a_task_name_is_printable_in_the_record():
+    assert printable("a\nb\x1b[31mü" + "x" * 99) == ("a?b?[31m?" + "x" * 99)[:32]
+
+
+def test_a_person_with_two_projects_must_name_one(tmp_path):
+    (tmp_path / "site.toml").write_text(site_toml(0))
+    site = load_site(tmp_path)
+    ada = site.find_person("ada")
+    assert choose_project(site, ada, "route-design") == "route-design"
+    with pytest.raises(RefusedError) as refused:
+        choose_project(site, ada, "")
+    assert refused.value.code == "site.project"
+
+
+def test_the_extras_are_looked_up(monkeypatch):
+    require_extras()
+    monkeypatch.setitem(
+        __import__("airgap.serve.session", fromlist=["EXTRAS"]).EXTRAS, "cpu", ("no_such_module",)
+    )
+    with pytest.raises(FaultError) as failed:
+        require_extras()
+    assert failed.value.code == "host.extra"
