@@ -13,14 +13,12 @@ from pathlib import Path
 
 from airgap.config import LegalDay, Person, Site
 from airgap.gate import (
-    BundleFacts,
     Rules,
     TaskFacts,
-    bundle_facts,
     decide_admission,
     decide_use,
-    registry_facts,
 )
+from airgap.model_facts import BundleFacts, bundle_facts, registry_facts
 from policy.approvals import Approvals
 from policy.engine import NO_APPROVALS, Decision
 from policy.errors import RefusedError, UsageError

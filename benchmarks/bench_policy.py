@@ -13,7 +13,8 @@ from pathlib import Path
 from harness import Context, Result, alone
 
 import policy.strict
-from airgap.gate import Rules, load_rules, registry_facts
+from airgap.gate import Rules, load_rules
+from airgap.model_facts import registry_facts
 from policy import Decision, Request, combine, decide, parse_pack
 from policy.terms import Fact, Known, Scope, Value
 

@@ -11,7 +11,8 @@ from policy_cases import DEMO, NOW, RULES, blocking, demo_site
 from airgap import approvals
 from airgap.cli import policy as commands
 from airgap.cli.common import show_error
-from airgap.gate import decide_admission, registry_facts
+from airgap.gate import decide_admission
+from airgap.model_facts import registry_facts
 from bundle import keys, trust
 from bundle.envelope import Envelope, Signature
 from policy.errors import AirgapError, RefusedError

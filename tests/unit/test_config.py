@@ -171,8 +171,8 @@ def test_an_account_is_one_person():
         with pytest.raises(RefusedError) as caught:
             site.require_account(uid, account)
         assert caught.value.code == "site.person"
-    named = parse_site(GOOD.replace("uid = 1000", 'account = "alo"').encode())
-    assert named.require_account(os.getuid(), "alo").id == "ada"
+    named = parse_site(GOOD.replace("uid = 1000", 'account = "adal"').encode())
+    assert named.require_account(os.getuid(), "adal").id == "ada"
 
 
 def test_a_project_that_is_not_there_is_named():

@@ -11,13 +11,11 @@ from airgap.config import parse_site
 from airgap.gate import (
     ScreenFacts,
     TaskFacts,
-    bundle_facts,
     decide_admission,
     decide_use,
-    licence_ids,
     load_rules,
-    registry_facts,
 )
+from airgap.model_facts import bundle_facts, licence_ids, registry_facts
 from airgap.science.tasks import TASKS
 from bundle.manifest import Licence, LicenceFound, Lineage, ModelEntry, Supplier
 from policy import require
