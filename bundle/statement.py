@@ -15,7 +15,16 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import ENVELOPE_SIZE, Envelope, find_signers
-from bundle.fields import Count, DigestText, Document, Instant, Name, PersonId, Sha256Hex
+from bundle.fields import (
+    Count,
+    DigestText,
+    Document,
+    Instant,
+    Name,
+    PersonId,
+    Sha256Hex,
+    format_time,
+)
 from bundle.manifest import REPORT, Manifest, Profile, first_problem
 from bundle.trust import BUILDER, RootDocument
 from policy.errors import RefusedError
@@ -172,7 +181,8 @@ def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
         )
     approving = [k for k in keyids if _approver(root, k, seal.created) is not None]
     if len(approving) < needed:
-        raise _too_few(len(approving), needed, envelope)
+        others = sorted({who for k in keyids if (who := root.find_person(k)) is not None})
+        raise _too_few(len(approving), needed, envelope, others=others, at=seal.created)
     people = {who for k in approving if (who := _approver(root, k, seal.created)) is not None}
     approvers = people - {seal.builder}
     if len(approvers) < needed:
@@ -244,10 +254,20 @@ def _require_type(value: Any) -> None:
         raise RefusedError("seal.type", f"expected predicate type {SEAL_TYPE}, found {found!r:.80}")
 
 
-def _too_few(found: int, needed: int, envelope: Envelope) -> RefusedError:
+def _too_few(
+    found: int,
+    needed: int,
+    envelope: Envelope,
+    *,
+    others: Sequence[str] = (),
+    at: datetime | None = None,
+) -> RefusedError:
+    seen = f"{len(envelope.signatures)} signatures in the envelope"
+    if at is not None:
+        seen += f"; signed by {', '.join(others)}, judged as enrolled at {format_time(at)}"
     return RefusedError(
         "seal.threshold",
-        f"{found} of {needed} required approvers' signatures hold "
-        f"({len(envelope.signatures)} signatures in the envelope)",
-        hint="compare key ids with `airgap trust show`; sign it on the staging host",
+        f"{found} of {needed} required approvers' signatures hold ({seen})",
+        hint="compare key ids, roles and dates with `airgap trust show`; sign it on the staging "
+        "host",
     )

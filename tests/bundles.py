@@ -132,12 +132,12 @@ def make_tokenizer() -> bytes:
     ).encode()
 
 
-def make_payload(weights: bytes) -> dict[str, tuple[str, bytes]]:
+def make_payload(weights: bytes, model: str = MODEL) -> dict[str, tuple[str, bytes]]:
     """Return role and content by plain name."""
     onnx, tokenizer = make_onnx(length=len(weights)), make_tokenizer()
     sha = {n: hashlib.sha256(c).hexdigest() for n, c in (("o", onnx), ("t", tokenizer))}
     graphs = Graphs(
-        model=MODEL,
+        model=model,
         architecture="llama",
         vocab_size=len(VOCABULARY),
         layers=1,
@@ -193,11 +193,13 @@ def make_bom(payload: list[Member]) -> bytes:
     return canonical_json({"bomFormat": "CycloneDX", "specVersion": "1.7", "components": files})
 
 
-def make_members(weights: bytes | None = None, extra: tuple[Member, ...] = ()) -> list[Member]:
+def make_members(
+    weights: bytes | None = None, extra: tuple[Member, ...] = (), model: str = MODEL
+) -> list[Member]:
     weights = make_weights() if weights is None else weights
     found = [
-        Member(f"payload/{MODEL}/{name}", content, role)
-        for name, (role, content) in make_payload(weights).items()
+        Member(f"payload/{model}/{name}", content, role)
+        for name, (role, content) in make_payload(weights, model).items()
     ]
     found += [
         Member("META/sbom/bom.cdx.json", make_bom(found), "sbom", "application/json"),
