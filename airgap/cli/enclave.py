@@ -132,4 +132,7 @@ def _probe(rung: Rung) -> list[Any]:
         f"{verdict.control_open} open, {verdict.control_heard} heard by a receiver; sealed "
         f"{verdict.sealed_open} open, {verdict.sealed_heard} heard",
     )
-    return [title, table, Text(f"not even the control could: {'; '.join(untested)}", style="dim")]
+    if untested:
+        words = f"not even the control could: {'; '.join(untested)}"
+        return [title, table, Text(words, style="dim")]
+    return [title, table]

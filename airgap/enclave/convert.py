@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.host import HostSurvey
-from airgap.enclave.plan import Plan, PlanError
+from airgap.enclave.plan import Plan
 from airgap.enclave.refused import SealRefused
-from airgap.enclave.seal import Process
+from airgap.enclave.seal import Process, planning
 from policy.errors import FaultError
 
 START_S = 30.0  # seconds for the seal itself, before the program starts
@@ -119,6 +119,8 @@ def run_sealed(
     if "C" in (least, rung):
         raise SealRefused("rung", "a conversion opens files, so rung C would leave it unsealed")
     inputs = [os.path.abspath(path) for path in job.read_only]  # noqa: PTH100 - symbolic links stay
+    with planning():
+        plans.require_inputs(inputs)
     work = Work(
         job=job,
         facts=facts,
@@ -202,7 +204,7 @@ def run_on(
 def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
     """Plan the seal and give both writable folders, result and scratch, to the worker's uid."""
     environment = plans.built_environment(threads=work.threads, scratch=str(writable[1]))
-    try:
+    with planning():
         plans.require_silent(work.facts.telemetry, environment)
         plan = plans.build(
             work.facts,
@@ -217,8 +219,6 @@ def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
             file_mb=work.limit // _MIB,
             uid=work.uid,
         )
-    except PlanError as error:
-        raise SealRefused(error.layer, str(error)) from error
     if plan["identity"] is not None:
         for folder in writable:
             os.chown(folder, *plan["identity"], follow_symlinks=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from airgap.enclave import filters, linux
 from airgap.enclave import landlock as rules
-from airgap.enclave.host import HostSurvey, parse_status
+from airgap.enclave.host import HostSurvey, parse_id_map, parse_status
 from airgap.enclave.launcher import unescape
 from airgap.enclave.plan import Plan
 
@@ -48,8 +48,9 @@ class Facts:
 
     pid: int
     start_time: int
-    state: str
+    session: int
     uids: tuple[int, ...]
+    uid_map: tuple[tuple[int, int, int], ...] | None
     capabilities: dict[str, str]
     no_new_privs: int
     seccomp: int
@@ -61,6 +62,8 @@ class Facts:
     descriptors: dict[int, str] | None
     mounts: tuple[Mount, ...] | None
     executable: str | None
+    environment: dict[str, str] | None
+    limits: dict[str, int] | None
     links: tuple[str, ...] | None
     addresses: tuple[str, ...] | None
     routes: int | None
@@ -79,12 +82,13 @@ def read(pid: int, proc: Path = Path("/proc")) -> Facts:
     """Read the facts of a live process; OSError when it is gone."""
     folder = proc / str(pid)
     status = parse_status((folder / "status").read_text())
-    start, state = _start_time((folder / "stat").read_text())
+    start, session = _start_and_session((folder / "stat").read_text())
     return Facts(
         pid=pid,
         start_time=start,
-        state=state,
+        session=session,
         uids=tuple(int(word) for word in status["Uid"].split()),
+        uid_map=_uid_map(folder),
         capabilities={
             key: status[name].lstrip("0") or "0" for key, name in _CAPABILITY_SETS.items()
         },
@@ -99,6 +103,8 @@ def read(pid: int, proc: Path = Path("/proc")) -> Facts:
         descriptors=_descriptors(folder),
         mounts=_mounts(folder),
         executable=_executable(folder),
+        environment=_environment(folder),
+        limits=_limits(folder),
         links=_links(folder),
         addresses=_addresses(folder),
         routes=_lines(folder / "net/route", skip=1),
@@ -143,6 +149,13 @@ def verify(
     expect(layer, "the number of filters", facts.filters, inherited_filters() + own_filters)
     if dumpable is not None:
         expect("dumpable", "dumpable", facts.dumpable, dumpable)
+    expect("environment", "the environment", facts.environment, plan["env"])
+    if facts.limits is not None:
+        found += [
+            Finding("limits", f"RLIMIT_{name} is {facts.limits.get(name)}, expected at most {most}")
+            for name, most in plan["limits"].items()
+            if not 0 <= facts.limits.get(name, -1) <= most
+        ]
     if plan["namespaces"]:
         found += _verify_namespaces(facts, plan, host)
     expect("descriptors", "the set of descriptors", facts.descriptors, DESCRIPTORS)
@@ -159,6 +172,10 @@ def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[F
         for name in wanted
         if facts.namespaces is not None and facts.namespaces.get(name) == host.get(name)
     ]
+    if plan["mapping"] is not None and facts.uid_map is not None:
+        inside = [first for first, _, _ in facts.uid_map]
+        if inside != [plan["mapping"][0]]:
+            found.append(Finding("identity", f"the ids inside are {inside}, expected one, not 0"))
     if facts.pid_inside != 1:
         found.append(Finding("namespaces", f"the pid inside is {facts.pid_inside}, expected 1"))
     if facts.links is not None and facts.links != ("lo",):
@@ -352,10 +369,50 @@ def utc() -> str:
 # -- readers of /proc -----------------------------------------------------------------------------
 
 
-def _start_time(text: str) -> tuple[int, str]:
-    """Return field 22 and the state of /proc/PID/stat; the name in field 2 may hold anything."""
+def _start_and_session(text: str) -> tuple[int, int]:
+    """Return fields 22 and 6 of /proc/PID/stat; the name in field 2 may hold anything."""
     fields = text.rpartition(")")[2].split()
-    return int(fields[19]), fields[0]
+    return int(fields[19]), int(fields[3])
+
+
+def _uid_map(folder: Path) -> tuple[tuple[int, int, int], ...] | None:
+    try:
+        return parse_id_map((folder / "uid_map").read_text())
+    except OSError:
+        return None
+
+
+def _environment(folder: Path) -> dict[str, str] | None:
+    try:
+        text = (folder / "environ").read_bytes().decode(errors="surrogateescape")
+    except OSError:
+        return None
+    pairs = (entry.partition("=") for entry in text.split("\0") if entry)
+    return {name: value for name, _, value in pairs}
+
+
+_LIMITS = {
+    "Max core file size": "CORE",
+    "Max open files": "NOFILE",
+    "Max file size": "FSIZE",
+    "Max data size": "DATA",
+    "Max address space": "AS",
+}
+
+
+def _limits(folder: Path) -> dict[str, int] | None:
+    """Return the hard limits that a plan sets; -1 is no limit."""
+    try:
+        lines = (folder / "limits").read_text().splitlines()
+    except OSError:
+        return None
+    out = {}
+    for line in lines:
+        name = _LIMITS.get(line[:26].strip())
+        if name is not None:
+            hard = line[26:].split()[1]
+            out[name] = -1 if hard == "unlimited" else int(hard)
+    return out
 
 
 def _namespaces(folder: Path) -> dict[str, str] | None:

@@ -7,11 +7,11 @@ a forbidden signal have failed in this very process; return codes prove nothing.
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import ctypes
 import errno
 import os
-import socket
 import stat
 import struct
 
@@ -152,7 +152,7 @@ def verify_behaviour(abi: int, *, readable: str, outside: int | None) -> None:
 
 def _verify_tcp() -> None:
     """Connect to the discard port of this host; Landlock answers before any packet exists."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+    with contextlib.closing(_socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)) as probe:
         answer = probe.connect_ex(("127.0.0.1", 9))
     if answer != errno.EACCES:
         found = errno.errorcode.get(answer, "success")

@@ -167,6 +167,13 @@ def require_silent(hits: Sequence[str], environment: dict[str, str]) -> None:
         )
 
 
+def require_inputs(paths: Iterable[str]) -> None:
+    """Refuse an input that does not exist, before anything is measured or bound."""
+    for path in paths:
+        if not Path(path).exists():
+            raise PlanError("files", f"there is no {path!r} to read")
+
+
 def folder_bytes(paths: Iterable[str]) -> int:
     """Add up the sizes of the files at and below `paths`."""
     total = 0
@@ -230,6 +237,7 @@ def build(
         uid: The worker's uid for a start by root; None picks a free one.
 
     """
+    require_inputs(read_only)
     namespaces = rung == "A"
     identity, mapping = identity_of(facts, uid)
     if not namespaces and mapping is not None and facts.uid == 0:

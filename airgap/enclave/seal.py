@@ -136,8 +136,9 @@ def start(
     """
     read_only = [os.path.abspath(path) for path in spec.read_only]  # noqa: PTH100 - symbolic links stay
     environment = plans.built_environment(threads=spec.caps.threads)
-    with _planning():
+    with planning():
         plans.require_silent(facts.telemetry, environment)
+        plans.require_inputs(read_only)
         memory = spec.caps.memory_mb or 4096 + 3 * plans.folder_bytes(read_only) // (1 << 20)
         plan = plans.build(
             facts,
@@ -238,7 +239,8 @@ def _self_test(payload: bytes) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _planning() -> Iterator[None]:
+def planning() -> Iterator[None]:
+    """Turn a wish that cannot be met into the refusal of its layer."""
     try:
         yield
     except PlanError as error:
@@ -283,10 +285,12 @@ class Process:
     def _meet(self) -> None:
         """Learn the host pid of the sealed process and take a handle that cannot be reused."""
         frame = self.expect(channel.ALIVE)
-        pid = int(frame.payload)
-        self._pidfd = os.pidfd_open(pid)
-        self.pid = pid
-        status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
+        self.pid = pid = int(frame.payload)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+            status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
+        except OSError:
+            return  # it is gone already; the next frame says why
         parent = os.getpid() if not self.plan["namespaces"] else self._popen.pid
         if int(status["PPid"]) != parent:
             raise SealRefused("parent", f"process {pid} is not a child of {parent}")
@@ -329,6 +333,8 @@ class Process:
             )
         if error.kind == "late":
             return SealRefused("deadline", f"nothing came within {self.deadline_s:g} s{tail}")
+        if error.kind == "closed" and end["status"] == REFUSED_STATUS:
+            return SealRefused("parent", f"the waiting parent could not seal itself{tail}")
         if error.kind == "closed":
             return FaultError(
                 "enclave.worker",
@@ -355,6 +361,8 @@ class Process:
         )
         if findings:
             raise SealRefused(findings[0].layer, "; ".join(f.message for f in findings)[:2000])
+        if found.session != self._popen.pid:
+            raise SealRefused("parent", "the process shares a session, and its terminal's signals")
         if self.plan["namespaces"]:
             self._verify_parent(facts)
         return found
@@ -442,10 +450,9 @@ def _how(end: dict[str, Any]) -> str:
         with contextlib.suppress(ValueError):
             return signal.Signals(end["signal"]).name
         return f"signal {end['signal']}"
-    return {
-        REFUSED_STATUS: "the launcher refused",
-        LOAD_STATUS: "the program did not load",
-    }.get(end["status"], f"exit status {end['status']}")
+    if end["status"] == LOAD_STATUS:
+        return "the program did not load"
+    return f"exit status {end['status']}"
 
 
 def program_error(frame: Frame, words: str) -> AirgapError:

@@ -66,7 +66,7 @@ _EXEC = "execve=59/221 execveat=322/281"
 _OTHER = """
 openat=257/56 landlock_create_ruleset=444/444 landlock_add_rule=445/445
 landlock_restrict_self=446/446 seccomp=317/277 prctl=157/167 capset=126/91 close_range=436/436
-wait4=61/260 waitid=95/95 kill=62/129 tkill=200/130 memfd_create=319/279 recvfrom=45/207
+wait4=61/260 waitid=247/95 kill=62/129 tkill=200/130 memfd_create=319/279 recvfrom=45/207
 mq_timedsend=242/182 unlinkat=263/35 utimensat=280/88 newfstatat=262/79
 """
 

@@ -256,8 +256,13 @@ def _phases(report: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _tolerated(phase: str, report: dict[str, Any]) -> frozenset[str]:
-    """Return what may be open: exec before stage 2 inherits the seal, and rung B has few scopes."""
-    out = probe.OPEN_BEFORE_STAGE2 if phase == "stage1" else frozenset()
+    """Return what may be open before stage 2, on hosts where Landlock is absent or old.
+
+    A program that is started there inherits the seal; a signal is a bit to a process of the user.
+    """
+    out: frozenset[str] = frozenset()
+    if phase == "stage1" and not report.get("landlock"):
+        out = probe.OPEN_BEFORE_STAGE2
     if phase != "stage2" and report.get("rung") == "B" and report.get("landlock", 0) < _SCOPE_ABI:
         out |= {"signal_outside"}
     return out

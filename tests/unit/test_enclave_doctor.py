@@ -12,8 +12,6 @@ from airgap.cli.app import dispatch
 from airgap.enclave import doctor, host, twin
 from airgap.enclave.doctor import Examination, Rung
 
-SCREEN = 50  # lines
-
 
 def report(rung, **change):
     from test_enclave_twin import good
@@ -42,7 +40,6 @@ def test_a_good_host_reaches_a(hosts, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "SEALED/A" in out
     assert "tcp4" in out
-    assert len(out.splitlines()) <= SCREEN
     assert dispatch(["doctor", "--root", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "SEALED/A"
