@@ -14,7 +14,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
-from policy.lineage import Registry
+from policy.lineage import Registry, Step
 from policy.logic import AnyPath, F, T, Truth, U
 from policy.snapshots import Entry, ListSnapshot, normal_name
 from policy.terms import MAKER_RELATIONS
@@ -79,9 +79,9 @@ class _Reached(NamedTuple):
     """A party on the way, and how it was reached."""
 
     name: str
+    party: str | None
     sure: bool
-    relation: str
-    by: str
+    step: Origin | Step
     before: _Reached | None
 
     def hops(self) -> tuple[Hop, ...]:
@@ -89,7 +89,8 @@ class _Reached(NamedTuple):
         found: list[Hop] = []
         here: _Reached | None = self
         while here is not None:
-            found.append(Hop(here.relation, here.name, here.by))
+            by = here.step.edge_id if isinstance(here.step, Step) else here.step.source
+            found.append(Hop(here.step.relation, here.name, by))
             here = here.before
         return tuple(reversed(found))
 
@@ -114,28 +115,31 @@ class PathFinder:
         """Walk every path once, nearest first; a sure hit decides, else the first unknown."""
         via = leaf.via
         doubt = self._doubt_of_start(leaf, start) if start.unknown else None
+        registry = self.registry
         reached = [
-            _Reached(each.party, each.sure, each.relation, each.source, None)
+            _Reached(each.party, registry.party_of(each.party), each.sure, each, None)
             for each in start.origins
             if each.relation in via or each.relation == SELF
         ]
         seen: set[tuple[str, bool]] = set()
         for here in reached:  # grows while it is walked
-            party = self.registry.party_of(here.name)
-            key = party or here.name
-            if (key, True) in seen or (key, here.sure) in seen:
+            name, party, sure, _, _ = here
+            key = party or name
+            if (key, True) in seen or (key, sure) in seen:
                 continue
-            seen.add((key, here.sure))
-            truth, words = self._look(leaf, party, here.name, day)
-            if truth == T and here.sure:
+            seen.add((key, sure))
+            truth, words = self._look(leaf, party, name, day)
+            if truth == T and sure:
                 return PathResult(T, here.hops(), words)
             if truth != F and doubt is None:
-                weak = "" if here.sure else "; a step on the way is disputed or weakly sourced"
+                weak = "" if sure else "; a step on the way is disputed or weakly sourced"
                 doubt = PathResult(U, here.hops(), words + weak)
-            for step in self.registry.steps[party] if party else ():
-                if step.relation in via and step.valid.holds(day):
-                    sure = here.sure and step.sure
-                    reached.append(_Reached(step.target, sure, step.relation, step.edge_id, here))
+            if party is None:
+                continue
+            for step in registry.steps[party]:
+                target = step.target
+                if step.relation in via and (target, True) not in seen and step.valid.holds(day):
+                    reached.append(_Reached(target, target, sure and step.sure, step, here))
         return doubt or PathResult(F, (), self._clear_words(leaf))
 
     @staticmethod
