@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+from datetime import UTC, datetime, timedelta
 
+import bundles
 import pytest
 import typer
 from policy_cases import DEMO
 
 from airgap.cli import policy as commands
 from airgap.cli.common import show_error
+from bundle import trust
 from policy.errors import AirgapError
 
 
@@ -225,3 +228,62 @@ def test_an_account_without_a_name_is_its_number(monkeypatch):
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
     assert commands.account_name() == str(os.getuid())
+
+
+@pytest.fixture
+def sealed(root):
+    """A bundle of the reference model under a good seal, and the trust root of this tree."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    long_ago = datetime(2001, 1, 1, tzinfo=UTC)
+    made = trust.new_root(
+        bundles.public("root"),
+        bundles.signer("root"),
+        now=long_ago,
+        valid_for=timedelta(days=36_500),
+    )
+    for name in ("builder", "alice", "bob"):
+        made = trust.add_key(made, bundles.public(name), [bundles.signer("root")], now=long_ago)
+    trust.save_trust(made, root / "trust")
+    model = {
+        "id": "logos-ref-tiny",
+        "source": "local:logos-ref-tiny",
+        "licence": {
+            "spdx": "Apache-2.0",
+            "text_digest": f"sha256:{'1' * 64}",
+            "status": "declared",
+        },
+    }
+    path = root / "tiny.agb"
+    bundles.make_bundle(
+        path,
+        roots=made,
+        members=bundles.make_members(model="logos-ref-tiny"),
+        model=model,
+        created=now,
+        not_before=now,
+        expires=now + timedelta(days=30),
+    )
+    return path
+
+
+def test_a_sealed_bundle_is_explained_and_not_taken_for_verified(call, root, sealed):
+    argv = ("--bundle", sealed, "--project", "route-design", "--root", root, "--json")
+    status, out, _ = call("policy", "explain", *argv)
+    document = json.loads(out)
+    assert (status, document["outcome"]) == (0, "permit_with_obligations")
+    assert document["assumed"] == ["bundle.verified = true"]
+    assert document["request"]["bundle"].startswith("sha256:")
+    # The head alone was read, so a check does not count the body as verified.
+    status, out, _ = call("policy", "check", *argv)
+    assert (status, json.loads(out)["outcome"]) == (1, "deny")
+    status, out, _ = call("policy", "check", *argv, "--assume", "bundle.verified=true")
+    assert status == 0
+
+
+def test_a_bundle_with_a_bad_seal_is_not_explained(call, root, sealed):
+    content = bytearray(sealed.read_bytes())
+    content[content.index(b'"sig":"') + 10] ^= 1
+    sealed.write_bytes(content)
+    status, out, _ = call("policy", "explain", "--bundle", sealed, "--root", root, "--json")
+    assert status == 1
+    assert json.loads(out)["code"].startswith("seal.")
