@@ -239,7 +239,28 @@ def copies(checkpoint: Checkpoint, windows: Sequence[str]) -> Figures:
         "right_before_first_error": share_by_prompt(prefixes, 1),
         "loss": round(checkpoint.loss(pairs), 4),
         "motif_sites": {"real": real, "marked": marked, "right": right},
+        "mark_probability": mark_probability(checkpoint, windows),
     }
+
+
+@torch.inference_mode()
+def mark_probability(checkpoint: Checkpoint, windows: Sequence[str]) -> dict[str, float]:
+    """Return the mean probability of `<PocketS>` before a real motif site and before others.
+
+    Every residue before it is given as a plain copy. `other_n` are the N outside a motif: where
+    they score like `real`, the model has learnt the letter and not the motif.
+    """
+    pocket = checkpoint.tokenizer.convert_tokens_to_ids("<PocketS>")
+    found: dict[str, list[float]] = {"real": [], "other_n": [], "other": []}
+    for part in windows:
+        prompt = checkpoint.ids(f"{tagged('Protein', part)}<Search><ProteinS>")
+        whole = torch.tensor([[*prompt, *checkpoint.ids(part)[1:]]])
+        odds = checkpoint.model(input_ids=whole).logits[0, len(prompt) - 1 :].softmax(-1)
+        truth = motif_sites(part)
+        for at, letter in enumerate(part):
+            kind = "real" if at in truth else "other_n" if letter == "N" else "other"
+            found[kind].append(odds[at, pocket].item())
+    return {kind: round(statistics.mean(values), 4) for kind, values in found.items()}
 
 
 def common_prefix(text: str, truth: str) -> int:
