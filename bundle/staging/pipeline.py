@@ -9,6 +9,7 @@ Everything happens in one work folder beside the output, which goes away however
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -376,15 +377,32 @@ def memory_of(report: InspectReport) -> int:
 
 @contextlib.contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Make a folder beside `out` for everything unfinished, and remove it however it ends."""
+    """Make a folder beside `out` for everything unfinished, and remove it however it ends.
+
+    Raises:
+        RefusedError: `build.output`; another build of the same file is running.
+
+    """
     work = out.absolute().parent / f".{out.name}.work"  # the sealed programs run in another folder
-    if work.exists():
-        shutil.rmtree(work)  # of a build that was killed
-    work.mkdir(mode=0o700)
+    work.mkdir(mode=0o700, exist_ok=True)
+    number = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed build has let go of it
+        for entry in work.iterdir():
+            shutil.rmtree(entry)
         yield work
-    finally:
+        shutil.rmtree(work)
+    except BlockingIOError as error:
+        raise RefusedError(
+            "build.output",
+            f"another build of {out.name!r:.100} is running",
+            hint="wait for it, or name another output",
+        ) from error
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        os.close(number)
 
 
 def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple[Member, ...]:
@@ -573,8 +591,8 @@ def _conversion_statement(
 
 def stable_evidence(seal: Mapping[str, object]) -> dict[str, object]:
     """Return the part of a seal's evidence that two runs on one host share: no ids, no times."""
-    kept = ("profile", "rung", "stage1", "layers", "filters")
-    return {key: seal[key] for key in kept if isinstance(seal.get(key), str | list | int)}
+    kept = ("type", "verdict", "profile", "rung", "net", "seccomp", "landlock")
+    return {key: seal[key] for key in kept if key in seal}
 
 
 def _decision(record: bytes) -> Mapping[str, Any]:
@@ -585,9 +603,11 @@ def _decision(record: bytes) -> Mapping[str, Any]:
 
 
 def _pack_digests(decision: Mapping[str, Any]) -> tuple[Digest, ...]:
-    found = decision.get("pack_digests", [])
-    items = found if isinstance(found, list) else []
-    return tuple(Digest.parse(str(item)) for item in items)
+    """Return the digests of the rule packs that decided, as the record names them."""
+    packs = decision.get("packs")
+    items = packs if isinstance(packs, list) else []
+    found = {str(item["digest"]) for item in items if isinstance(item, dict) and "digest" in item}
+    return tuple(Digest.parse(text) for text in sorted(found))
 
 
 def _shape_of(report: InspectReport) -> tuple[Architecture, Tokenizer]:

@@ -84,12 +84,7 @@ def walk(folder: Path) -> tuple[SourceFile, ...]:
             f"{str(folder)!r:.120} is empty",
             hint="download the snapshot first, then point at the folder that holds config.json",
         )
-    try:
-        require_paths(file.path for file in files)
-    except RefusedError as error:
-        raise RefusedError(
-            "source.name", error.message, hint="rename the file or take it out, then inspect again"
-        ) from error
+    _require_names([file.path for file in files])
     return tuple(sorted(files, key=lambda file: file.path.encode()))
 
 
@@ -148,6 +143,18 @@ def commit_of(folder: Path) -> str | None:
     folder = folder.absolute()
     in_cache = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if in_cache else None
+
+
+def _require_names(paths: list[str]) -> None:
+    try:
+        for path in paths:
+            path.encode()  # a name that is not UTF-8 came in as lone surrogates
+        require_paths(paths)
+    except (RefusedError, UnicodeEncodeError) as error:
+        reason = error.message if isinstance(error, RefusedError) else f"{path!r:.80} is not UTF-8"
+        raise RefusedError(
+            "source.name", reason, hint="rename the file or take it out, then inspect again"
+        ) from error
 
 
 def _require_folder(folder: Path) -> None:

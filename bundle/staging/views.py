@@ -17,10 +17,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from bundle.canonical import canonical_json
 from bundle.fields import has_hidden
 from bundle.staging.parity import STEPS, Parity
 from bundle.staging.pipeline import Built
 from bundle.staging.sign import Draft, Tally
+from policy.terms import Digest
 
 _SHOWN_FILES = 60
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -121,7 +123,11 @@ def built_document(built: Built) -> dict[str, Any]:
             "text": parity_text(built.parity),
         },
         "rung": str(built.seal.get("rung", "unknown")),
-        "decision": built.decision,
+        "decision": {
+            "outcome": built.decision.get("outcome"),
+            "as_of": built.decision.get("as_of"),
+            "digest": str(Digest.of(canonical_json(dict(built.decision)))),
+        },
     }
 
 

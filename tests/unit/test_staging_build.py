@@ -134,6 +134,8 @@ def test_documents_speak_of_the_files_that_travel(made):
         assert document["subject"] == [{"digest": {"sha256": graph.sha256}, "name": graph.path}]
     assert member(built.path, "META/report.json") == built.report.to_bytes()
     assert member(built.path, "META/policy/admission.json") == permit(None, None)
+    seal = read_draft(built.path).statement.predicate
+    assert seal.policy_pack_digests == (f"sha256:{'7' * 64}",)
     vectors = json.loads(member(built.path, "META/vectors/parity.json"))
     assert len(vectors["vectors"]) == len(built.parity.vectors)
     assert member(built.path, "META/evidence/pins.sha256") == made[2].read_bytes()
@@ -420,6 +422,18 @@ def test_the_leavings_of_a_killed_build_are_cleared(snapshot, tmp_path):
         build_tiny, snapshot, tmp_path / "x.agb", run_sealed=lambda _: Result(1, stderr="no")
     )
     assert error.code == "convert.failed"
+    assert left_behind(tmp_path) == set()
+
+
+def test_two_builds_of_one_file_do_not_meet(snapshot, tmp_path):
+    from bundle.staging.pipeline import work_folder
+
+    out = tmp_path / "x.agb"
+    with work_folder(out) as work:
+        (work / "half").mkdir()
+        error = refused(build_tiny, snapshot, out, run_sealed=never)
+        assert error.code == "build.output"
+        assert (work / "half").exists()
     assert left_behind(tmp_path) == set()
 
 

@@ -116,6 +116,14 @@ def test_names_that_another_host_reads_otherwise_are_refused(snapshot, name):
     assert refused(walk, snapshot).code == "source.name"
 
 
+def test_a_name_that_is_not_utf8_is_refused(snapshot):
+    with open(os.fsencode(snapshot) + b"/a\xff.md", "w"):  # noqa: PTH123 - a name of bytes
+        pass
+    error = refused(walk, snapshot)
+    assert error.code == "source.name"
+    assert "UTF-8" in error.message
+
+
 def test_case_twins_are_refused(snapshot):
     (snapshot / "Config.json").write_text("{}")
     assert refused(walk, snapshot).code == "source.name"
