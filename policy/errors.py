@@ -70,7 +70,6 @@ CODES: dict[str, str] = {
     "audit.record": "a record breaks the schema",
     "audit.tampered": "the audit log was changed",
     "audit.timeout": "the audit log did not become durable in time",
-    "audit.unknown": "whether the audit log was changed cannot be told",
     # -- command line -------------------------------------------------------------------------
     "usage.argument": "a command-line argument has no meaning here",
     # -- shared vocabulary ----------------------------------------------------------------------
@@ -88,7 +87,6 @@ CODES: dict[str, str] = {
     "chunk.root": "the list of chunk hashes is not the sealed one",
     "bom.mismatch": "the bill of materials and the files differ",
     "delta.base": "the release that a delta builds on is missing",
-    "evidence.subject": "a document of the bundle speaks of other bytes",
     # -- bundle: manifest -----------------------------------------------------------------------
     "manifest.canonical": "the manifest is not canonical JSON",
     "manifest.layout": "the archive and the list of files in the manifest differ",
@@ -208,7 +206,7 @@ CODES: dict[str, str] = {
     "model.tokenizer": "the tokenizer does not load or contradicts graphs.json",
     "request.limit": "a request to the worker exceeds a limit",
     "request.malformed": "a request to the worker cannot be understood",
-    # -- science: the sealed helper -----------------------------------------------------------------
+    # -- science: the sealed helper ----------------------------------------------------------
     "science.reply": "the sealed helper sent what is no reply",
     "science.svg": "a drawing holds what no drawing may hold",
     # -- enclave: the layers of the seal --------------------------------------------------------

@@ -30,35 +30,46 @@ def install(
     project: Annotated[
         str | None, typer.Option("--project", help="Project of site.toml that it is for.")
     ] = None,
-    as_of: Annotated[
-        datetime | None,
-        typer.Option("--as-of", formats=["%Y-%m-%d"], help="Day whose law applies."),
-    ] = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
     """Verify BUNDLE, ask the policy, activate it, and put all of it on record."""
+    from airgap.approvals import load_approvals
     from airgap.audit import open_log
     from airgap.cli.policy import account_name
     from airgap.config import load_site
     from airgap.gate import load_rules
     from airgap.install import install as bring_in
-    from airgap.install.record import admission, find_actor, last_record, recorder
+    from airgap.install.record import (
+        actor_of,
+        admission,
+        find_submitter,
+        last_record,
+        recorder,
+    )
+    from bundle.trust import load_trust
 
     folder = root_folder(root)
     site = load_site(folder)
     now = datetime.now(UTC)
-    day = site.legal_day(now, as_of.date() if as_of is not None else None)
-    gate = admission(site, load_rules(folder), day, project=project)
+    day = site.legal_day(now)
+    person = find_submitter(site, os.getuid(), account_name())
+    gate = admission(
+        site,
+        load_rules(folder),
+        day,
+        project=project,
+        approvals=load_approvals(folder, load_trust(folder / "trust").document),
+        submitter=None if person is None else person.id,
+    )
     before = last_record(folder)
-    actor = find_actor(site, os.getuid(), account_name())
     with open_log(folder, site=site.institution.name) as log, bar("install") as progress:
         done = bring_in(
             bundle,
             root=folder,
             now=now,
             gate=gate,
-            audit=recorder(log, actor=actor, project=project),
+            audit=recorder(log, actor=actor_of(person), project=project),
             last_record=before,
             progress=progress,
         )

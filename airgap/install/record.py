@@ -12,18 +12,28 @@ from pathlib import Path
 from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, new_ulid
 from airgap.audit.layout import Layout, read_lines, segment_count
 from airgap.audit.record import parse_line
-from airgap.config import LegalDay, Site
+from airgap.config import LegalDay, Person, Site
 from airgap.gate import Rules, decide_admission
 from airgap.install.installer import InstallEvent
 from bundle.manifest import Manifest
+from policy.approvals import Approvals
 from policy.engine import Decision
 from policy.terms import Digest
 
 
 def admission(
-    site: Site, rules: Rules, day: LegalDay, *, project: str | None
+    site: Site,
+    rules: Rules,
+    day: LegalDay,
+    *,
+    project: str | None,
+    approvals: Approvals,
+    submitter: str | None,
 ) -> Callable[[Manifest, Digest], Decision]:
-    """Return the question that an install asks the policy of this site, once all hashes hold."""
+    """Return the question that an install asks the policy of this site, once all hashes hold.
+
+    `submitter` is who brings the bundle in, and so can never be the one who approves it.
+    """
 
     def gate(manifest: Manifest, digest: Digest) -> Decision:
         return decide_admission(
@@ -35,6 +45,8 @@ def admission(
             as_of=day.as_of,
             known_at=day.known_at,
             verified=True,
+            submitter=submitter,
+            approvals=approvals,
             day_source=day.source,
         )
 
@@ -58,12 +70,19 @@ def recorder(
     return record
 
 
-def find_actor(site: Site, uid: int, account: str) -> Actor | None:
-    """Return the person of site.toml behind an account, if there is one; the uid is always kept."""
+def find_submitter(site: Site, uid: int, account: str) -> Person | None:
+    """Return the person of site.toml behind an account, if there is one."""
     for person in site.person:
         if person.uid == uid or (person.uid is None and person.account == account):
-            return Actor(person.name or person.id, next(iter(sorted(person.roles)), ""))
+            return person
     return None
+
+
+def actor_of(person: Person | None) -> Actor | None:
+    """Return how a record names a person; the uid is kept in any case."""
+    if person is None:
+        return None
+    return Actor(person.name or person.id, next(iter(sorted(person.roles)), ""))
 
 
 def last_record(root: Path) -> datetime | None:

@@ -161,14 +161,7 @@ class Broker:
 
     def sdf(self, answer: Answer) -> str:
         """Return the molecules of an answer as SDF text."""
-        rows = [row.model_dump(mode="json") for row in answer.assessed.rows]
-        reply = json.loads(
-            self.ask_helper({"op": "sdf", "task": answer.assessed.task, "rows": rows})
-        )
-        text = reply.get("sdf")
-        if not isinstance(text, str):
-            raise FaultError("science.reply", "the sealed helper sent no SDF text")
-        return text
+        return results.sdf_all(self.ask_helper, answer.assessed)
 
     def ask_helper(self, request: Mapping[str, Any]) -> bytes:
         """Send one request to the sealed helper and return its reply."""
@@ -312,17 +305,16 @@ class Broker:
             raise wrong_reply(str(error)) from error
 
     def _assess(self, job: Job, samples: list[dict[str, Any]]) -> Assessed:
-        """Assess in the helper; where it fails, the screen is incomplete and the policy holds."""
-        return results.parse_assessed(
-            self.ask_helper(
-                {
-                    "op": "assess",
-                    "task": job.task,
-                    "inputs": dict(job.inputs),
-                    "samples": samples,
-                }
-            )
-        )
+        """Assess in the helper; a large answer comes in parts."""
+        request = {
+            "op": "assess",
+            "task": job.task,
+            "inputs": dict(job.inputs),
+            "samples": samples,
+        }
+        frames = list(self.helper.stream(canonical(request), HELPER_S))
+        parts = [frame.payload for frame in frames if frame.is_part]
+        return results.parse_assessed(frames[-1].payload, parts)
 
     # -- records -------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from airgap import gate
+from airgap.approvals import load_approvals
 from airgap.audit import Actor, AuditLog, Event, new_ulid, open_log
 from airgap.audit.query import read_records
 from airgap.config import Person, Site, load_site
@@ -26,6 +27,8 @@ from airgap.enclave import Enclave, SealSpec, launch
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
+from bundle.trust import load_trust
+from policy.approvals import Approvals
 from policy.engine import Decision
 from policy.errors import AirgapError, FaultError, RefusedError
 
@@ -81,7 +84,8 @@ def open_broker(
                 stack.enter_context(sealed(log, spec))
                 for spec in specs(installed, described, site, root / "enclave")
             )
-        policy = UseRules(site, rules, installed, person, log, clock)
+        approvals = load_approvals(root, load_trust(root / "trust").document)
+        policy = UseRules(site, rules, installed, person, log, clock, approvals)
         yield (
             Broker(
                 log=log,
@@ -144,6 +148,7 @@ class UseRules:
     person: Person
     log: AuditLog
     clock: Clock
+    approvals: Approvals
     holds: int | None = None  # counted on first use; this process alone writes the log
 
     def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
@@ -166,6 +171,7 @@ class UseRules:
             day_source=day.source,
             admitted=True,  # the store activates nothing that was not admitted
             hazard_holds=self.holds,
+            approvals=self.approvals,
         )
         if not decision.permitted:
             self.holds = None  # the hold that follows counts from the next request on
@@ -262,6 +268,7 @@ def describe(installed: InstalledBundle) -> Model:
             "max_context": graphs.max_context,
             "vocab_size": graphs.vocab_size,
             "tags": dict(graphs.tags),
+            "reference_model": entry.reference_model,
         },
         reference_model=entry.reference_model,
         scientific_use=entry.scientific_use,

@@ -385,7 +385,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--wheels", type=Path, required=True, help="folder of the pinned archives")
     parser.add_argument("--run", type=Path, required=True, help="folder that holds `corpus/`")
-    parser.add_argument("--model", type=Path, default=HERE, help="Hugging Face folder to measure")
+    parser.add_argument(
+        "--model", type=Path, default=HERE / "model", help="Hugging Face folder to measure"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -28,6 +28,8 @@ import sources
 import training
 
 HERE = Path(__file__).parent
+MODEL = HERE / "model"
+"""The snapshot: what a hub would serve, and nothing else."""
 SAMPLE = HERE / "sample"
 """A few hundred kilobytes of the training documents, committed for the smoke run and the tests."""
 SAMPLE_CHARACTERS = 320_000
@@ -58,16 +60,23 @@ def prepare(wheels: Path, out: Path) -> None:
 def release(run: Path) -> None:
     """Copy the result of a run beside this file, with its record and a sample of its corpus."""
     for name in SNAPSHOT:
-        shutil.copyfile(run / "model" / name, HERE / name)
+        shutil.copyfile(run / "model" / name, MODEL / name)
     shutil.copyfile(run / "training.json", HERE / "training.json")
-    digests = {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SNAPSHOT}
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
-    (HERE / "SHA256SUMS").write_text("".join(lines))
+    pin()
     SAMPLE.mkdir(exist_ok=True)
     for task, share in training.MIX.items():
         documents = (run / "corpus" / f"{task}.txt").read_text().splitlines()
         kept = first_characters(documents, round(SAMPLE_CHARACTERS * share))
         (SAMPLE / f"{task}.txt").write_text("\n".join(kept) + "\n")
+
+
+def pin() -> None:
+    """Write SHA256SUMS of the whole snapshot, card and licence too; it lies beside it."""
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(MODEL.iterdir())
+    ]
+    (HERE / "SHA256SUMS").write_text("".join(lines))
 
 
 def first_characters(documents: Iterable[str], room: int) -> Iterator[str]:
@@ -88,7 +97,7 @@ def smoke(out: Path) -> None:
     folder = out / "model"
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER:
-        shutil.copyfile(HERE / name, folder / name)
+        shutil.copyfile(MODEL / name, folder / name)
     shutil.copytree(SAMPLE, out / "corpus", dirs_exist_ok=True)
     plan = training.Plan(steps=training.SMOKE_STEPS, seed=corpus.SEED)
     report = training.smoke(out, plan)
@@ -104,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         "prepare": "write the documents and the tokenizer",
         "train": "train the model",
         "release": "copy the result and a sample of the corpus beside this file",
+        "pin": "write SHA256SUMS again, after a change of the card",
         "smoke": "train for a minute and check loss and repeatability",
     }
     parsers = {name: commands.add_parser(name, help=text) for name, text in helps.items()}
@@ -126,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
                 training.train(options.out, plan, resume=options.resume)
             case "release":
                 release(options.out)
+            case "pin":
+                pin()
             case "smoke":
                 smoke(options.out)
     except (sources.DataError, training.TrainingError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from airgap import cli
 
 REPOSITORY = Path(__file__).parents[2]
-SNAPSHOT = Path("/tmp/refm/model")
+SNAPSHOT = REPOSITORY / "reference" / "logos-ref-tiny" / "model"
 PINS = SNAPSHOT.with_name("SHA256SUMS")
 
 

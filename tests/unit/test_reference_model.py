@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-MODEL = Path(__file__).resolve().parents[2] / "reference" / "logos-ref-tiny"
+HOME = Path(__file__).resolve().parents[2] / "reference" / "logos-ref-tiny"
+MODEL = HOME / "model"
 MODULES = ("corpus", "evaluate", "sampling", "sources", "training")
 GATE_VALID, GATE_UNIQUE = 0.80, 0.99
 
@@ -23,11 +24,11 @@ def recipe():
     """Import the modules beside the weights as their scripts do, and forget them afterwards."""
     log = pytest.importorskip("rdkit.RDLogger")
     log.DisableLog("rdApp.*")
-    sys.path.insert(0, str(MODEL))
+    sys.path.insert(0, str(HOME))
     try:
         yield {name: __import__(name) for name in MODULES}
     finally:
-        sys.path.remove(str(MODEL))
+        sys.path.remove(str(HOME))
         for name in MODULES:
             sys.modules.pop(name, None)
         log.EnableLog("rdApp.error")
@@ -47,21 +48,24 @@ def molecules(recipe):
 
 
 def read(name):
-    return json.loads((MODEL / name).read_text())
+    place = HOME if name in {"evaluation.json", "training.json"} else MODEL
+    return json.loads((place / name).read_text())
 
 
 def sample_lines():
-    return [line for path in sorted(MODEL.glob("sample/*.txt")) for line in path.open()]
+    return [line for path in sorted(HOME.glob("sample/*.txt")) for line in path.open()]
 
 
 def test_every_snapshot_file_has_the_digest_that_sha256sums_names():
-    lines = (MODEL / "SHA256SUMS").read_text().splitlines()
+    lines = (HOME / "SHA256SUMS").read_text().splitlines()
     named = {name: digest for digest, name in (line.split("  ") for line in lines)}
 
     assert set(named) == {
         *("config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("README.md", "LICENSE"),
     }
+    assert set(named) == {path.name for path in MODEL.iterdir()}
     for name, digest in named.items():
         assert hashlib.sha256((MODEL / name).read_bytes()).hexdigest() == digest, name
 
@@ -120,7 +124,7 @@ def test_encoding_with_special_tokens_begins_with_one_bos():
 
 def test_the_figures_of_the_card_are_those_of_evaluation_json():
     """A table row of the card that names a path into evaluation.json repeats what stands there."""
-    card = (MODEL / "CARD.md").read_text()
+    card = (MODEL / "README.md").read_text()
     figures = read("evaluation.json")
     rows = re.findall(r"^\|[^|]+\| *([^|]+?) *\|[^|]*\| *`([^`]+)` *\|$", card, re.MULTILINE)
     assert len(rows) >= 20
@@ -170,7 +174,7 @@ def test_unconstrained_molecules_pass_the_gate(recipe, molecules):
 
 def test_search_documents_mark_the_motif_and_nothing_else(recipe):
     corpus = recipe["corpus"]
-    for line in (MODEL / "sample" / "search.txt").read_text().splitlines():
+    for line in (HOME / "sample" / "search.txt").read_text().splitlines():
         bare, annotated = line.split("<Search>")
         sequence = bare.removeprefix("<ProteinS>").removesuffix("<ProteinE>")
         assert annotated == corpus.annotate(sequence, corpus.motif_sites(sequence))
@@ -208,7 +212,7 @@ def test_a_resumed_run_reaches_the_weights_of_one_that_was_not_interrupted(recip
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes((MODEL / name).read_bytes())
-    (tmp_path / "corpus").symlink_to(MODEL / "sample")
+    (tmp_path / "corpus").symlink_to(HOME / "sample")
     plan = training.Plan(steps=6, seed=1, batch=2, length=128)
     whole = training.Run(tmp_path, plan)
     for _ in range(3):
@@ -230,7 +234,7 @@ def test_a_resumed_run_reaches_the_weights_of_one_that_was_not_interrupted(recip
 
 def test_the_recipe_names_its_commands():
     shown = subprocess.run(
-        [sys.executable, str(MODEL / "recipe.py"), "--help"],
+        [sys.executable, str(HOME / "recipe.py"), "--help"],
         capture_output=True,
         text=True,
         check=True,

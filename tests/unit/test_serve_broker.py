@@ -65,6 +65,14 @@ class Helper:
         except ProgramError as error:
             raise RefusedError(error.code, error.message, hint=error.hint) from error
 
+    def stream(self, payload, timeout):
+        parts = []
+        if self.broken and json.loads(payload)["op"] == self.broken:
+            raise FaultError("enclave.worker", "the helper died")
+        reply = self.program.handle(payload, parts.append)
+        yield from (Frame(PART, 1, part) for part in parts)
+        yield Frame(REPLY, 1, reply)
+
 
 class Worker:
     """Sends the frames that a test wants it to send."""
