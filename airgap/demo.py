@@ -197,7 +197,7 @@ def titled(demo: Demo, title: str) -> Iterator[None]:
     demo.console.print(f"    [dim]{time.monotonic() - started:.1f} s[/]")
 
 
-def call(demo: Demo, *argv: str | Path, expect: int = 0) -> Outcome:
+def call(demo: Demo, *argv: object, expect: int = 0) -> Outcome:
     """Run one `airgap` command with `--json`, show its line, and check how it ended."""
     words = [str(word) for word in argv]
     shown = " ".join(shorten(demo, word) for word in words)

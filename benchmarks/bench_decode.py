@@ -20,7 +20,9 @@ from typing import Any
 from harness import Context, Result, SkipBenchmark, paired, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-SNAPSHOT = Path(os.environ.get("AIRGAP_BENCH_MODEL", ROOT / "reference" / "logos-ref-tiny"))
+SNAPSHOT = Path(
+    os.environ.get("AIRGAP_BENCH_MODEL", ROOT / "reference" / "logos-ref-tiny" / "model")
+)
 CONVERT = ROOT / "bundle" / "staging" / "convert_main.py"
 PROMPTS = {
     "retrosynthesis": "<MoleculeS>CC(=O)Nc1ccc(OCc2ccccc2)cc1<MoleculeE><ReverseReact>",

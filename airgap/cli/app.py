@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import logging
 import os
 import sys
 import traceback
 
+import structlog
 import typer
 from typer.exceptions import TyperException
 
@@ -45,8 +47,27 @@ def build() -> typer.Typer:
     return app
 
 
+def configure_log() -> None:
+    """Send the operator's log to standard error as JSON lines: `AIRGAP_LOG=info` or `debug`.
+
+    It is for diagnosis and is silent by default. It is not the audit log, and no evidence.
+    """
+    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+    level = levels.get(os.environ.get("AIRGAP_LOG", "").lower(), logging.CRITICAL)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(sort_keys=True),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+    )
+
+
 def dispatch(argv: list[str]) -> int:
     """Run `argv` and return its exit status; the only broad `except` of the project is here."""
+    configure_log()
     try:
         outcome = build()(args=argv, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):

@@ -19,7 +19,7 @@ def demo(
     *,
     out: Annotated[Path, typer.Option(help="Folder for every artefact.")] = Path("demo-out"),
     source: Annotated[Path, typer.Option(help="Model snapshot in Hugging Face layout.")] = Path(
-        "reference/logos-ref-tiny"
+        "reference/logos-ref-tiny/model"
     ),
     json: Json = False,
 ) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import structlog
+
 from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, commitment, new_ulid
 from airgap.config import Limits
 from airgap.enclave import Enclave
@@ -31,6 +33,8 @@ HELPER_S = 60.0  # seconds without a frame of the helper
 WORKER_S = 120.0  # seconds without a progress frame of the worker
 NONCE_BYTES = 32
 SEED_BITS = 31  # short enough to type
+
+log = structlog.get_logger("airgap.broker")
 
 OnProgress = Callable[[int, int, int], None]  # tokens so far, samples finished, samples wanted
 
@@ -141,7 +145,9 @@ class Broker:
             )
         except BaseException as error:
             self._close_intent(request, job, started, error)
+            log.warning("request.failed", request=request, error=type(error).__name__)
             raise
+        log.info("request.answered", request=request, tokens=totals.tokens, runs=totals.runs)
         return Answer(
             request=request,
             prepared=prepared,
@@ -204,6 +210,7 @@ class Broker:
         document = screen.model_dump(mode="json")
         decision = self.use_policy(job, modality=prepared.modality, screen=document)
         digest = self.log.put_object(decision.canonical)
+        log.info("request.decided", request=request, stage=stage, outcome=decision.outcome.value)
         if decision.permitted:
             return decision
         receipt = self.log.append(

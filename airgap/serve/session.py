@@ -18,6 +18,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from airgap import gate
 from airgap.approvals import load_approvals
 from airgap.audit import Actor, AuditLog, Event, new_ulid, open_log
@@ -42,6 +44,8 @@ EXTRAS = {
     "cpu": ("numpy", "onnxruntime", "tokenizers", "llguidance"),
     "science": ("rdkit", "gemmi"),
 }
+
+operator = structlog.get_logger("airgap.session")
 
 Clock = Callable[[], datetime]
 
@@ -279,6 +283,7 @@ def describe(installed: InstalledBundle) -> Model:
 def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
     """Start a sealed process; its evidence is in the log first, its end last."""
     enclave = launch(spec)
+    operator.info("enclave.sealed", profile=spec.profile, rung=enclave.rung, pid=enclave.pid)
     try:
         evidence = log.put_object(canonical(enclave.evidence))
         log.append(

@@ -66,6 +66,7 @@ class Helper:
             raise RefusedError(error.code, error.message, hint=error.hint) from error
 
     def stream(self, payload, timeout):
+        assert timeout > 0
         parts = []
         if self.broken and json.loads(payload)["op"] == self.broken:
             raise FaultError("enclave.worker", "the helper died")
