@@ -61,6 +61,7 @@ from policy.terms import URI_BASE, Digest
 Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
 """Gives the canonical record of the admission decision, or raises `policy.*`."""
 
+DECISION = "META/policy/admission.json"
 VECTORS_PATH = "META/vectors/parity.json"
 _ATTEST = "META/attest"
 _SPACE = 6  # times the bytes of the weights: fp32 graph, its copy while it is written, the archive
@@ -239,7 +240,7 @@ def describe(
             "attestation",
         ),
         (BOM_PATH, bom, "sbom"),
-        ("META/policy/admission.json", record, "policy"),
+        (DECISION, record, "policy"),
         (VECTORS_PATH, canonical_json(parity.vectors_document(facts.model_id)), "vectors"),
     ]
     members = [

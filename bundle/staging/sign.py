@@ -18,6 +18,7 @@ from bundle.canonical import parse_canonical
 from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope
 from bundle.keys import Signer
 from bundle.manifest import REPORT, Manifest, parse_manifest
+from bundle.staging.pipeline import DECISION
 from bundle.statement import PAYLOAD_TYPE, SealStatement, parse_statement, require_matches
 from bundle.trust import BUILDER, Trust
 from policy.errors import RefusedError
@@ -36,6 +37,7 @@ class Draft:
     statement: SealStatement
     manifest: Manifest
     report: dict[str, Any]
+    decision: dict[str, Any]  # of the policy of the staging side; the lab decides again
 
     @property
     def digest(self) -> Digest:
@@ -82,18 +84,11 @@ def read_draft(path: Path) -> Draft:
         statement = parse_statement(envelope.payload)
         manifest = parse_manifest(head.manifest)
         require_matches(statement, manifest, head.manifest)
-        entry = manifest.find(REPORT)
-        size = min(entry.size, REPORT_LIMIT) if entry else 0
-        raw = os.pread(stream.fileno(), size, head.body_start + entry.offset) if entry else b""
-    expected = statement.predicate.report_digest
-    if f"sha256:{hashlib.sha256(raw).hexdigest()}" != expected:
-        raise RefusedError(
-            "seal.subject",
-            f"{REPORT} is not the report {expected} that the seal names",
-            hint="the draft was changed after it was built; build it again",
-        )
-    report = parse_canonical(raw, code="manifest.schema", what=REPORT, limit=REPORT_LIMIT)
-    return Draft(path, envelope, statement, manifest, report if isinstance(report, dict) else {})
+        documents = [
+            _document(stream.fileno(), head.body_start, manifest, name)
+            for name in (REPORT, DECISION)
+        ]
+    return Draft(path, envelope, statement, manifest, documents[0], documents[1])
 
 
 def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally:
@@ -119,6 +114,21 @@ def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally
         root.thresholds.seal.people,
         tuple(sorted(set(root.thresholds.seal.required_roles) - held)),
     )
+
+
+def _document(number: int, start: int, manifest: Manifest, path: str) -> dict[str, Any]:
+    """Read a small document of the body and hold it against the manifest that the seal names."""
+    entry = manifest.find(path)
+    size = min(entry.size, REPORT_LIMIT) if entry else 0
+    raw = os.pread(number, size, start + entry.offset) if entry else b""
+    if entry is None or hashlib.sha256(raw).hexdigest() != entry.sha256:
+        raise RefusedError(
+            "seal.subject",
+            f"{path} is not the document that the seal names",
+            hint="the draft was changed after it was built; build it again",
+        )
+    value = parse_canonical(raw, code="manifest.schema", what=path, limit=REPORT_LIMIT)
+    return value if isinstance(value, dict) else {}
 
 
 def require_approver(draft: Draft, trust: Trust, signer: Signer) -> tuple[str, tuple[str, ...]]:

@@ -162,6 +162,7 @@ def built_view(built: Built) -> RenderableType:
                       f"{built.manifest.version}"),
         Text(),
         _facts(rows),
+        *_holds(built.decision),
         Text(),
         Text(f"next step: airgap sign {name} --key APPROVER.pem", "dim"),
     )  # fmt: skip
@@ -189,6 +190,7 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
             "parity",
             ", ".join(f"{c.precision} within {c.tolerance} on {c.provider}" for c in claims),
         ),
+        ("policy", _decision_text(draft.decision)),
         ("report", seal.report_digest),
         ("signed by", _tally_text(tally)),
     ]
@@ -197,7 +199,7 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
     if report["findings"]:
         parts += [Text(), Rule("findings of the inspection", align="left", style="dim")]
         parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
-    return Group(*parts, Text())
+    return Group(*parts, *_holds(draft.decision), Text())
 
 
 def tally_document(draft: Draft, tally: Tally, who: str) -> dict[str, Any]:
@@ -288,8 +290,33 @@ def _use_text(report: Mapping[str, Any]) -> str:
 
 
 def _decision_text(decision: Mapping[str, Any]) -> str:
-    outcome = decision.get("outcome", "recorded")
-    return f"admission: {plain(outcome)}; asked again before it is installed"
+    words = {
+        "permit": "permitted",
+        "permit_with_obligations": "permitted with obligations",
+        "needs_approval": "HELD until people approve",
+    }
+    outcome = str(decision.get("outcome", "recorded"))
+    day = f" as of {decision['as_of']}" if "as_of" in decision else ""
+    return f"{words.get(outcome, outcome)}{day}; the lab decides again before it installs"
+
+
+def _holds(decision: Mapping[str, Any]) -> list[RenderableType]:
+    """List the rules that stand in the way, with their citation; nothing when none does."""
+    reasons = [
+        reason
+        for reason in decision.get("reasons", [])
+        if reason.get("effect") in {"deny", "needs_approval"} and not reason.get("lifted")
+    ]
+    if not reasons:
+        return []
+    return [
+        Text(),
+        Rule("held by the policy", align="left", style="yellow"),
+        *(
+            _bullet("!", "yellow", reason["rule"], f"{reason['plain']} [{reason['citation']}]")
+            for reason in reasons
+        ),
+    ]
 
 
 def _tally_text(tally: Tally) -> str:

@@ -636,8 +636,20 @@ def test_the_approver_sees_what_she_signs(draft):
 def test_findings_reach_the_approver(made):
     shown = read_draft(made[0].path)
     report = {**shown.report, "findings": [{"path": "README.md", "text": "a finding"}]}
+    rule = {"rule": "LIC-CONFLICT", "plain": "They differ.", "citation": "the texts"}
+    decision = {
+        "outcome": "needs_approval",
+        "as_of": "2026-06-01",
+        "reasons": [
+            {**rule, "effect": "needs_approval"},
+            {**rule, "rule": "X", "effect": "permit"},
+        ],
+    }
     tally = replace(count(shown, TRUST), missing_roles=("isso",), builder_signed=False)
-    text = screen(draft_view(replace(shown, report=report), tally))
+    text = screen(draft_view(replace(shown, report=report, decision=decision), tally))
     assert "a finding" in text
     assert "role isso" in text
     assert "NOT signed" in text
+    assert "HELD until people approve as of 2026-06-01" in text
+    assert "LIC-CONFLICT They differ. [the texts]" in text
+    assert "X They" not in text
