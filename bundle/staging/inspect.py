@@ -40,6 +40,7 @@ from policy.terms import Digest
 
 FORMAT = "airgap-inspect/1"
 _TAG = re.compile(r"<[A-Za-z]+>")
+_TITLE = re.compile(r"^# +(.{1,80})$", re.MULTILINE)
 _CARRIED = frozenset([Role.CONFIG, Role.TOKENIZER, Role.CARD, Role.LICENCE])
 _INDEX_LIMIT = 64 * 1024 * 1024
 _NEEDED = ("config.json", "tokenizer.json")
@@ -154,7 +155,7 @@ def inspect_source(
     Args:
         folder: In hub layout: a download folder, or a snapshot inside the hub's cache.
         pins: A file in the form of `sha256sum` that fixes every file of the snapshot.
-        name: Of the model in the report; else that of the repository or the folder.
+        name: Of the model in the report; else the repository, the card's title or the folder.
         progress: Told stages, and bytes while hashing.
 
     Raises:
@@ -182,7 +183,9 @@ def inspect_source(
     pin_digest = None if pins is None else Digest.of(bytes(open_view(pins))).hex
     pinned = wanted if not any(r.code == "pin.mismatch" for r in report.refusals) else None
     report.provenance = level_document(pinned, pin_digest, report.hub)
-    _read_card(report)
+    title = _read_card(report)
+    if name is None and repository is None and title:
+        report.name = title
     report.lineage = lineage_hints(
         report.card, report.config, report.architecture, report.tokenizer
     )
@@ -309,8 +312,9 @@ def _check_origin(
         require_pins(pins, report.digests)
 
 
-def _read_card(report: InspectReport) -> None:
-    """Read licences and the front matter of the card."""
+def _read_card(report: InspectReport) -> str:
+    """Read licences and the front matter of the card; returns the card's title, if it has one."""
+    title = ""
     for file in report.files:
         role = report.roles.get(file.path)
         if role not in {Role.CARD, Role.LICENCE}:
@@ -325,6 +329,9 @@ def _read_card(report: InspectReport) -> None:
         elif file.path == "README.md":
             _collect(report, lambda text=text: report.card.update(parse_card(text)))  # type: ignore[misc]
             report.licences += card_licences(report.card, file.path, sha256)
+            found_title = _TITLE.search(text)
+            title = found_title[1].strip() if found_title else ""
+    return title
 
 
 def _conclude(report: InspectReport) -> None:

@@ -43,6 +43,13 @@ def test_the_report_is_canonical_and_repeatable(snapshot, tmp_path):
     assert str(tmp_path).encode() not in first
 
 
+def test_the_name_is_the_best_that_is_known(snapshot):
+    assert inspect_source(snapshot, name="given").name == "given"
+    assert inspect_source(snapshot).name == "tiny-random-llama"  # the title of the card
+    (snapshot / "README.md").write_text("no title")
+    assert inspect_source(snapshot).name == "model"  # the folder
+
+
 def test_progress_counts_every_byte(snapshot):
     seen = []
     inspect_source(snapshot, progress=lambda *step: seen.append(step))
