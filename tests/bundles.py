@@ -132,9 +132,20 @@ def make_tokenizer() -> bytes:
     ).encode()
 
 
-def make_payload(weights: bytes, model: str = MODEL) -> dict[str, tuple[str, bytes]]:
+def size_of(source: bytes | Path) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def sha_of(source: bytes | Path) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with source.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def make_payload(weights: bytes | Path, model: str = MODEL) -> dict[str, tuple[str, bytes | Path]]:
     """Return role and content by plain name."""
-    onnx, tokenizer = make_onnx(length=len(weights)), make_tokenizer()
+    onnx, tokenizer = make_onnx(length=size_of(weights)), make_tokenizer()
     sha = {n: hashlib.sha256(c).hexdigest() for n, c in (("o", onnx), ("t", tokenizer))}
     graphs = Graphs(
         model=model,
@@ -158,9 +169,7 @@ def make_payload(weights: bytes, model: str = MODEL) -> dict[str, tuple[str, byt
                 precision="fp32",
                 path="model.onnx",
                 sha256=sha["o"],
-                external=(
-                    FileRef(path="model.onnx_data", sha256=hashlib.sha256(weights).hexdigest()),
-                ),
+                external=(FileRef(path="model.onnx_data", sha256=sha_of(weights)),),
                 inputs=("x",),
                 outputs=("logits",),
                 kv_layout="BHSD",
@@ -186,7 +195,7 @@ def make_bom(payload: list[Member]) -> bytes:
         {
             "type": "file",
             "name": member.path,
-            "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(member.source).hexdigest()}],
+            "hashes": [{"alg": "SHA-256", "content": sha_of(member.source)}],
         }
         for member in payload
     ]
@@ -194,7 +203,7 @@ def make_bom(payload: list[Member]) -> bytes:
 
 
 def make_members(
-    weights: bytes | None = None, extra: tuple[Member, ...] = (), model: str = MODEL
+    weights: bytes | Path | None = None, extra: tuple[Member, ...] = (), model: str = MODEL
 ) -> list[Member]:
     weights = make_weights() if weights is None else weights
     found = [
