@@ -34,6 +34,8 @@ def main(argv: Sequence[str], *, folder: Path = harness.FOLDER) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     output = Console(highlight=False)
+    if not output.is_terminal:
+        output = Console(highlight=False, width=140)  # a file has no edge to wrap at
     found = harness.discover(folder)
     if options.list:
         for name in found:

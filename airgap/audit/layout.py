@@ -104,10 +104,14 @@ def segment_count(layout: Layout) -> int:
     return len(names)
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file with their newline; the last one may lack it."""
+def read_lines(path: Path, limit: int = MAX_JOURNAL_LINE) -> Iterator[bytes]:
+    """Yield the lines of a file with their newline; the last may lack it.
+
+    So may a line longer than `limit`, cut there: a hostile file of one line costs no memory.
+    """
     with path.open("rb", buffering=_BLOCK) as file:
-        yield from file
+        while line := file.readline(limit):
+            yield line
 
 
 def journal_line(note: str) -> bytes:

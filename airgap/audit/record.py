@@ -207,7 +207,7 @@ RULES: Final[dict[str, _Rule]] = {
 }  # fmt: skip
 
 # `data` keys that cite a file of `objects/`, beside `decision.id`.
-OBJECT_KEYS: Final = ("evidence", "screen", "settings")
+OBJECT_KEYS: Final = frozenset({"evidence", "screen", "settings"})
 # How an intent may end: `unknown` is written at the next start for one that a crash left open.
 RESULTS: Final = frozenset({"complete", "failed", "refused", "cancelled", "unknown"})
 
@@ -371,8 +371,8 @@ def citations(record: Mapping[str, Any]) -> list[str]:
     if "decision" in record:
         cited.append(record["decision"]["id"])
     data = record.get("data")
-    if data:
-        cited += [data[key] for key in OBJECT_KEYS if key in data]
+    if data and not OBJECT_KEYS.isdisjoint(data):
+        cited += [data[key] for key in sorted(OBJECT_KEYS & data.keys())]
     return cited
 
 
@@ -412,29 +412,35 @@ def _breach(fields: Mapping[str, Any]) -> str:
         return f"{kind} {phase} needs req"
     if rule.person and "actor" not in fields:
         return f"{kind} needs an actor"
+    data = fields.get("data")
+    breach = _data_breach(kind, phase, data) if data or phase == "outcome" else ""
     check = _BY_KIND.get(kind)
-    return _data_breach(kind, phase, fields.get("data", {})) or (check(fields) if check else "")
+    return breach or (check(fields) if check else "")
 
 
-def _data_breach(kind: str, phase: str, data: Mapping[str, Any]) -> str:
+def _data_breach(kind: str, phase: str, data: Mapping[str, Any] | None) -> str:
+    data = data or {}
     known = RULES[kind].data
     for key, value in data.items():
         if known.get(key) is not type(value):
             return f"{kind} takes no data.{key} of this type"
     if phase == "outcome" and data.get("result") not in RESULTS:
         return f"an outcome needs data.result, one of {', '.join(sorted(RESULTS))}"
-    wrong = [k for k in OBJECT_KEYS if k in data and not _DIGEST.fullmatch(data[k])]
-    return f"data.{wrong[0]} is not a digest" if wrong else ""
+    if not OBJECT_KEYS.isdisjoint(data):
+        for key in OBJECT_KEYS & data.keys():
+            if not _DIGEST.fullmatch(data[key]):
+                return f"data.{key} is not a digest"
+    return ""
 
 
 def _inference_breach(fields: Mapping[str, Any]) -> str:
-    needed = _INFERENCE[fields["phase"]]
-    if fields["phase"] == "outcome" and fields["data"]["result"] == "complete":
+    phase = fields["phase"]
+    if phase == "outcome" and fields["data"]["result"] == "complete":
         if "err" in fields:
             return "a complete inference takes no err"
-        needed += ("out", "tok")
-    missing = [name for name in needed if name not in fields]
-    return f"an inference {fields['phase']} needs {missing[0]}" if missing else ""
+        phase = "complete outcome"
+    missing = _INFERENCE[phase] - fields.keys()
+    return f"an inference {phase} needs {min(missing)}" if missing else ""
 
 
 def _denial_breach(fields: Mapping[str, Any]) -> str:
@@ -450,10 +456,11 @@ _BY_KIND: Final = {
     "denial": _denial_breach,
     "decision": _decision_breach,
 }
-_INFERENCE: Final[dict[str, tuple[str, ...]]] = {
-    "intent": ("project", "decision", "model", "in"),
-    "chunk": ("project", "part", "out"),
-    "outcome": ("project",),
+_INFERENCE: Final = {
+    "intent": frozenset({"project", "decision", "model", "in"}),
+    "chunk": frozenset({"project", "part", "out"}),
+    "outcome": frozenset({"project"}),
+    "complete outcome": frozenset({"project", "out", "tok"}),
 }
 _DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
 

@@ -36,6 +36,8 @@ from policy.errors import RefusedError
 MAX_FRONTIER: Final = 1 << 24
 _CHUNK: Final = 4_096  # lines between writes of tiles
 _EVENT: Final = b'"phase":"event"'
+_OUTCOME: Final = b'"phase":"outcome"'
+_REQ: Final = b'"req":"'
 
 OpenIntents = dict[str, tuple[str, str]]  # req -> (kind, project)
 
@@ -270,6 +272,11 @@ def _fits(line: bytes, seq: int, prev: str) -> bool:
 
 
 def _follow(intents: OpenIntents, line: bytes) -> None:
+    """Note an intent or outcome; a quote inside a text is escaped, so these bytes are the keys."""
+    if _OUTCOME in line:
+        at = line.find(_REQ) + len(_REQ)
+        intents.pop(line[at : at + 26].decode("ascii", "replace"), None)
+        return
     with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
         note_intent(intents, orjson.loads(line))
 

@@ -383,7 +383,7 @@ class _Stream:
         self._broken = False  # the chain broke: later lines are hashed, not judged
         self._beat = _Beat()
         self._intents: dict[str, str] = {}
-        self._objects: dict[str, bool] = {}
+        self._objects: set[str] = set()
         self._made: dict[Node, bytes] = {}
         self._tiles = Tiles(self._compare_tile)
         self._partial = _partial_tiles(layout)
@@ -491,7 +491,8 @@ class _Stream:
             self._beats(record, seq)
         if "decision" in record or "data" in record:
             for digest in citations(record):
-                self._object(digest, seq)
+                if digest not in self._objects:
+                    self._object(digest, seq)
 
     def _pair(self, record: Record, seq: int) -> None:
         req, phase, kind = record["req"], record["phase"], record["kind"]
@@ -523,9 +524,7 @@ class _Stream:
 
     def _object(self, digest: str, seq: int) -> None:
         """Compare a cited object with its name, once."""
-        if digest in self._objects:
-            return
-        self._objects[digest] = True
+        self._objects.add(digest)
         path = self.layout.object(digest[7:])
         try:
             content = path.read_bytes()

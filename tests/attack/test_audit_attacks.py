@@ -895,7 +895,41 @@ def _row_dropped(out):
     logs.replace(path, b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
 
 
+def _row_added(out):
+    path = next(out.glob("records.*"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    logs.replace(path, b"".join([*lines, lines[-1]]))
+    _list_again(out, path.name)
+
+
+def _other_header(out):
+    path = next(out.glob("records.*"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    logs.replace(path, b"".join([b"seq,leaf\r\n", *lines[1:]]))
+    _list_again(out, path.name)
+
+
+def _list_again(out, name):
+    """Let the manifest, which nobody signs yet, list the file as it is now."""
+    content = (out / name).read_bytes()
+    manifest = json.loads((out / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        if entry["path"] == name:
+            entry["bytes"] = len(content)
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+            entry["sha384"] = hashlib.sha384(content).hexdigest()
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _smaller(out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"size": manifest["size"] - 1}))
+
+
 EXPORTS = {
+    "T45 a row is added and listed": _row_added,
+    "T45 another header, listed": _other_header,
+    "T48 the manifest speaks of another size": _smaller,
     "T43 file dropped": lambda out: next((out / "log/tile").rglob("*.p/*")).unlink(),
     "T43 file added": lambda out: (out / "log/extra").write_text("x"),
     "T43 file swapped": _swap,

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from airgap.audit.checkpoint import Checkpoint
+from airgap.audit.checkpoint import Checkpoint, parse_checkpoint
 from airgap.audit.export.rows import FORMATS, Format
 from airgap.audit.layout import Layout, parse_journal_line, read_lines, segment_count
 from airgap.audit.record import citations, parse_line
@@ -123,6 +123,7 @@ def check_export(folder: Path) -> Iterator[Finding]:
     except RefusedError as error:
         yield Finding(TAMPERED, "manifest", "manifest.json", found=error.message)
         return
+    yield from _check_head(folder, manifest)
     listed = {entry.path: entry for entry in manifest.files}
     there = set()
     for path in sorted(folder.rglob("*")):
@@ -139,6 +140,18 @@ def check_export(folder: Path) -> Iterator[Finding]:
         elif _entry(folder, name) != entry:
             yield Finding(TAMPERED, "manifest", name, expected=entry.sha256, found="other content")
     yield from _check_rows(Layout(folder), manifest)
+
+
+def _check_head(folder: Path, manifest: Manifest) -> Iterator[Finding]:
+    """The manifest says of itself what the signed head says."""
+    try:
+        head = parse_checkpoint(Layout(folder).checkpoint.read_bytes())
+    except (RefusedError, FileNotFoundError):
+        return  # Reported by the main pass.
+    said = (manifest.origin, manifest.size, manifest.root)
+    signed = (head.origin, head.size, base64.b64encode(head.root).decode())
+    if said != signed:
+        yield Finding(TAMPERED, "manifest", "manifest.json", expected=f"{signed}", found=f"{said}")
 
 
 def _check_rows(layout: Layout, manifest: Manifest) -> Iterator[Finding]:
