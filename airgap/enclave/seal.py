@@ -220,7 +220,7 @@ def _json(payload: bytes) -> dict[str, Any]:
     """Read a small JSON object from the other side."""
     try:
         found = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SealRefused("channel", f"a control frame is not JSON: {payload[:80]!r}") from error
     if not isinstance(found, dict):
         raise SealRefused("channel", f"a control frame is not an object: {payload[:80]!r}")
@@ -285,15 +285,19 @@ class Process:
     def _meet(self) -> None:
         """Learn the host pid of the sealed process and take a handle that cannot be reused."""
         frame = self.expect(channel.ALIVE)
-        self.pid = pid = int(frame.payload)
+        pid = int(frame.payload)
+        wanted = self._popen.pid if self.plan["namespaces"] else os.getpid()
         try:
-            self._pidfd = os.pidfd_open(pid)
-            status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
+            handle = os.pidfd_open(pid)
         except OSError:
             return  # it is gone already; the next frame says why
-        parent = os.getpid() if not self.plan["namespaces"] else self._popen.pid
-        if int(status["PPid"]) != parent:
-            raise SealRefused("parent", f"process {pid} is not a child of {parent}")
+        found = _parent_of(pid)
+        if found == wanted:
+            self.pid, self._pidfd = pid, handle
+            return
+        os.close(handle)  # never a handle to kill by before it is known whose it is
+        if found is not None:
+            raise SealRefused("parent", f"process {pid} is a child of {found}, not of {wanted}")
 
     def send(self, kind: bytes, payload: bytes, request: int = 0) -> None:
         """Send a frame before the start deadline."""
@@ -317,10 +321,7 @@ class Process:
             name = str(found.get("layer", ""))
             known = name if f"enclave.{name}" in CODES else "start"
             raise SealRefused(known, f"{found.get('message', '')!s:.2000}")
-        raise self._program_failed(frame)
-
-    def _program_failed(self, frame: Frame) -> AirgapError:
-        return program_error(frame, self.words())
+        raise program_error(frame, self.words())
 
     def refusal(self, error: ChannelError) -> AirgapError:
         """Turn a broken channel into what it means for the caller, and end the process."""
@@ -371,7 +372,10 @@ class Process:
         """Look at the process that waits outside: it seals itself, an instant later."""
         until = time.monotonic() + _GRACE_S
         while True:
-            found = evidence.read(self._popen.pid)
+            try:
+                found = evidence.read(self._popen.pid)
+            except OSError as error:
+                raise SealRefused("parent", f"the waiting parent is gone: {error}") from error
             if found.seccomp and found.filters == evidence.inherited_filters() + 1:
                 break
             if time.monotonic() > until:
@@ -437,6 +441,15 @@ class Process:
             if end >= 0:
                 os.close(end)
                 setattr(self, name, -1)
+
+
+def _parent_of(pid: int) -> int | None:
+    """Return the parent of a process, None when it is gone."""
+    try:
+        status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return None
+    return int(status["PPid"])
 
 
 def exit_of(status: int) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def test_a_refusal_is_one_frame():
 
 
 def test_a_second_thread_or_another_machine_is_refused(monkeypatch):
-    launcher.check_start()
+    assert in_child(launcher.check_start) is None
+    monkeypatch.setattr(os, "listdir", lambda _: ["1"])
     with monkeypatch.context() as patch:
         patch.setattr(linux, "MACHINE", "aarch64")
         with pytest.raises(Refusal) as caught:

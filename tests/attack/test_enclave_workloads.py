@@ -1,0 +1,225 @@
+"""The real programs under stage 2: nothing that they need is missing, nothing phones home."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from covered import run_covered
+from enclave_harness import needs_namespaces
+
+from airgap.enclave import SealSpec, launch, twin
+from policy.errors import AirgapError
+
+pytestmark = needs_namespaces
+
+
+@pytest.fixture(autouse=True)
+def probed(monkeypatch):
+    monkeypatch.setattr(twin, "probe_rung", lambda *_a, **_k: {"probed": "elsewhere"})
+    monkeypatch.setattr(twin, "require_sealed", lambda _: None)
+    monkeypatch.setattr(twin, "summary", lambda report: report)
+
+
+@pytest.fixture
+def inference():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch")  # the small model is exported by the staging side
+    import inference_models
+
+    folder = inference_models.model_folder()
+    config = {"folder": str(folder), "precision": "fp32", "threads": 2}
+    with launch(
+        SealSpec(
+            profile="worker",
+            program="airgap.inference.program:create",
+            config=config,
+            read_only=(folder,),
+        )
+    ) as enclave:
+        yield enclave
+
+
+def inference_requests():
+    from airgap.inference.protocol import Generate, Grammar, Info, Score, Segment, segments_of
+
+    retro = segments_of("<MoleculeS>CCO<MoleculeE><ReverseReact><MoleculeS>")
+    search = segments_of("<ProteinS>MKTAYIAKQR<ProteinE><Search><PocketS>")
+    plain = Generate(
+        prompt=retro,
+        n=4,
+        max_new_tokens=20,
+        temperature=1.2,
+        top_p=0.85,
+        top_k=50,
+        repetition_penalty=1.05,
+        seed=1,
+    )
+    return [
+        plain,
+        replace(plain, grammar=Grammar("structure", "retrosynthesis")),
+        replace(plain, prompt=search, grammar=Grammar("copy", sequence="MKTAYIAKQR")),
+        Score(prompt=retro, completions=((Segment("CC"),),)),
+        Info(),
+        replace(plain, n=0),
+        replace(plain, prompt=(Segment("C" * 2**20),)),
+        replace(plain, max_new_tokens=600),
+        replace(plain, max_new_tokens=300, n=2),
+        replace(plain, n=40, max_new_tokens=4),
+    ]
+
+
+def exercise(enclave, payloads, count):
+    """Send requests round and round; a refusal is an answer, an end is not."""
+    refused = {}
+    for number in range(count):
+        try:
+            enclave.request(payloads[number % len(payloads)], 60.0)
+        except AirgapError as error:
+            refused[error.code] = refused.get(error.code, 0) + 1
+            assert enclave.alive, error.message  # noqa: PT017
+    enclave.reverify()
+    return refused
+
+
+def test_inference_needs_nothing_that_stage_2_denies(inference):
+    payloads = [request.encode() for request in inference_requests()]
+    refused = exercise(inference, [*payloads, b"\xff garbage"], 22)
+    assert refused == {"request.malformed": 4, "request.limit": 2, "prompt.g10": 2}
+    assert inference.close()["incident"] is None
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests_under_stage_2(inference):
+    payloads = [request.encode() for request in inference_requests()[:8]]
+    started = time.monotonic()
+    refused = exercise(inference, [*payloads, b"\xff garbage"], 10_000)
+    assert set(refused) == {"request.malformed", "request.limit", "prompt.g10"}
+    print(f"{time.monotonic() - started:.0f} s")
+    assert inference.close()["incident"] is None
+
+
+def science_requests():
+    from airgap.science import tasks
+
+    every = {
+        tag: n for n, tag in enumerate(sorted({t for k in tasks.TASKS.values() for t in k.tokens}))
+    }
+    context = {"max_context": 2048, "tags": every}
+    inputs = {
+        "retrosynthesis": {"smiles": "CC(=O)Oc1ccccc1C(=O)O"},
+        "molecule": {},
+        "binding-site": {"sequence": "MKTAYIAKQRQISFVKSHFSRQ"},
+        "pocket-ligand": {"fasta": ">a\nMKTAYIAKQR", "residues": "1,3"},
+        "material": {},
+    }
+    sample = {"index": 0, "finish_reason": "eos", "logprob": -1.0, "tokens": 4, "removed_mass": 0.0}
+    texts = [
+        "CCO<MoleculeE>",
+        "c1ccccc1<MoleculeE><MoleculeS>",
+        "C1CC(<MoleculeE>",
+        "\x00<Foo>",
+        "C" * 5000,
+    ]
+    out = []
+    for task, given in inputs.items():
+        out.append({"op": "prepare", "task": task, "inputs": given, "context": context})
+        samples = [{**sample, "index": n, "text": text} for n, text in enumerate(texts)]
+        out.append({"op": "assess", "task": task, "inputs": given, "samples": samples})
+    broken = [
+        {"smiles": "C1CC("},
+        {"smiles": "C" * 20_000},
+        {"smiles": "[U+9]"},
+        {"nothing": 1},
+        {},
+    ]
+    out += [
+        {"op": "prepare", "task": "retrosynthesis", "inputs": b, "context": context} for b in broken
+    ]
+    return out
+
+
+def test_the_screening_helper_needs_nothing_that_stage_2_denies():
+    pytest.importorskip("rdkit")
+    pytest.importorskip("gemmi")
+    with launch(SealSpec(profile="screen", program="airgap.science.program:create")) as enclave:
+        assert enclave.evidence["profile"] == "screen"
+        for wanted in science_requests():
+            assert enclave.alive
+            try:
+                reply = json.loads(enclave.request(json.dumps(wanted).encode(), 30.0))
+            except AirgapError as error:
+                room = error.code.split(".")[0]
+                assert room in {"prompt", "request", "science"}, error.message  # noqa: PT017
+                continue
+            if wanted["op"] == "assess" and reply.get("rows"):
+                more = {**wanted, "rows": reply["rows"], "track": reply.get("track")}
+                for op in ("draw", "sdf"):
+                    enclave.request(json.dumps({**more, "op": op}).encode(), 30.0)
+        enclave.reverify()
+        assert enclave.close()["incident"] is None
+
+
+# -- telemetry ------------------------------------------------------------------------------------
+
+# A fake internet: every name resolves and every address answers, all of it in a namespace of ours.
+LISTEN = """
+import os, socket, subprocess, tempfile, threading
+from airgap.enclave import fixture
+assert fixture.enter_network()
+seen = []
+def names():
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("0.0.0.0", 53))
+    while True:
+        query, sender = s.recvfrom(4096)
+        seen.append(["dns", query[12:].split(b"\\0")[0].decode("latin1")])
+        answer = b"\\xc0\\x0c\\0\\x01\\0\\x01\\0\\0\\0\\x3c\\0\\x04" + socket.inet_aton("192.0.2.1")
+        s.sendto(query[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + query[12:] + answer, sender)
+def tcp(port):
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM); s.bind(("0.0.0.0", port)); s.listen(8)
+    while True:
+        made, _ = s.accept(); seen.append(["tcp", port]); made.close()
+for target, arguments in ((names, ()), (tcp, (443,)), (tcp, (80,))):
+    threading.Thread(target=target, args=arguments, daemon=True).start()
+home = tempfile.mkdtemp()
+done = subprocess.run([sys.executable, "-c", ARGUMENTS[0], str(ARGUMENTS[1])],
+    env={"PATH": "/usr/bin:/bin", "HOME": home, **ARGUMENTS[2]}, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr
+ANSWER = [seen, sorted(str(p) for p in __import__("pathlib").Path(home).rglob("*"))]
+"""
+# No variable of a CI system is set: some libraries are silent only there.
+ORT = """
+import sys, time
+import numpy as np, onnxruntime as ort
+from onnxruntime import datasets
+s = ort.InferenceSession(datasets.get_example("sigmoid.onnx"), providers=["CPUExecutionProvider"])
+end = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < end:
+    s.run(None, {s.get_inputs()[0].name: np.random.rand(3, 4, 5).astype(np.float32)})
+    time.sleep(0.2)
+"""
+TALK = """
+import socket
+try: socket.getaddrinfo("collector.probe.invalid", 443)
+except OSError: pass
+socket.create_connection(("192.0.2.77", 443)).close()
+"""
+
+
+def test_the_fake_internet_hears_who_talks():
+    seen, _ = run_covered(LISTEN, TALK, 0, {})
+    assert ["tcp", 443] in seen
+    assert any("collector" in what for kind, what in seen if kind == "dns")
+
+
+@pytest.mark.parametrize(
+    "seconds", [2, pytest.param(60, marks=pytest.mark.soak)], ids=["short", "a minute"]
+)
+@pytest.mark.parametrize(
+    "environment", [{}, {"ORT_DISABLE_TELEMETRY": "1"}], ids=["default", "switched off"]
+)
+def test_onnxruntime_is_silent(seconds, environment):
+    pytest.importorskip("onnxruntime")
+    assert run_covered(LISTEN, ORT, seconds, environment, timeout=120) == [[], []]
