@@ -64,6 +64,8 @@ _SYSTEM_FILES = ("/etc/ld.so.cache",)
 # onnxruntime and torch size their thread pools by these; the rest of /proc and /sys is absent.
 _KERNEL_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# Address space that is reserved and not used: libraries, and an arena of libc for each thread.
+_ROOM_MIB = 256
 INSIDE_ID = 61184  # the id inside, where the id outside is 0 of an outer user namespace
 
 
@@ -231,7 +233,7 @@ def build(
         read_only: The inputs; everything else that is readable belongs to the interpreter.
         writable: The only folders that may be written to; none for a worker.
         environment: The whole environment.
-        memory_mb: Limit on data in MiB; address space gets twice the inputs and 4 GiB more.
+        memory_mb: Limit on data in MiB; address space gets twice the inputs and some room more.
         descriptors: Limit on open descriptors.
         file_mb: Largest file that may be written, in MiB.
         uid: The worker's uid for a start by root; None picks a free one.
@@ -278,7 +280,7 @@ def build(
             "NOFILE": descriptors,
             "FSIZE": file_mb * _MIB,
             "DATA": megabytes,
-            "AS": megabytes + 2 * inputs + 4096 * _MIB,
+            "AS": megabytes + 2 * inputs + _ROOM_MIB * _MIB * (16 + (os.cpu_count() or 1)),
         },
         "argv": [program, "-I", "-S", "-B", entry, part, where],
         "env": environment,
