@@ -5,13 +5,20 @@ Exit status: 0 done, 1 refused, 2 usage, 3 fault, 130 interrupted (architecture,
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(invoke(sys.argv[1:]))
+    try:
+        status = invoke(sys.argv[1:])
+    except KeyboardInterrupt:  # while modules load, or twice
+        sys.stderr.write("interrupted\n")
+        status = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is the interpreter going down
+    sys.exit(status)
 
 
 def invoke(argv: Sequence[str]) -> int:

@@ -106,7 +106,8 @@ def test_ctrl_c_ends_cleanly(road, tmp_path, name, seconds):
     elif name == "run":
         shutil.copytree(road.lab, lab, symlinks=True)
     status, text, family = interrupt(arguments(road, tmp_path)[name], seconds, tmp_path)
-    assert status in {0, 130}, text  # 0 where the machine was faster than the finger
+    # 0 where the machine was faster than the finger; 3 is the verdict of a log without an anchor
+    assert status in ({0, 3, 130} if name == "audit verify" else {0, 130}), text
     assert "Traceback" not in text
     time.sleep(0.3)
     assert not family & table().keys()
