@@ -127,8 +127,7 @@ def install(
     trust = load_trust(root / "trust")
     with store.locked():
         job = _Job(path, root, store, audit, progress)
-        before = store.current()
-        job.previous = before.digest if before is not None else None
+        job.previous = store.find_current()
         audit(job.event("intent"))
         try:
             trust = job.follow_roots(trust)
@@ -193,13 +192,11 @@ class _Job:
         self.sealed = sealed
         target = self.store.installed / sealed.digest.hex
         folder = self.store.quarantine / sealed.digest.hex
-        copied, resumed = not target.exists(), 0
+        resumed, copied = 0, not self._holds(target, sealed.digest)
         if copied:
             resumed = self._copy(sealed, folder)
             files = folder / "files"
             verify_contents(sealed.manifest, lambda path: _view(files / path))
-        else:
-            verify_installed(target, self.progress)
         self.decision = decision = gate(sealed.manifest, sealed.digest)
         self.audit(self.event("admission"))
         if not decision.permitted:
@@ -207,6 +204,17 @@ class _Job:
         if copied:
             self._seal_files(sealed, folder)
         return self._commit(sealed, folder, target, decision, resumed=resumed, copied=copied)
+
+    def _holds(self, target: Path, digest: Digest) -> bool:
+        """Tell whether the bundle is installed whole; a damaged one is set aside."""
+        if not target.exists():
+            return False
+        try:
+            verify_installed(target, self.progress)
+        except RefusedError:
+            self.store.set_aside(digest)
+            return False
+        return True
 
     def mark_refused(self, error: RefusedError) -> None:
         """Leave the reason beside the chunks, if there are any."""

@@ -36,6 +36,7 @@ class Quarantine:
         self._open: tuple[int, int] = (-1, -1)  # file index, descriptor
 
     def __enter__(self) -> Self:
+        make_writable(self.folder)  # a run that was killed late left read-only folders
         (self.folder / "refused").unlink(missing_ok=True)
         for entry in self._sealed.manifest.files:
             (self.files / entry.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,6 +107,16 @@ class Quarantine:
         if number >= 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._open = (number, os.open(self._path(number), flags, 0o600))
+
+
+def make_writable(folder: Path) -> None:
+    """Give back to the owner the right to change a folder and all in it; links are not followed."""
+    for place, _, names in os.walk(folder):
+        Path(place).chmod(0o700)
+        for name in names:
+            path = Path(place) / name
+            if not path.is_symlink():
+                path.chmod(0o600)
 
 
 def broken_disk(error: OSError, folder: Path) -> FaultError:

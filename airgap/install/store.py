@@ -3,6 +3,7 @@
     store/lock                      held while somebody installs
     store/state.json                highest epoch of each line, latest `created`
     store/quarantine/<digest>/      chunks that are verified, of installs that are not finished
+    store/quarantine/<digest>.damaged-N/   a bundle that was altered after its install
     store/installed/<digest>/       a bundle's files, read-only; never changed after the rename
     store/current                   link to the installed bundle that answers by default
 
@@ -106,14 +107,25 @@ class Store:
         )
 
     def current(self) -> InstalledBundle | None:
-        """Return the bundle that answers by default, None when nothing was ever activated."""
+        """Return the bundle that answers by default, None when there is none, or not any more."""
+        digest = self.find_current()
+        if digest is None or not (self.installed / digest.hex).exists():
+            return None
+        return self._load(self.installed / digest.hex)
+
+    def find_current(self) -> Digest | None:
+        """Return the digest that `current` names, whatever has become of that bundle."""
         try:
             target = (self.folder / "current").readlink()
+            return Digest.parse(f"sha256:{target.name}")
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise FaultError("host.state", f"{self.folder}/current is not a link") from error
-        return self._load(self.installed / target.name)
+        except (OSError, RefusedError) as error:
+            raise FaultError(
+                "host.state",
+                f"{self.folder}/current is not a link to a bundle",
+                hint="remove it; the next install makes it anew",
+            ) from error
 
     def get(self, name: str) -> InstalledBundle:
         """Return the bundle with that digest, name, or `name-version`; the current one wins.
@@ -214,6 +226,16 @@ class Store:
             fresh.symlink_to(Path("installed") / digest.hex)
             fresh.replace(link)
         sync_folder(self.folder)
+
+    def set_aside(self, digest: Digest) -> Path:
+        """Move a damaged bundle into the quarantine, to be looked into; return its place."""
+        source, number = self.installed / digest.hex, 1
+        while (target := self.quarantine / f"{digest.hex}.damaged-{number}").exists():
+            number += 1
+        source.chmod(0o700)  # a folder's own name entry `..` changes with its place
+        source.rename(target)
+        sync_folder(self.installed)
+        return target
 
     def remove_quarantine(self, digest: Digest) -> None:
         """Drop what is left of an install."""
@@ -326,5 +348,5 @@ def _damaged(folder: Path, reason: str) -> RefusedError:
     return RefusedError(
         "start.digest",
         f"the installed bundle {folder.name:.64} is damaged: {reason}",
-        hint="remove that folder and install the bundle again from its medium",
+        hint="install the bundle again from its medium: the damaged copy is set aside",
     )

@@ -261,3 +261,50 @@ def test_medium_changes_between_passes(good, tmp_path):
             stream.truncate(len(good) - 4096)
         with pytest.raises(RefusedError):
             sealed.verify_body()
+
+
+def mutate(raw, random):
+    """Return one altered copy: flip, cut, insert, delete, swap or repeat, in any region."""
+    places = list(attacks.head_of(raw).values())
+    start, size = random.choice(places)
+    at = start + random.randrange(size)
+    length = random.choice([1, 2, 7, 512, 4096])
+    out = bytearray(raw)
+    kind = random.randrange(6)
+    if kind == 0:
+        out[at] ^= 1 << random.randrange(8)
+    elif kind == 1:
+        del out[at:]
+    elif kind == 2:
+        out[at:at] = random.randbytes(length)
+    elif kind == 3:
+        del out[at : at + length]
+    elif kind == 4:
+        other = random.randrange(len(raw) - length)
+        out[at : at + length], out[other : other + length] = (
+            out[other : other + length],
+            out[at : at + length],
+        )
+    else:
+        out[at : at + length] = out[at : at + length] * 2
+    return bytes(out)
+
+
+@pytest.mark.soak
+def test_ten_thousand_mutations_give_ten_thousand_refusals(tmp_path):
+    import random
+
+    path = tmp_path / "x.agb"
+    bundles.make_bundle(path, members=bundles.make_members(bundles.make_weights(65536)))
+    raw = path.read_bytes()
+    dice, codes = random.Random(1), Counter()
+    while codes.total() < 10_000:
+        altered = mutate(raw, dice)
+        if altered == raw:
+            continue
+        path.write_bytes(altered)
+        with pytest.raises(RefusedError) as caught:
+            verify_bundle(path, TRUST, now=bundles.NOW)
+        codes[caught.value.code] += 1
+        assert [item.name for item in tmp_path.iterdir()] == ["x.agb"]
+    print(codes)

@@ -1,13 +1,16 @@
 """Install: nothing before the seal and every hash, resume after a kill, old state on faults."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,7 +20,8 @@ import attacks
 import bundles
 import pytest
 
-from airgap.install import Store, install, verify_installed
+from airgap.install import Store, install, installer, verify_installed
+from airgap.install.quarantine import make_writable
 from bundle import trust
 from policy.errors import CODES, AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -464,6 +468,56 @@ def test_a_file_changed_after_install_is_found_at_start(damage, release, root):
     with pytest.raises(AirgapError) as caught:
         verify_installed(bundle.folder)
     assert caught.value.code == "start.digest"
+    again = bring_in(release / "one.agb", root)  # the medium mends it, the evidence stays
+    assert again.copied
+    verify_installed(again.bundle.folder)
+    (aside,) = Store(root / "store").unfinished()
+    assert aside.name == f"{bundle.digest.hex}.damaged-1"
+
+
+def test_a_bundle_that_was_removed_by_hand_can_be_installed_again(release, root):
+    bundle = bring_in(release / "one.agb", root).bundle
+    make_writable(bundle.folder)
+    shutil.rmtree(bundle.folder)
+    assert Store(root / "store").current() is None
+    assert bring_in(release / "one.agb", root).bundle.digest == bundle.digest
+
+
+@contextlib.contextmanager
+def as_nobody(folder):
+    """Act as a user without rights, who owns `folder`."""
+    if os.geteuid() != 0:
+        yield  # this user has none anyway
+        return
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_an_install_killed_after_its_files_were_made_read_only_resumes(release):
+    """As a user without rights: root could write to read-only files and would hide the problem."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(release / "one.agb", folder / "one.agb")
+        trust.save_trust(ROOTS, folder / "root" / "trust")
+        store = Store(folder / "root" / "store")
+        with as_nobody(folder):
+            with pytest.raises(RefusedError):
+                bring_in(folder / "one.agb", folder / "root", verdict=Verdict(permitted=False))
+            (left,) = store.unfinished()
+            installer._protect(left / "files")
+            (left / "files").chmod(0o555)
+            done = bring_in(folder / "one.agb", folder / "root")
+            assert done.resumed == done.bundle.manifest.body.leaves
+            verify_installed(done.bundle.folder)
+            assert store.unfinished() == ()
+            alter(done.bundle.folder / "payload/tiny/config.json", lambda f: f.write_text("x"))
+            assert bring_in(folder / "one.agb", folder / "root").copied
+            make_writable(folder)
 
 
 def test_a_manifest_of_another_release_is_found_at_start(release, root):
