@@ -35,6 +35,7 @@ from policy.errors import AirgapError
 if TYPE_CHECKING:
     from airgap.enclave.probe import Targets  # a name for type checkers alone
 
+_PROGRAMS = ("/usr/bin/true", "/bin/true", "/usr/bin/env", "/bin/sh")  # any will do
 ABSTRACT, QUEUE, SHM_KEY = "airgap-probe", "airgap-probe", 0x41475052
 _IP, _IP6, _PREFIX6 = "192.0.2.1", "2001:db8::1", 64
 _OUTSIDE_PIPE, _OUTSIDE_SOCKET = 601, 600
@@ -279,6 +280,7 @@ class Outside:
             "secret": str(self.folder / "secret"),
             "shm_key": SHM_KEY,
             "queue": QUEUE,
+            "program": next((p for p in _PROGRAMS if Path(p).exists()), _PROGRAMS[0]),
         }
 
     # -- receivers --------------------------------------------------------------------------------
@@ -295,15 +297,11 @@ class Outside:
         """Bind every receiver; the threads that read them start after the forks."""
         self._kept: list[socket.socket] = []
         self._receivers: list[Callable[[], None]] = []
-        tcp = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
-        tcp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        tcp = self._receiver(socket.SOCK_STREAM, 0)
         with contextlib.suppress(OSError):
             tcp.setsockopt(socket.IPPROTO_TCP, 23, 16)  # TCP_FASTOPEN
-        tcp.bind(("::" if self.own_network else "::ffff:127.0.0.1", 0))
         self._port = tcp.getsockname()[1]
-        udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        udp.bind(("::" if self.own_network else "::ffff:127.0.0.1", self._port))
+        udp = self._receiver(socket.SOCK_DGRAM, self._port)
         names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         names.bind(("0.0.0.0", 53) if self.own_network else ("127.0.0.1", 0))  # noqa: S104 - an own namespace
         self._dns_port = names.getsockname()[1]
@@ -315,10 +313,10 @@ class Outside:
             (self.folder / name).chmod(0o777)
         abstract = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         abstract.bind("\0" + ABSTRACT + self.folder.name)
-        for listening in (tcp, stream, abstract):
+        for listening in (tcp, stream, abstract, *self._own_address6(socket.SOCK_STREAM)):
             listening.listen(64)
             self._serve_stream(listening)
-        for reading in (udp, datagram):
+        for reading in (udp, datagram, *self._own_address6(socket.SOCK_DGRAM)):
             self._serve_datagrams(reading)
         self._serve_names(names)
         for family, kind, protocol in ((2, 2, 136), (2, 3, 1)):  # UDP-Lite; ICMP
@@ -334,6 +332,29 @@ class Outside:
                 "mq_open", ctypes.c_char_p(QUEUE.encode()), os.O_CREAT | os.O_RDWR, 0o666, 0
             )
             os.fchmod(made, 0o666)
+
+    def _receiver(self, kind: int, port: int) -> socket.socket:
+        """Return a bound socket for both families, for IPv4 alone where the host has no IPv6."""
+        try:
+            made = socket.socket(socket.AF_INET6, kind)
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            made.bind(("::" if self.own_network else "::ffff:127.0.0.1", port))
+        except OSError:
+            made = socket.socket(socket.AF_INET, kind)
+            made.bind(("0.0.0.0" if self.own_network else "127.0.0.1", port))  # noqa: S104 - as above
+        return made
+
+    def _own_address6(self, kind: int) -> list[socket.socket]:
+        """Return a receiver on ::1, where the first one listens on 127.0.0.1 alone."""
+        if self.own_network:
+            return []
+        try:
+            made = socket.socket(socket.AF_INET6, kind)
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made.bind(("::1", self._port))
+        except OSError:
+            return []
+        return [made]
 
     def _serve_stream(self, listening: socket.socket) -> None:
         def read(made: socket.socket) -> None:

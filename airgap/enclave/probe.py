@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         secret: str
         shm_key: int
         queue: str
+        program: str
 
     Channel = Callable[[Targets], object]
 
@@ -563,18 +564,16 @@ def exec(t: Targets) -> object:  # noqa: A001 - the channel's name
     One argument is longer than the kernel takes: E2BIG says that all checks before it passed, and
     this process goes on.
     """
-    del t
-    return _too_big(lambda: os.execve("/usr/bin/true", ["x" * (1 << 18)], {}))  # noqa: S606
+    return _too_big(lambda: os.execve(t["program"], ["x" * (1 << 18)], {}))  # noqa: S606
 
 
 @channel("stage 2; else inherits the seal")
 def memfd_exec(t: Targets) -> object:
     """Start a program that lies in memory alone; see `exec`."""
-    del t
     empty, nothing = ctypes.c_char_p(b""), ctypes.c_void_p(0)
     argv = (ctypes.c_char_p * 2)(b"x" * (1 << 18), None)
     with _closing(linux.call("memfd_create", ctypes.c_char_p(b"x"), 0)) as image:
-        os.write(image, b"#!/usr/bin/true\n")
+        os.write(image, f"#!{t['program']}\n".encode())
         return _too_big(lambda: linux.call("execveat", image, empty, argv, nothing, 0x1000))
 
 

@@ -280,6 +280,7 @@ TARGETS = {
     "secret": "/etc/passwd",
     "shm_key": 1,
     "queue": "nobody",
+    "program": "/usr/bin/true",
 }
 
 

@@ -1,0 +1,95 @@
+"""Emulated hosts: no user namespaces, no Landlock, no IPv6; the kernel says no for real."""
+
+from __future__ import annotations
+
+from enclave_harness import needs_namespaces, needs_root, run_as
+
+DOCTOR = """
+import contextlib, io, os, tempfile
+from airgap.cli.app import dispatch
+page = io.StringIO()
+with contextlib.redirect_stdout(page):
+    status = dispatch(["doctor", "--json", "--root", tempfile.mkdtemp()])
+found = json.loads(page.getvalue())
+print(json.dumps({"status": status, "verdict": found["verdict"], "advice": found["advice"],
+    "reasons": {rung["name"]: rung["reason"] for rung in found["rungs"]},
+    "heard": {r["name"]: r["verdict"] and r["verdict"]["control_heard"] for r in found["rungs"]}}))
+"""
+# Inside a user namespace of our own, whose limit on further ones is 0, as an ordinary uid.
+NO_NAMESPACES = """
+from airgap.enclave import linux
+from pathlib import Path
+uid = os.getuid()
+linux.call("unshare", linux.CLONE_NEWUSER)
+Path("/proc/self/setgroups").write_text("deny")
+Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+Path("/proc/self/gid_map").write_text(f"{uid} {uid} 1")
+Path("/proc/sys/user/max_user_namespaces").write_text("0")
+"""
+# A filter that answers as a kernel without the call does.
+NO_CALL = """
+from airgap.enclave import filters, linux, tables
+import errno
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, linux.NUMBER[{name!r}]), (0x06, 0, 0, 0x50000 | errno.ENOSYS)]
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+filters.install(filters._pack([*code, (0x06, 0, 0, filters.ALLOW)]))
+"""
+# A socket() that knows no IPv6.
+NO_IPV6 = """
+from airgap.enclave import filters, linux
+import errno
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 10),
+        (0x06, 0, 0, 0x50000 | errno.EAFNOSUPPORT)]
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+filters.install(filters._pack([*code, (0x06, 0, 0, filters.ALLOW)]))
+"""
+NO_LANDLOCK = NO_CALL.format(name="landlock_create_ruleset")
+
+
+def doctor_on(starter, *steps):
+    """Run the doctor in a process that has taken `steps` before."""
+    code = "import os\n" + "".join(steps)
+    code += "arguments = [sys.executable, '-c', ARGUMENTS[0]]\nos.execv(arguments[0], arguments)\n"
+    return run_as(starter, code, f"import json, sys\n{DOCTOR}")
+
+
+pytestmark = [needs_namespaces, needs_root]
+
+
+def test_a_host_without_user_namespaces_leaves_a_user_rung_b():
+    found = doctor_on("user", NO_NAMESPACES)
+    assert (found["status"], found["verdict"]) == (0, "SEALED/B"), found["reasons"]
+    assert "max_user_namespaces is 0" in found["reasons"]["A"]
+    assert found["heard"]["B"] >= 10  # over loopback and Unix paths alone
+    assert any("sysctl -w user.max_user_namespaces" in step for step in found["advice"])
+
+
+def test_a_host_without_landlock_still_gives_rung_a():
+    for starter in ("user", "root"):
+        found = doctor_on(starter, NO_LANDLOCK)
+        assert (found["status"], found["verdict"]) == (0, "SEALED/A"), found
+        assert found["reasons"]["B"] == "the kernel reports no Landlock"
+
+
+def test_a_host_with_neither_refuses_a_user_and_says_what_would_help():
+    found = doctor_on("user", NO_NAMESPACES, NO_LANDLOCK)
+    assert (found["status"], found["verdict"]) == (1, "REFUSED")
+    assert any("lsm=landlock" in step for step in found["advice"])
+
+
+def test_a_host_without_ipv6_is_probed_over_ipv4():
+    found = doctor_on("user", NO_IPV6)
+    assert (found["status"], found["verdict"]) == (0, "SEALED/A")
+
+
+def test_a_host_without_seccomp_is_refused():
+    found = doctor_on("user", NO_CALL.format(name="seccomp"))
+    assert (found["status"], found["verdict"]) == (1, "REFUSED")
+    assert found["reasons"]["A"]
+    assert found["reasons"]["B"]
+
+
+def test_a_host_without_newer_mount_calls_still_gives_rung_a():
+    """As root, inputs of mode 0600 need id maps; without them the files must be readable."""
+    found = doctor_on("root", NO_CALL.format(name="open_tree"))
+    assert found["verdict"] == "SEALED/A"
