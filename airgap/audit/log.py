@@ -163,7 +163,8 @@ class AuditLog:
         self._head: Head | None = None
         self._segments: list[bytes] = []
         self._tiles = Tiles(self._put_tile)
-        self._intents: OpenIntents = {}
+        self._intents: OpenIntents = {}  # open for callers, what waits in a batch included
+        self._on_disk: OpenIntents = {}  # open in the records under the newest head
         self._anchored = 0
         self._since_heartbeat = 0
         self._drift_ns = clock.wall_ns() - clock.mono_ns()
@@ -232,7 +233,9 @@ class AuditLog:
             raise RefusedError("audit.absent", f"no audit log in {folder}")
         try:
             log._take_into_service()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError):
+                log._halt(error)
             log._release()
             raise
         return log
@@ -346,6 +349,7 @@ class AuditLog:
         else:
             self._create()
         self._keep_reserve()
+        self._mark("open")
         if self.state is State.OPENING:
             self.state = State.RUNNING
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
@@ -387,7 +391,7 @@ class AuditLog:
         self._open_journal()
         owned = [
             self._own(kind, "outcome", req=req, project=project, data={"result": "unknown"})
-            for req, (kind, project) in self._intents.items()
+            for req, (kind, project) in self._on_disk.items()
         ]
         signed, found = recovered.head.size, recovered.found
         if unclean or recovered.torn or found != signed:
@@ -395,14 +399,13 @@ class AuditLog:
                 self._own("recovery", data=data) for data in _recovery_data(recovered, before)
             ]
         owned.append(self._own("boot", data=self._boot_data()))
-        for start in range(0, len(owned), MAX_BATCH):
-            self._commit(owned[start : start + MAX_BATCH])
+        self._commit_all(owned)
         self._publish()
 
     def _adopt(self, recovered: Recovered) -> None:
         self._edge, self._prev = recovered.edge, recovered.prev
         self._head, self._tiles = recovered.head, recovered.tiles
-        self._segments, self._intents = recovered.segments, recovered.intents
+        self._segments, self._on_disk = recovered.segments, recovered.intents
         self._anchored = recovered.anchored
         self._tiles.put = self._put_tile
         remove_partial(self._layout.tiles, ())
@@ -421,8 +424,9 @@ class AuditLog:
                 hint="wait for it to end, or use the service that it runs",
             ) from None
         note = self._lock_note()
-        self._mark("open")
-        return note[2] if len(note) > 2 else ""  # noqa: PLR2004 - pid, time, how it ended
+        ended = note[2] if len(note) > 2 else ""  # noqa: PLR2004 - pid, time, how it ended
+        self._mark(ended if ended.startswith("halted") else "open")
+        return ended
 
     def _lock_note(self) -> list[str]:
         return os.pread(self._lock_fd, _LOCK_BYTES, 0).decode("ascii", "replace").split()
@@ -532,10 +536,7 @@ class AuditLog:
         work = owned + work
         if stop:
             work.append(self._own("shutdown", data={"reason": "closed", "state": "running"}))
-        while work:  # A batch never crosses a segment's end.
-            room = SEGMENT - self._edge.size % SEGMENT
-            self._commit(work[:room])
-            work = work[room:]
+        self._commit_all(work)
         if stop or (not batch and self._unpublished):
             self._publish()
         if stop:
@@ -560,9 +561,7 @@ class AuditLog:
     def _own(self, kind: str, phase: str = "event", **given: Any) -> _Pending:
         """Return a record of the owner's own."""
         event = Event(kind=kind, phase=phase, **given)
-        fields = event.fields(uid=self._uid, auth="local")
-        note_intent(self._intents, fields) if phase == "event" else None
-        return _Pending(fields)
+        return _Pending(event.fields(uid=self._uid, auth="local"))
 
     def _clock_step(self) -> list[_Pending]:
         drift = self._clock.wall_ns() - self._clock.mono_ns()
@@ -574,6 +573,13 @@ class AuditLog:
 
     def _heartbeat_data(self) -> dict[str, Any]:
         return {"anchored": self._anchored, "free": self._free_bytes()}
+
+    def _commit_all(self, work: list[_Pending]) -> None:
+        """Commit in batches, none of which crosses a segment's end."""
+        while work:
+            room = min(MAX_BATCH, SEGMENT - self._edge.size % SEGMENT)
+            self._commit(work[:room])
+            work = work[room:]
 
     def _commit(self, batch: list[_Pending]) -> None:
         """Make one batch durable, then sign it; the order is section 4's, and each step matters."""
@@ -592,6 +598,7 @@ class AuditLog:
         self._head = head
         shared = _Batch(head, nodes)
         for pending in batch:
+            note_intent(self._on_disk, pending.fields)
             pending.answer(batch=shared)
         self._unpublished = True
         self._since_heartbeat += len(batch)
@@ -676,7 +683,7 @@ class AuditLog:
             finally:
                 os.close(fd)
         self._unsynced.clear()
-        content = frontier_content(self._segments, self._prev, self._intents, head)
+        content = frontier_content(self._segments, self._prev, self._on_disk, head)
         self._disk.put(self._layout.frontier(index), content)
 
     def _publish(self) -> None:

@@ -460,20 +460,19 @@ def test_another_fault_of_the_reserve_is_a_fault(tmp_path):
 def long(tmp_path_factory):
     """Return a log that has begun its second segment, and a receipt of each."""
     folder = tmp_path_factory.mktemp("long")
+    event = logs.denial()
     with logs.open_log(folder) as log:
-        decision, open_req = log.put_object(logs.DECISION), new_ulid()
-        log.append(logs.intent(decision, open_req))
-        event = logs.denial()
-        while log.size < SEGMENT + 600:
-            waiting = threading.Lock()
-            waiting.acquire()
+        first = log.append(event)
+        log.append(logs.intent(log.put_object(logs.DECISION), new_ulid()))
+        while log.size < SEGMENT - 600:
             for _ in range(511):
                 log._submit(event, None, None)
-            pending = log._submit(event, None, waiting)
-            assert waiting.acquire(timeout=60)
-            if pending.seq < 600:
-                first = log.append(event)
-        last = log.append(event)
+            log.append(event)
+        while log.size < SEGMENT - 3:
+            log.append(event)
+        log.append(logs.intent(log.put_object(logs.DECISION), new_ulid()))
+    with logs.open_log(folder) as log:  # What opening writes crosses the segment's end.
+        last = [log.append(event) for _ in range(600)][-1]
     return folder, first, last
 
 
@@ -501,7 +500,12 @@ def test_a_full_segment_leaves_a_frontier_that_a_signed_head_confirms(long):
     for line in logs.lines_of(folder, 0):
         edge.append(hashlib.sha256(b"\0" + line).digest())
     assert frontier.segments == [edge.root()]
-    assert len(frontier.intents) == 1
+    records = [json.loads(line) for line in logs.lines_of(folder, 0)]
+    opened = {r["req"] for r in records if r["phase"] == "intent"}
+    closed = {r["req"] for r in records if r["phase"] == "outcome"}
+    assert len(opened) == 2
+    assert set(frontier.intents) == opened - closed
+    assert len(frontier.intents) == 1  # its outcome is the first record of the next segment
     assert (layout.tiles / "0/255").stat().st_size == 8192
     assert (layout.tiles / "1/000").stat().st_size == 8192
     anchors = folder / "kept"
@@ -516,7 +520,7 @@ def test_opening_reads_only_past_the_last_frontier(second):
     content = logs.segment(folder, 0).read_bytes()
     logs.replace(logs.segment(folder, 0), b"#" * len(content))  # `audit verify` is for this
     with logs.open_log(folder) as log:
-        assert log.size == last.size + 3  # shutdown, orphan closed, boot
+        assert log.size == last.size + 2  # shutdown, boot: no intent is open
     assert verify_log(folder / "audit", vkey=VKEY).exit == 1
 
 
@@ -534,7 +538,7 @@ def test_a_forged_frontier_is_not_believed(second):
         logs.replace(path, json.dumps(entry | change).encode())
         assert load_frontier(path, VKEY) is None
     with logs.open_log(folder) as log:
-        assert log.size == last.size + 3
+        assert log.size == last.size + 2
     assert load_frontier(folder / "nothing", VKEY) is None
 
 
@@ -586,7 +590,7 @@ def test_a_head_lost_with_the_journal_is_found_in_the_frontier(second):
     logs.replace(journal, b"".join(early))
     logs.replace(folder / "audit/log/checkpoint", b"")
     with logs.open_log(folder) as log:
-        assert log.size == last.size + 4  # the unclean end is told by a recovery record, too
+        assert log.size == last.size + 3  # the unclean end is told by a recovery record, too
     assert journal_line(
         load_frontier(folder / "audit/log/frontier/00000000.json", VKEY).head.note
     ) in (journal.read_bytes())
