@@ -6,6 +6,7 @@ What cannot be read is None, never true. `verify` is pure: the same facts give t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import time
@@ -30,6 +31,7 @@ _CAPABILITY_SETS = {
     "amb": "CapAmb",
 }
 DESCRIPTORS = {0: "/dev/null", 1: "/dev/null", 2: "pipe", 3: "pipe", 4: "pipe"}
+_DEAD = frozenset("ZX")
 NOT_COVERED = ("timing", "cpu load", "content of replies", "host root", "kernel 0-day")
 
 
@@ -82,7 +84,9 @@ def read(pid: int, proc: Path = Path("/proc")) -> Facts:
     """Read the facts of a live process; OSError when it is gone."""
     folder = proc / str(pid)
     status = parse_status((folder / "status").read_text())
-    start, session = _start_and_session((folder / "stat").read_text())
+    state, session, start = _stat((folder / "stat").read_text())
+    if state in _DEAD:
+        raise ProcessLookupError(errno.ESRCH, "the process has ended", str(folder))
     return Facts(
         pid=pid,
         start_time=start,
@@ -369,10 +373,10 @@ def utc() -> str:
 # -- readers of /proc -----------------------------------------------------------------------------
 
 
-def _start_and_session(text: str) -> tuple[int, int]:
-    """Return fields 22 and 6 of /proc/PID/stat; the name in field 2 may hold anything."""
+def _stat(text: str) -> tuple[str, int, int]:
+    """Return state, session and start time of /proc/PID/stat; field 2 may hold anything."""
     fields = text.rpartition(")")[2].split()
-    return int(fields[19]), int(fields[3])
+    return fields[0], int(fields[3]), int(fields[19])
 
 
 def _uid_map(folder: Path) -> tuple[tuple[int, int, int], ...] | None:

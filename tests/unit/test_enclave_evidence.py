@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,9 @@ def test_a_process_that_is_gone_cannot_be_read():
     child = os.fork()
     if not child:
         os._exit(0)
+    time.sleep(0.05)
+    with pytest.raises(ProcessLookupError):  # dead, and not yet buried
+        evidence.read(child)
     os.waitpid(child, 0)
     with pytest.raises(OSError, match="No such"):
         evidence.read(child)
