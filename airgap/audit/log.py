@@ -408,7 +408,7 @@ class AuditLog:
         self._segments, self._on_disk = recovered.segments, recovered.intents
         self._anchored = recovered.anchored
         self._tiles.put = self._put_tile
-        remove_partial(self._layout.tiles, ())
+        remove_partial(self._layout.tiles)
 
     def _lock(self) -> str:
         """Take the lock and return how the last holder ended; refuse when somebody holds it."""

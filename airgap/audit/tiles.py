@@ -7,7 +7,7 @@ it: memory for one node a level, proofs for the newest leaves, and files of 256 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -150,15 +150,12 @@ class Tiles:
             self._rows[level] = (index + 1, [])
 
 
-def remove_partial(folder: Path, keep: Iterable[str]) -> None:
-    """Delete partial tiles below `folder` that are not among the names to keep."""
-    wanted = {folder / name for name in keep}
+def remove_partial(folder: Path) -> None:
+    """Delete all partial tiles below `folder`: those of a newer head are about to be written."""
     for path in folder.glob("*/**/*.p/*"):
-        if path not in wanted:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     for path in folder.glob("*/**/*.p"):
-        if not any(path.iterdir()):
-            path.rmdir()
+        path.rmdir()
 
 
 def _cover(low: int, high: int, node: Callable[[Node], bytes]) -> bytes:
