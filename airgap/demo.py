@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from policy.errors import FaultError, RefusedError, UsageError
 MODEL = "logos-ref-tiny"
 MARKER = ".airgap-demo"  # a folder without it is somebody's data and is never cleared
 SHOWN_REASONS = 4
-CODE_WIDTH = 16
+SHOWN_CAUSE = 150
 OUTPUT_LIMIT = 64 * 1024 * 1024  # bytes of one command's JSON
 PARACETAMOL = "CC(=O)Nc1ccc(O)cc1"
 # Human lysozyme C, residues 19 to 66 of UniProt P61626: short enough for the small model.
@@ -311,6 +312,10 @@ def admit(demo: Demo) -> None:
     fingerprint = str(demo.found["trust"]["fingerprint"])
     call(demo, "trust", "init", "--from", root, "--fingerprint", fingerprint, "--root", demo.lab)
     call(demo, "verify", demo.bundle, "--root", demo.lab)
+    explain = ("policy", "explain", "--root", demo.lab)
+    demo.found["explain"] = call(demo, *explain, "--bundle", demo.bundle).document
+    other = call(demo, *explain, "--model", "logos-8b", "--project", PROJECT)
+    demo.found["logos-8b"] = other.document
     demo.found["install"] = call(demo, "install", demo.bundle, "--root", demo.lab).document
     demo.found["status"] = call(demo, "status", "--root", demo.lab).document
 
@@ -373,8 +378,8 @@ def connect_inside(demo: Demo) -> tuple[str, str, str]:
     row = next(each for each in rung["verdict"]["rows"] if each["channel"] == "tcp4")
     return (
         "connect() from inside the seal",
-        f"{row['stage1']} before, {row['stage2']} after the last filter",
-        f"the same call outside the seal: {row['control']}",
+        str(row["stage2"]),
+        f"{row['stage1']} before the last filter; outside the seal the same call: {row['control']}",
     )
 
 
@@ -461,21 +466,36 @@ def what_runs(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Name the model, its bundle, its lineage and the proof that conversion changed nothing."""
     built = found["build"]
     return [
-        ("model", f"{MODEL} 1.0.0, provenance {built.get('provenance_level', 'L1')}"),
-        ("bundle", str(found["install"].get("digest", ""))),
-        ("made by", str(built.get("supplier", "this project")) + "; scientific_use: false"),
+        ("model", f"{MODEL} 1.0.0, provenance L1 (hash-pinned), scientific_use: false"),
+        ("bundle", str(found["install"]["digest"])),
+        ("lineage", lineage_of(found["explain"])),
         ("parity", str(built["parity"]["text"])),
-        ("signed by", ", ".join(found["sign"].get("people", []))),
+        ("approved by", f"{', '.join(found['sign']['people'])}; built by {built['builder']}"),
     ]
+
+
+def lineage_of(decision: dict[str, Any]) -> str:
+    """Return the makers and bases that the decision counted with, each once."""
+    starts = decision["starts"]
+    makers = [f"{o['relation']} {o['party']} [{o['source']}]" for o in starts["bundle"]["origins"]]
+    bases = [f"base: {o['party']}" for o in starts["base_bundles"]["origins"]]
+    return "; ".join(makers[:1] + (bases or ["no base model"]))
 
 
 def why(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Give the decisions with their citations, and the day whose law they applied."""
-    last = found["runs"][0]["run"]
+    admission = found["explain"]
+    use = found["runs"][0]["run"]
     return [
-        ("admission", str(found["install"].get("decision", ""))),
-        ("use", str(last["decision"])),
-        *(("", str(line)) for line in last["reasons"][:SHOWN_REASONS]),
+        ("legal day", f"{admission['as_of']}, fixed by {admission['as_of_source']}"),
+        ("admission", f"{admission['outcome']}, record {found['install']['decision']}"),
+        *(
+            ("", f"{each['rule']}: {each['plain']} [{each['citation']}]")
+            for each in admission["reasons"][:SHOWN_REASONS]
+        ),
+        ("use", str(use["decision"])),
+        *(("", str(line)) for line in use["reasons"][:SHOWN_REASONS]),
+        ("LOGOS-8B here", f"would be {found['logos-8b']['summary']}"),
     ]
 
 
@@ -518,9 +538,7 @@ def done(found: dict[str, Any]) -> list[tuple[str, str]]:
 def refusals(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Give the four refusals: what was tried, and how it ended."""
     return [
-        (f"{number}. {code}" if len(code) < CODE_WIDTH else f"{number}.", f"{what}: {cause:.150}")
-        if len(code) < CODE_WIDTH
-        else (f"{number}. errno", f"{what}: {code}; {cause}")
+        (f"{number}. {code}", f"{what}: {textwrap.shorten(cause, SHOWN_CAUSE, placeholder=' …')}")
         for number, (what, code, cause) in enumerate(found["refusals"], 1)
     ]
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import structlog
 import typer
@@ -47,6 +48,29 @@ def build() -> typer.Typer:
     return app
 
 
+def require_one_place() -> None:
+    """Refuse to run when a package of this name came from elsewhere (architecture, section 2).
+
+    `policy` and `bundle` are common words: a module of a working folder or of PYTHONPATH must not
+    stand in for the one that decides.
+
+    Raises:
+        FaultError: `host.self`.
+
+    """
+    homes = {}
+    for name in ("airgap", "bundle", "policy"):
+        found = importlib.import_module(name).__file__
+        homes[name] = Path(found).resolve().parents[1] if found else None
+    if len(set(homes.values())) != 1 or None in homes.values():
+        places = ", ".join(f"{name} in {home}" for name, home in homes.items())
+        raise FaultError(
+            "host.self",
+            f"the three packages were expected in one folder, found {places:.600}",
+            hint="run the installed `airgap` from another folder, without PYTHONPATH",
+        )
+
+
 def configure_log() -> None:
     """Send the operator's log to standard error as JSON lines: `AIRGAP_LOG=info` or `debug`.
 
@@ -69,6 +93,7 @@ def dispatch(argv: list[str]) -> int:
     """Run `argv` and return its exit status; the only broad `except` of the project is here."""
     configure_log()
     try:
+        require_one_place()
         outcome = build()(args=argv, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         stderr.print("interrupted", markup=False)

@@ -126,6 +126,8 @@ def built_document(built: Built) -> dict[str, Any]:
         "decision": {
             "outcome": built.decision.get("outcome"),
             "as_of": built.decision.get("as_of"),
+            "as_of_source": built.decision.get("as_of_source"),
+            "reasons": built.decision.get("reasons", []),
             "digest": str(Digest.of(canonical_json(dict(built.decision)))),
         },
     }
