@@ -240,7 +240,7 @@ def _verdict(
         head.size if head else 0,
         records,
         anchored,
-        len(matched) if code != 1 else 0,
+        len(matched),
         base64.b64encode(head.root).decode() if head else "",
         tuple(told),
     )
