@@ -284,7 +284,7 @@ def build(
         },
         "argv": [program, "-I", "-S", "-B", entry, part, where],
         "env": environment,
-        "stage1": filters.digest(filters.stage1(facts.arch)),
+        "stage1": filters.stage1(facts.arch).hex(),
     }
 
 

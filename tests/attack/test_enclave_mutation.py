@@ -427,7 +427,7 @@ MUTANTS = {
                 "    channel.send(CHANNEL_OUT, channel.READY, b'{}')\n    attempts",
             )
         ],
-        {"stage1", "stage2", "dumpable", "descriptors", "evidence"},
+        {"stage1", "stage2", "dumpable", "descriptors", "evidence", "parent"},
     ),
 }
 # Caught by the probe alone: no fact of /proc shows Landlock, or what a filter forgets.

@@ -275,7 +275,7 @@ def test_an_old_kernel_and_closed_folders_give_none(tmp_path):
     assert found.links is None
     assert found.addresses is None
     assert found.routes is None
-    assert found.sockets == 0
+    assert found.sockets is None
     assert found.start_time == 22
     assert found.pid_inside == 1
     assert not found.dumpable
@@ -284,7 +284,8 @@ def test_an_old_kernel_and_closed_folders_give_none(tmp_path):
 def test_addresses_of_an_interface_that_is_up_are_seen(tmp_path):
     trie = "Local:\n  +-- 127.0.0.0/8 2 0 2\n     |-- 127.0.0.1\n        /32 host LOCAL\n"
     six = "00000000000000000000000000000001 01 80 10 80       lo\n"
-    proc = fake_proc(tmp_path, net__fib_trie=trie, net__if_inet6=six, net__tcp="head\nrow\nrow\n")
+    used = "sockets: used 2\nTCP: inuse 1 orphan 0\n"
+    proc = fake_proc(tmp_path, net__fib_trie=trie, net__if_inet6=six, net__sockstat=used)
     found = evidence.read(50, proc)
     assert found.addresses == ("0" * 31 + "1", "127.0.0.1")
     assert found.sockets == 2
