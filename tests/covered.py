@@ -6,9 +6,11 @@ Processes that seal themselves cannot write a data file: they send theirs over t
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import coverage
@@ -51,9 +53,15 @@ def run_covered(code, *arguments, timeout=60):
         "print(json.dumps(ANSWER))\n"
         "if COVERED: COVERED.stop(); print(COVERED.get_data().dumps().hex())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="airgap-test-", ignore_cleanup_errors=True) as home:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "TMPDIR": home},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     if measuring() is not None:

@@ -58,7 +58,16 @@ def run_as(starter, code, *arguments, timeout=60):
     command = [sys.executable, "-c", script]
     if ROOT and NAMESPACES:
         command = [sys.executable, str(HERE / "enclave_harness.py"), starter, script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    with tempfile.TemporaryDirectory(prefix="airgap-test-", ignore_cleanup_errors=True) as home:
+        Path(home).chmod(0o777)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env={**os.environ, "HOME": home, "TMPDIR": home},
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -89,9 +98,6 @@ def become(starter):
         os.setgroups([])
         os.setresgid(USER, USER, USER)
         os.setresuid(USER, USER, USER)
-    home = tempfile.mkdtemp(prefix="airgap-test-")
-    Path(home).chmod(0o755)
-    os.environ["HOME"] = os.environ["TMPDIR"] = home
 
 
 if __name__ == "__main__":
