@@ -54,6 +54,7 @@ def run_covered(code, *arguments, timeout=60):
         "if COVERED: COVERED.stop(); print(COVERED.get_data().dumps().hex())\n"
     )
     with tempfile.TemporaryDirectory(prefix="airgap-test-", ignore_cleanup_errors=True) as home:
+        Path(home).chmod(0o755)  # the control runs as another uid
         done = subprocess.run(
             [sys.executable, "-c", script],
             capture_output=True,
