@@ -115,7 +115,14 @@ def test_lab(work: Path, wheel: Path, demo: Path, bundle: Path) -> None:
     vkey = root / "keys" / "audit.vkey"
     verdict = run(airgap, "audit", "verify", export, "--vkey", vkey, "--anchors", receipt)
     assert verdict["verdict"] == "good"
-    needs = run(airgap, "inspect", demo, expect=3)
+    snapshot = REPOSITORY / "reference" / "logos-ref-tiny" / "model"
+    run(airgap, "inspect", snapshot)
+    needs = run(
+        airgap,
+        *("build", snapshot, "-o", work / "x.agb", "--name", "m", "--version", "1"),
+        *("--key", demo / "staging" / "keys" / "builder.pem", "--root", demo / "staging"),
+        expect=3,
+    )
     assert needs["code"] == "host.extra", needs
 
 

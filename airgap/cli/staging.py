@@ -121,6 +121,9 @@ def build(
     Inspects it, asks the policy, converts it to ONNX in a process without a network, proves that
     the graph answers like its source, and signs the draft with the builder's key.
     """
+    from airgap.extras import require_extras
+
+    require_extras("cpu", "staging")
     with _staging():
         from bundle.staging.pipeline import Facts
         from bundle.staging.pipeline import build as build_draft

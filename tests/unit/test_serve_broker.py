@@ -11,12 +11,13 @@ from airgap.audit.query import read_records
 from airgap.config import Limits, load_site
 from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame, ProgramError
+from airgap.extras import EXTRAS, require_extras
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.inference.protocol import Done, Progress, Sample
 from airgap.science.program import create
 from airgap.serve import Job
 from airgap.serve.broker import Broker, Model, printable
-from airgap.serve.session import choose_project, hazard_holds, require_extras
+from airgap.serve.session import choose_project, hazard_holds
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
@@ -306,10 +307,8 @@ def test_a_person_with_two_projects_must_name_one(tmp_path):
 
 
 def test_the_extras_are_looked_up(monkeypatch):
-    require_extras()
-    monkeypatch.setitem(
-        __import__("airgap.serve.session", fromlist=["EXTRAS"]).EXTRAS, "cpu", ("no_such_module",)
-    )
+    require_extras("cpu", "science")
+    monkeypatch.setitem(EXTRAS, "cpu", ("no_such_module",))
     with pytest.raises(FaultError) as failed:
-        require_extras()
+        require_extras("science", "cpu")
     assert failed.value.code == "host.extra"
