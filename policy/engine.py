@@ -134,9 +134,25 @@ class Decision:
         return RefusedError(
             "policy.denied" if denied else "policy.held",
             f"{self.scope} {'denied' if denied else 'held'} as of {self.as_of}: "
-            + "; ".join(f"{each.rule}: {each.plain} [{each.citation}]" for each in blocking),
+            + "; ".join(
+                f"{each.rule}: {each.plain}{self._unmet(each.rule)} [{each.citation}]"
+                for each in blocking
+            ),
             hint=f"settle what is missing: {asks}"[:600] if asks else "airgap policy explain",
         )
+
+    def _unmet(self, rule: str) -> str:
+        """Name the conditions that kept every permit rule from matching, for `DEFAULT-DENY`."""
+        if rule != record.DEFAULT_DENY:
+            return ""
+        unmet = [
+            f"{leaf['leaf']} ({'unknown' if leaf['value'] == 'U' else 'is not so'})"
+            for result in self.results
+            if result.rule.text.effect == "permit"
+            for leaf in record.leaves_of(self.evaluator, self.evaluation, result)
+            if leaf["value"] != "T"
+        ]
+        return f" It needs: {', '.join(unmet)}." if unmet else ""
 
     def as_document(self) -> dict[str, Any]:
         """The record `airgap/decision/1` as plain values."""
