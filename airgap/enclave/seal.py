@@ -349,7 +349,7 @@ class Process:
     ) -> evidence.Facts:
         """Read /proc and compare with the plan; SealRefused names the first difference."""
         try:
-            found = evidence.read(self.pid)
+            found = self._settled()
         except OSError as error:
             raise SealRefused("evidence", f"the process is gone: {error}") from error
         findings = evidence.verify(
@@ -367,6 +367,15 @@ class Process:
         if self.plan["namespaces"]:
             self._verify_parent(facts)
         return found
+
+    def _settled(self) -> evidence.Facts:
+        """Read the facts; the kernel counts a closed socket of the launcher an instant longer."""
+        until = time.monotonic() + _GRACE_S
+        while True:
+            found = evidence.read(self.pid)
+            if not self.plan["namespaces"] or not found.sockets or time.monotonic() > until:
+                return found
+            time.sleep(0.001)
 
     def _verify_parent(self, facts: HostSurvey) -> None:
         """Look at the process that waits outside: it seals itself, an instant later."""
