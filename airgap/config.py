@@ -7,8 +7,10 @@ have safe defaults. Every refusal names the line.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -270,6 +272,21 @@ class LegalDay:
 # -- reading --------------------------------------------------------------------------------------
 
 
+def read_plain(path: Path, limit: int) -> bytes:
+    """Read at most `limit` bytes of an ordinary file; a pipe in its place is not waited for.
+
+    Raises:
+        OSError: It cannot be read; FileExistsError for a pipe, a device or a socket.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise FileExistsError(errno.EEXIST, "not an ordinary file", str(path))
+        return file.read(limit)
+
+
 def load_site(root: Path) -> Site:
     """Read `<root>/site.toml`.
 
@@ -279,15 +296,14 @@ def load_site(root: Path) -> Site:
     """
     path = root / FILE_NAME
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        content = read_plain(path, MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise RefusedError(
             "site.missing",
             f"no {FILE_NAME} in {root}",
             hint="airgap site init writes a commented one to fill in",
         ) from error
-    except (IsADirectoryError, PermissionError, NotADirectoryError) as error:
+    except (FileExistsError, IsADirectoryError, PermissionError, NotADirectoryError) as error:
         raise RefusedError("site.missing", f"{path} cannot be read: {error.strerror}") from error
     return parse_site(content, str(path))
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import policy.strict
-from airgap.config import Person, Project, Site, Transaction
+from airgap.config import Person, Project, Site, Transaction, read_plain
 from airgap.model_facts import BundleFacts, bundle_facts, registry_facts
 from bundle.manifest import ModelEntry
 from policy import snapshots
@@ -117,8 +117,7 @@ def _parse_files(paths: Sequence[Path]) -> _Files:
     found_lists: list[ListSnapshot] = []
     found_lineage: list[LineageFile] = []
     for path in paths:
-        with path.open("rb") as file:
-            content = file.read(policy.strict.MAX_BYTES + 1)
+        content = read_plain(path, policy.strict.MAX_BYTES + 1)
         name = str(path)
         value = policy.strict.read_yaml(content, name).value
         schema = value.get("schema") if isinstance(value, dict) else None

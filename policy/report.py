@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import rfc8785
+
 from policy import record
 from policy.engine import Decision
 from policy.evaluator import RuleResult
@@ -84,7 +86,6 @@ def explain(decision: Decision, *, hazard_role: bool = False) -> Explanation:
     evaluator = decision.evaluator
     change = decision.next_change
     held = not hazard_role and any(each.hazard and each.blocks for each in decision.reasons)
-    outcome = _outcome(decision, reasons, hazard_held=held)
     duties = {
         duty.id
         for each in kept.values()
@@ -92,13 +93,17 @@ def explain(decision: Decision, *, hazard_role: bool = False) -> Explanation:
         for duty in each.rule.text.obligations
     }
     reviews = {duty.id for duty in decision.obligations if duty.id.startswith("review-")}
+    shown = tuple(each for each in decision.obligations if each.id in duties | reviews)
+    outcome = _outcome(decision, reasons, hazard_held=held)
+    if outcome is Outcome.PERMIT_WITH_OBLIGATIONS and decision.obligations and not shown:
+        outcome = Outcome.PERMIT  # every obligation is one of a hazard rule
     return Explanation(
         scope=str(decision.scope),
         outcome=outcome,
         day=decision.as_of.isoformat(),
         day_source=evaluator.request.day_source,
         rules=tuple(_rule_view(decision, each, kept.get(each.rule)) for each in reasons),
-        obligations=tuple(each for each in decision.obligations if each.id in duties | reviews),
+        obligations=shown,
         missing=tuple(each for each in decision.missing if hazard_role or not each.hazard),
         warnings=tuple(record.warnings_of(decision.evaluation)),
         change=None if change is None else _change(change, set(kept)),
@@ -268,3 +273,18 @@ def public_document(decision: Decision, *, hazard_role: bool = False) -> dict[st
         kept = [rule for rule in whole["next_change"]["rules"] if rule not in hazard]
         whole["next_change"] = {**whole["next_change"], "rules": kept}
     return whole
+
+
+def is_restricted(decision: Decision) -> bool:
+    """Whether a hazard rule had a say, so that the whole record is for the hazard role alone."""
+    return any(each.hazard for each in decision.reasons)
+
+
+def general_record(decision: Decision, restricted: str) -> bytes:
+    """The public record as RFC 8785 JSON, with the commitment to the whole one."""
+    return rfc8785.dumps({**public_document(decision), "restricted": restricted})
+
+
+def general_outcome(decision: Decision) -> Outcome:
+    """The outcome for the general log and for users: a hazard always reads as a hold."""
+    return explain(decision).outcome

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 def main() -> None:
     """Entry point of the console script."""
+    from airgap.cli import streams  # keeps `airgap.cli` importable without rich loaded
+
     try:
-        status = invoke(sys.argv[1:])
+        streams.prepare()
+        status = streams.finish(invoke(sys.argv[1:]))
     except KeyboardInterrupt:  # while modules load, or twice
         sys.stderr.write("interrupted\n")
         status = 130

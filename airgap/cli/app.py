@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from airgap.cli.common import show_error, stderr
+from airgap.cli.streams import PIPE_CLOSED
 from policy.errors import AirgapError, FaultError, UsageError
 
 # Each module defines `register(app)`. The order is that of `airgap --help`.
@@ -31,7 +32,6 @@ GROUPS = (
     "airgap.cli.demo",
 )
 INTERRUPTED = 130
-PIPE_CLOSED = 141
 
 
 def build() -> typer.Typer:
@@ -93,6 +93,7 @@ def dispatch(argv: list[str]) -> int:
     """Run `argv` and return its exit status; the only broad `except` of the project is here."""
     configure_log()
     try:
+        require_text(argv)
         require_one_place()
         outcome = build()(args=argv, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
@@ -100,14 +101,28 @@ def dispatch(argv: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`| head`): not an error of ours, but the output was cut.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer makes it a status 1 of its own
+            return PIPE_CLOSED
+        raise
     except Exception as error:  # noqa: BLE001 - a defect must end as a fault, not as a traceback
         ours = as_error(error)
-        show_error(ours, json="--json" in argv)
+        with contextlib.suppress(OSError):  # a full disk under the output, say: the status remains
+            show_error(ours, json="--json" in argv)
         return ours.exit_status
     return outcome if isinstance(outcome, int) else 0
+
+
+def require_text(argv: list[str]) -> None:
+    """Refuse an argument that is no UTF-8 text: nothing could print or record it."""
+    for number, argument in enumerate(argv, 1):
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UsageError(
+                "usage.argument",
+                f"argument {number} is not UTF-8 text: {argument[:60]!a}",
+                hint="set the terminal to UTF-8; give a file with such a name a link to it",
+            )
 
 
 def as_error(error: Exception) -> AirgapError:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from airgap.cli.streams import Screen, is_utf8
 from policy.errors import AirgapError
 
 Root = Annotated[
@@ -24,8 +24,8 @@ Root = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False)
+stdout = Screen(highlight=False, soft_wrap=True)
+stderr = Screen(stderr=True, highlight=False)
 
 
 def root_folder(root: Path | None) -> Path:
@@ -40,11 +40,17 @@ def root_folder(root: Path | None) -> Path:
 def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
     """Print the result: `document` with `--json`, else `text` (a string or a rich object)."""
     if json:
-        sys.stdout.write(
-            jsonlib.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        )
+        write_json(document, sort_keys=True)
     else:
         stdout.print(text)
+
+
+def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> None:
+    """Write one document to standard output, in ASCII where that is not UTF-8."""
+    text = jsonlib.dumps(
+        document, indent=1, ensure_ascii=not is_utf8(sys.stdout), sort_keys=sort_keys
+    )
+    sys.stdout.write(text + "\n")
 
 
 def show_error(error: AirgapError, *, json: bool) -> None:
@@ -56,7 +62,7 @@ def show_error(error: AirgapError, *, json: bool) -> None:
             "hint": error.hint,
             "exit": error.exit_status,
         }
-        sys.stdout.write(jsonlib.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        write_json(document)
         return
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
     stderr.print(f"[bold red]{word}[/] [bold]{error.code}[/]", soft_wrap=True)

@@ -120,7 +120,7 @@ def read_text(path: Path | None, option: str) -> str:
             hint="cut the file down to the chain or record in question",
         )
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             "usage.argument",
@@ -142,7 +142,8 @@ def infer_with_progress(broker: Broker, job: Job) -> Answer:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    shown = stderr.is_terminal  # else an empty line would be left of the bar
+    with Progress(*columns, console=stderr, transient=True, disable=not shown) as progress:
         bar = progress.add_task("decoding", total=None, state="")
 
         def tell(tokens: int, finished: int, n: int) -> None:

@@ -33,7 +33,8 @@ from airgap.science.grammar import (
 SAMPLES_LIMIT = 10_000
 STRUCTURE_LIMIT = 12 * 1024 * 1024
 """Largest structure file in characters; the channel to the helper takes 16 MiB."""
-SEED_LIMIT = 2**63 - 1
+SEED_LIMIT = 2**53 - 1
+"""Largest integer that a record of the audit log, or any JSON reader, holds exactly."""
 WORD_VOCABULARY = 1_024
 """A vocabulary below this size has one entry a chemical word, so that words can be counted."""
 AUTHORS_CAP = 1_000
@@ -296,9 +297,11 @@ def read_sequence(inputs: Mapping[str, Any], notes: list[str]) -> tuple[str, tup
 def _fasta_record(text: str, record: int | None) -> tuple[str, str]:
     if len(text) > STRUCTURE_LIMIT:
         raise PromptError("prompt.size", "the FASTA file is too large", hint="give one record")
-    if not text.lstrip().startswith(">"):
+    # Editors on three systems write a byte order mark and three kinds of line end.
+    text = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff")).lstrip()
+    if not text.startswith(">"):
         return text, "sequence"
-    records = [part.partition("\n") for part in re.split(r"(?m)^>", text.lstrip()[1:])]
+    records = [part.partition("\n") for part in re.split(r"(?m)^>", text[1:])]
     if record is None and len(records) > 1:
         raise PromptError(
             "prompt.input",
@@ -556,6 +559,7 @@ def choose_level(task: Task, subject: Subject, level: int | None, notes: list[st
     return replace(subject, level=level, pockets=subject.pockets if level > 1 else ())
 
 
+_NUMBERS = {int: "whole number", float: "number"}
 _RANGES: dict[str, tuple[type, float, float]] = {
     "n": (int, 1, SAMPLES_LIMIT),
     "temperature": (float, 0.0, 10.0),
@@ -599,7 +603,7 @@ def choose_preset(task: Task, options: Mapping[str, Any]) -> tuple[Preset, dict[
         if not number or not math.isfinite(value) or not low <= value <= high:
             raise PromptError(
                 "prompt.option",
-                f"{key} is {value!a:.40}, expected a number from {low:g} to {high:g}",
+                f"{key} is {value!a:.40}, expected a {_NUMBERS[kind]} from {low} to {high}",
                 hint=f"leave it out for {getattr(preset, key, 'the default')}",
             )
         if key in {"seed", "max_new_tokens"}:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -25,6 +26,8 @@ from airgap.inference import protocol
 from airgap.inference.strict import MalformedError
 from airgap.science import results
 from airgap.science.results import Assessed, Prepared, ScreenResult
+from airgap.science.tasks import choose_preset, find_task
+from policy import report
 from policy.engine import Decision, require
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -86,6 +89,14 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
+class Permit:
+    """A decision, and how the general log cites it."""
+
+    decision: Decision
+    ref: DecisionRef
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A released answer."""
 
@@ -94,7 +105,7 @@ class Answer:
     assessed: Assessed
     seed: int
     totals: protocol.Done
-    decision: Decision
+    permit: Permit
     intent: Receipt
     outcome: Receipt
     opening: Opening
@@ -112,6 +123,7 @@ class Broker:
     actor: Actor
     use_policy: UsePolicy
     limits: Limits = field(default_factory=Limits)
+    restricted: Path | None = None  # whole records of hazard decisions; None keeps none
 
     def infer(self, job: Job, on_progress: OnProgress = lambda *_: None) -> Answer:
         """Run `job` and return the answer.
@@ -123,10 +135,10 @@ class Broker:
         """
         request = new_ulid()
         prepared = self._prepare(request, job)
-        decision = self._permit(request, job, prepared, prepared.input_screen, stage="input")
+        permit = self._permit(request, job, prepared, prepared.input_screen, stage="input")
         settings = settings_of(prepared)
         opening_in = prepared.prompt.encode(), os.urandom(NONCE_BYTES)
-        intent = self._record_intent(request, job, decision, settings, opening_in)
+        intent = self._record_intent(request, job, permit, settings, opening_in)
         started = time.monotonic()
         try:
             samples, totals = self._generate(settings, on_progress)
@@ -154,7 +166,7 @@ class Broker:
             assessed=assessed,
             seed=settings.seed,
             totals=totals,
-            decision=release,
+            permit=release,
             intent=intent,
             outcome=outcome,
             opening=Opening(opening_in[1], nonce, opening_in[0], content),
@@ -177,7 +189,9 @@ class Broker:
 
     def _prepare(self, request: str, job: Job) -> Prepared:
         try:
+            require_text(job)
             require_small(job, self.limits)
+            choose_preset(find_task(job.task), job.options)  # the channel carries no NaN
             reply = self.ask_helper(
                 {
                     "op": "prepare",
@@ -205,14 +219,14 @@ class Broker:
 
     def _permit(
         self, request: str, job: Job, prepared: Prepared, screen: ScreenResult, *, stage: str
-    ) -> Decision:
+    ) -> Permit:
         """Ask the policy; a refusal is durable before it is told."""
         document = screen.model_dump(mode="json")
         decision = self.use_policy(job, modality=prepared.modality, screen=document)
-        digest = self.log.put_object(decision.canonical)
-        log.info("request.decided", request=request, stage=stage, outcome=decision.outcome.value)
+        permit = self._keep(decision)
+        log.info("request.decided", request=request, permitted=decision.permitted)
         if decision.permitted:
-            return decision
+            return permit
         receipt = self.log.append(
             Event(
                 "denial",
@@ -220,15 +234,33 @@ class Broker:
                 actor=self.actor,
                 project=job.project,
                 model=self.model.bundle,
-                decision=DecisionRef(digest, decision.outcome.value, decision.rule_for_log),
+                decision=permit.ref,
                 data={"count": 1, "stage": stage, "task": prepared.task},
             )
         )
-        return require(decision, reference=f"{receipt.origin}#{receipt.seq}")
+        require(decision, reference=f"{receipt.origin}#{receipt.seq}")
+        return permit
+
+    def _keep(self, decision: Decision) -> Permit:
+        """Store the record of a decision; what a hazard rule said goes to the restricted folder.
+
+        The general log holds the public record, the same for every hazard rule, with a commitment
+        to the whole one. Without its nonce nobody can try out which rule it was.
+        """
+        content = decision.canonical
+        if report.is_restricted(decision):
+            nonce = os.urandom(NONCE_BYTES)
+            commit = commitment(content, nonce).commit
+            if self.restricted is not None:
+                keep_restricted(self.restricted, commit, nonce, content)
+            content = report.general_record(decision, commit)
+        outcome = report.general_outcome(decision)
+        digest = self.log.put_object(content)
+        return Permit(decision, DecisionRef(digest, outcome.value, decision.rule_for_log))
 
     def _permit_release(
         self, request: str, job: Job, prepared: Prepared, assessed: Assessed
-    ) -> Decision:
+    ) -> Permit:
         """Decide once more with what the model wrote; a binding site that is no copy is protein."""
         if prepared.modality == "annotation" and assessed.summary.valid < assessed.summary.n:
             prepared = prepared.model_copy(update={"modality": "protein"})
@@ -238,7 +270,7 @@ class Broker:
         self,
         request: str,
         job: Job,
-        decision: Decision,
+        permit: Permit,
         settings: protocol.Generate,
         opening: tuple[bytes, bytes],
     ) -> Receipt:
@@ -247,7 +279,7 @@ class Broker:
             request,
             job,
             "intent",
-            decision=DecisionRef(decision.digest, decision.outcome.value, decision.rule_for_log),
+            decision=permit.ref,
             in_=commitment(*opening),
             data={
                 "task": printable(job.task),
@@ -359,6 +391,17 @@ class Broker:
             return  # the first error is the one to tell; the next start closes the intent
 
 
+def require_text(job: Job) -> None:
+    """Refuse an input that is no Unicode text: bytes of a terminal in another encoding."""
+    for name, value in job.inputs.items():
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise RefusedError(
+                "prompt.input",
+                f"input {printable(name)} is not UTF-8 text",
+                hint="type it again in a terminal that is set to UTF-8",
+            )
+
+
 def require_small(job: Job, limits: Limits) -> None:
     """Refuse typed input above the site's cap; a structure file has its own, and is cut to one."""
     size = sum(
@@ -422,6 +465,17 @@ def segments(prompt: str) -> tuple[protocol.Segment, ...]:
         return protocol.segments_of(prompt)
     except ProgramError as error:
         raise RefusedError(error.code, error.message, hint=error.hint) from error
+
+
+def keep_restricted(folder: Path, commit: str, nonce: bytes, record: bytes) -> None:
+    """Write the whole record of a hazard decision, readable for its owner alone, durably."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    document = {"format": "airgap/restricted/1", "nonce": nonce.hex(), "record": record.decode()}
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(folder / f"{commit}.json", flags, 0o600), "wb") as stream:
+        stream.write(canonical(document))
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from rich.text import Text
 from airgap.audit import commitment
 from airgap.science import views
 from airgap.serve.broker import Answer, Broker, Job
+from policy import report
 from policy.errors import UsageError
 
 OBLIGATIONS_SHOWN = 6
@@ -34,14 +37,14 @@ def header_of(broker: Broker, answer: Answer) -> views.Header:
     """Return the facts that stand on every page of this answer."""
     probe = broker.worker.evidence.get("probe") or {}
     tried = probe.get("sealed", {})
-    model, decision = answer.model, answer.decision
+    model, decision = answer.model, answer.permit.decision
     return views.Header(
         model=f"{model.name} {model.version}",
         model_digest=str(model.bundle),
         precision=model.precision,
         seed=answer.seed,
         prompt_commitment=commitment(answer.opening.content_in, answer.opening.nonce_in).commit,
-        decision=f"{decision.outcome} as of {decision.as_of}, {decision.digest}",
+        decision=f"{answer.permit.ref.outcome} as of {decision.as_of}, {answer.permit.ref.id}",
         seal=f"rung {broker.worker.rung}; {len(tried)} channels probed, none open",
         receipt=f"{answer.outcome.origin} record {answer.outcome.seq}",
         created=datetime.now(UTC),
@@ -54,12 +57,9 @@ def header_of(broker: Broker, answer: Answer) -> views.Header:
 
 def reasons_of(answer: Answer) -> tuple[str, ...]:
     """Return the rules and obligations of the decision that its user may read."""
-    reasons = [
-        f"{each.rule}: {each.plain} [{each.citation}]"
-        for each in answer.decision.reasons
-        if not each.hazard
-    ]
-    duties = [f"obligation {each.id}: {each.text}" for each in answer.decision.obligations]
+    shown = report.explain(answer.permit.decision)
+    reasons = [f"{each.rule}: {each.plain} [{each.citation}]" for each in shown.rules]
+    duties = [f"obligation {each.id}: {each.text}" for each in shown.obligations]
     return (*reasons, *duties[:OBLIGATIONS_SHOWN])
 
 
@@ -99,7 +99,7 @@ def present(
         "request": answer.request,
         "tokens": {"prompt": answer.totals.prompt_tokens, "new": answer.totals.tokens},
         "elapsed_ms": answer.totals.elapsed_ms,
-        "decision": str(answer.decision.digest),
+        "decision": str(answer.permit.ref.id),
         "receipts": {
             "intent": answer.intent.as_document(),
             "outcome": answer.outcome.as_document(),
@@ -123,7 +123,8 @@ def present(
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a file that is either complete or not there."""
+    """Write a file that is either complete or not there; a link keeps pointing to it."""
+    path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     beside = Path(name)
     try:
@@ -146,10 +147,38 @@ def check_outputs(task: str, outputs: Mapping[str, Path | None]) -> None:
             f"--sdf: the task {task} makes no molecules with a structure of their own",
             hint="use --csv or --html",
         )
+    taken: dict[Path, str] = {}
     for option, path in outputs.items():
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        if path is None:
+            continue
+        real, problem = locate_output(path)
+        if not problem and real in taken:
+            problem = f"--{taken[real]} goes there as well"
+        if problem:
             raise UsageError(
                 "usage.argument",
-                f"--{option}: {path} is a folder, or its folder does not exist",
-                hint="make the folder first, and name a file in it",
+                f"--{option}: {path}: {problem}",
+                hint="name a file in a folder that exists and that you may write to",
             )
+        taken[real] = option
+
+
+def locate_output(path: Path) -> tuple[Path, str]:
+    """Return the file that a path leads to, and why it cannot be written, empty where it can."""
+    try:
+        real = path.resolve()
+        kind: int | None = None
+        with contextlib.suppress(FileNotFoundError):
+            kind = real.lstat().st_mode
+        folder = real.parent.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        return path, getattr(error, "strerror", "") or "a link that leads nowhere"
+    if kind is not None and stat.S_ISDIR(kind):
+        return real, "a folder"
+    if kind is not None and not stat.S_ISREG(kind):
+        return real, "not an ordinary file; --json writes to standard output"
+    if not folder:
+        return real, "its folder does not exist"
+    if not os.access(real.parent, os.W_OK):
+        return real, "its folder cannot be written to"
+    return real, ""

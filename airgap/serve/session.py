@@ -8,7 +8,6 @@ broker (architecture, section 4).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import pwd
@@ -26,24 +25,19 @@ from airgap.audit import Actor, AuditLog, Event, new_ulid, open_log
 from airgap.audit.query import read_records
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Enclave, SealSpec, launch
+from airgap.extras import require_extras
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import load_trust
 from policy.approvals import Approvals
 from policy.engine import Decision
-from policy.errors import AirgapError, FaultError, RefusedError
+from policy.errors import AirgapError, RefusedError
 
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 PRECISION = "fp32"
 HOLDS_COUNT = timedelta(days=30)
-
-# What the sealed processes import; looked up, never imported here.
-EXTRAS = {
-    "cpu": ("numpy", "onnxruntime", "tokenizers", "llguidance"),
-    "science": ("rdkit", "gemmi"),
-}
 
 operator = structlog.get_logger("airgap.session")
 
@@ -73,7 +67,7 @@ def open_broker(
         FaultError: The log cannot be opened.
 
     """
-    require_extras()
+    require_extras("cpu", "science")
     site = load_site(root)
     rules = gate.load_rules(root)
     installed = find_installed(root, model)
@@ -99,21 +93,10 @@ def open_broker(
                 actor=Actor(person.name or person.id, next(iter(sorted(person.roles)), "")),
                 use_policy=policy,
                 limits=site.limits,
+                restricted=root / "restricted",
             ),
             chosen,
         )
-
-
-def require_extras() -> None:
-    """Refuse before anything starts when a library of the sealed processes is not installed."""
-    for extra, modules in EXTRAS.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        if missing:
-            raise FaultError(
-                "host.extra",
-                f"a run needs {', '.join(missing)}, which this environment does not hold",
-                hint=f"install the extra `{extra}` from the wheelhouse: airgap[{extra}]",
-            )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ import ast
 import errno
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,49 @@ def test_every_listed_code_occurs_in_the_source():
     # Made from parts: the layer of a seal, the number of a grammar rule.
     made = {code for code in CODES if code.startswith(("enclave.", "prompt.g"))}
     assert [code for code in CODES if f'"{code}"' not in text and code not in made] == []
+
+
+# -- streams as they are found ---------------------------------------------------------------------
+
+
+def command(line):
+    """Run a shell line in which `$A` is the command, and return its status and what it said."""
+    program = f"{shlex.quote(sys.executable)} -c 'from airgap.cli import main; main()'"
+    shell = ["bash", "-c", f'A() {{ {program} "$@"; }}; {line}']
+    done = subprocess.run(shell, capture_output=True, check=False, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("A run nope --json >&-", 1),
+        ("A run nope 2>&-", 1),
+        ("A run nope >&- 2>&- <&-", 1),
+        ("A run nope --json >/dev/full", 1),
+        ("A run nope 2>/dev/full", 1),
+        ("A --help >/dev/full", 3),
+        ("A doctor --help >&-", 0),
+        ("A run binding-site --fasta - <&-", 2),
+        ("A --help | true; exit ${PIPESTATUS[0]}", 141),
+        ("A policy explain --model logos-8b --root /nowhere | true; exit ${PIPESTATUS[0]}", 141),
+    ],
+)
+def test_no_state_of_the_streams_ends_in_a_traceback(line, status):
+    code, _, said = command(line)
+    assert code == status, said
+    assert b"Traceback" not in said
+    assert b"Exception ignored" not in said
+    assert b"host.internal" not in said
+
+
+def test_json_is_one_document_in_every_encoding():
+    code, out, _ = command(
+        "PYTHONIOENCODING=ascii A run molecule --json --root /tmp/\u4e2d\U0001f600/none"
+    )
+    assert (code, json.loads(out)["exit"]) == (1, 1)
+
+
+def test_an_argument_that_is_no_text_is_told():
+    code, out, _ = command("A run retrosynthesis --json --smiles $'\\xff'")
+    assert (code, json.loads(out)["code"]) == (2, "usage.argument")

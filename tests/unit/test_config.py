@@ -203,3 +203,10 @@ def test_a_fixed_day_goes_before_the_clock_and_an_asked_one_before_that():
 def test_a_site_about_which_nothing_is_known():
     assert unnamed_site().project == ()
     assert DEMO.is_file()
+
+
+def test_a_pipe_in_the_place_of_the_site_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "site.toml")
+    with pytest.raises(RefusedError) as refused:
+        load_site(tmp_path)
+    assert refused.value.code == "site.missing"

@@ -283,3 +283,10 @@ def test_level_follows_the_pocket_and_is_recorded():
     odd = Subject(sequence="MX", labels=("1", "2"), pockets=(1,))
     assert code_of(tasks.choose_level, task, odd, 3, notes) == "prompt.input"
     assert tasks.choose_level(TASKS["binding-site"], bare, 3, notes) == bare
+
+
+@pytest.mark.parametrize(
+    "text", [">a\rMK\rNG\r", ">a\r\nMK\r\nNG\r\n", "\ufeff>a\nMK\nNG", ">a\nMKNG"]
+)
+def test_a_fasta_record_of_any_editor_is_read(text):
+    assert tasks.read_sequence({"fasta": text}, [])[0] == "MKNG"

@@ -1,8 +1,12 @@
 """The broker's order: no answer without a permit, a durable intent and a durable outcome."""
 
 import json
+import os
+import stat
 from dataclasses import replace
 from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +19,11 @@ from airgap.extras import EXTRAS, require_extras
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.inference.protocol import Done, Progress, Sample
 from airgap.science.program import create
-from airgap.serve import Job
+from airgap.serve import Job, check_outputs
 from airgap.serve.broker import Broker, Model, printable
+from airgap.serve.present import reasons_of, write_whole
 from airgap.serve.session import choose_project, hazard_holds
-from policy.errors import FaultError, RefusedError
+from policy.errors import FaultError, RefusedError, UsageError
 from policy.terms import Digest
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -312,3 +317,133 @@ def test_the_extras_are_looked_up(monkeypatch):
     with pytest.raises(FaultError) as failed:
         require_extras("science", "cpu")
     assert failed.value.code == "host.extra"
+
+
+# -- what a hazard hold may tell -------------------------------------------------------------------
+
+EXACT, FAMILY, UNSCREENED = "CP(=O)(F)OC(C)C", "CCP(=O)(F)OCCCCCCC", "C." * 50 + "C"
+
+
+def hold(broker, smiles):
+    """Return everything that a user can read of a held run, and the files of its whole record."""
+    before = set(broker.restricted.glob("*")) if broker.restricted.exists() else set()
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(inputs={"smiles": smiles, "fix": True}))
+    record = [r for r in read_records(broker.log.folder) if r["kind"] == "denial"][-1]
+    digest = record["decision"]["id"].removeprefix("sha256:")
+    public = json.loads((broker.log.folder / "log/objects" / digest[:2] / digest).read_bytes())
+    (whole,) = set(broker.restricted.glob("*")) - before
+    return refused.value, record, public, whole
+
+
+@pytest.mark.parametrize("other", [FAMILY, UNSCREENED])
+def test_two_hazard_holds_look_alike_everywhere_but_in_the_restricted_folder(broker, other):
+    broker.restricted = broker.log.folder.parent / "restricted"
+    (one, first, public, whole), (two, second, alike, another) = (
+        hold(broker, EXACT),
+        hold(broker, other),
+    )
+    number = f"#{first['seq']}.", f"#{second['seq']}."
+    assert one.message.replace(number[0], "") == two.message.replace(number[1], "")
+    assert (one.code, one.hint) == (two.code, two.hint) == ("policy.held", one.hint)
+    assert first["decision"]["outcome"] == second["decision"]["outcome"] == "needs_approval"
+    assert first["decision"]["rule"] == second["decision"]["rule"] == "HAZ"
+    assert first["data"] == second["data"]
+    commits = public.pop("restricted"), alike.pop("restricted")
+    assert public == alike
+    assert "cwc" not in json.dumps(public["facts"])
+    for commit, path in zip(commits, (whole, another), strict=True):
+        kept = json.loads(path.read_bytes())
+        content = bytes.fromhex(kept["nonce"]) + kept["record"].encode()
+        assert sha256(content).hexdigest() == commit == path.stem
+        assert "HAZ-" in kept["record"]
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert broker.restricted.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_operators_log_does_not_tell_holds_apart(broker, monkeypatch):
+    lines = []
+
+    class Recorder:
+        def info(self, event, *, request, **fields):
+            assert request
+            lines.append((event, fields))
+
+    monkeypatch.setattr("airgap.serve.broker.log", Recorder())
+    for smiles in (EXACT, FAMILY):
+        with pytest.raises(RefusedError):
+            broker.infer(job(inputs={"smiles": smiles}))
+    assert lines[0] == lines[1] == ("request.decided", {"permitted": False})
+
+
+def test_duties_of_hazard_rules_do_not_stand_on_the_page(broker):
+    broker.worker.frames = [
+        Frame(PART, 1, Sample(i, "CP(=O)(OC)OC<MoleculeE>", (6, 7, 3), "stop", -1.0, 0.0).encode())
+        for i in range(2)
+    ] + [Frame(REPLY, 1, Done(9, 6, 1, 1, 2).encode())]
+    answer = broker.infer(job(task="molecule", inputs={}))
+    assert answer.assessed.output_screen.tier == "H2"
+    assert any(each.hazard for each in answer.permit.decision.reasons)
+    assert not any("notify" in line or "HAZ" in line for line in reasons_of(answer))
+    assert answer.permit.ref.outcome == "permit"
+
+
+# -- values that the channel does not carry --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_is_refused_and_on_record(broker, name, value):
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(options={name: value}))
+    assert refused.value.code == "prompt.option"
+    assert story(broker) == [("denial", "event", "prompt.option")]
+
+
+@pytest.mark.parametrize(("seed", "fits"), [(2**53 - 1, True), (2**53, False)])
+def test_the_largest_seed_is_one_that_a_record_holds(broker, seed, fits):
+    if fits:
+        assert broker.infer(job(options={"n": 2, "seed": seed})).seed == seed
+        return
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(options={"n": 2, "seed": seed}))
+    assert refused.value.code == "prompt.option"
+    assert str(2**53 - 1) in refused.value.message
+
+
+def test_an_input_of_another_encoding_is_refused(broker):
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(inputs={"smiles": "CC\udcff"}))
+    assert refused.value.code == "prompt.input"
+
+
+# -- where results may be written ------------------------------------------------------------------
+
+
+def test_a_result_never_replaces_a_device_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    long = tmp_path / ("n" * 300)
+    for name in ("pipe", "link", "loop", long, "no/folder", "."):
+        with pytest.raises(UsageError):
+            check_outputs("molecule", {"csv": tmp_path / name})
+    with pytest.raises(UsageError):
+        check_outputs("molecule", {"csv": Path(os.devnull)})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_two_results_do_not_go_to_one_file(tmp_path):
+    (tmp_path / "other").symlink_to("one")
+    with pytest.raises(UsageError) as refused:
+        check_outputs("molecule", {"csv": tmp_path / "one", "html": tmp_path / "other"})
+    assert "--csv" in refused.value.message
+
+
+def test_a_link_keeps_pointing_to_the_result(tmp_path):
+    (tmp_path / "link").symlink_to("real")
+    check_outputs("molecule", {"csv": tmp_path / "link"})
+    write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "text"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
