@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+SITE = $(wildcard $(VENV)/lib/python3*/site-packages)
+SEALED_LIBRARIES := numpy onnxruntime tokenizers llguidance rdkit gemmi
 INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt --build-constraint constraints.txt
 
 .PHONY: demo test wheel-test lint bench soak smoke-train clean
@@ -13,8 +15,10 @@ $(VENV)/.pip: constraints.txt
 	$(PIP) install --quiet -c constraints.txt --upgrade pip
 	touch $@
 
+# Compiled once: a sealed start can write nothing and would compile these each time.
 $(VENV)/.run: $(VENV)/.pip pyproject.toml
 	$(INSTALL) -e '.[cpu,science,staging]'
+	$(BIN)/python -m compileall -q -j 2 $(addprefix $(SITE)/,$(SEALED_LIBRARIES))
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
