@@ -109,7 +109,10 @@ def check(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Make one decision: exit 0 permitted, 1 denied or held, 3 fault. Nothing is assumed."""
+    """Make one decision: exit 0 permitted, 1 denied or held, 3 fault. Nothing is assumed.
+
+    For a bundle that is not being installed, add `--assume bundle.verified=true`.
+    """
     from policy import report
 
     asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
