@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 def main() -> None:
     """Entry point of the console script."""
-    from airgap.cli import streams  # keeps `airgap.cli` importable without rich loaded
-
     try:
+        from airgap.cli import streams  # keeps `airgap.cli` importable without rich loaded
+
         streams.prepare()
         status = streams.finish(invoke(sys.argv[1:]))
     except KeyboardInterrupt:  # while modules load, or twice
-        sys.stderr.write("interrupted\n")
+        if sys.stderr is not None:
+            sys.stderr.write("interrupted\n")
         status = 130
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is the interpreter going down
     sys.exit(status)

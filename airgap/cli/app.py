@@ -111,6 +111,8 @@ def dispatch(argv: list[str]) -> int:
         with contextlib.suppress(OSError):  # a full disk under the output, say: the status remains
             show_error(ours, json="--json" in argv)
         return ours.exit_status
+    if outcome == INTERRUPTED:  # typer turns Ctrl-C into a status, without a word
+        stderr.print("interrupted", markup=False)
     return outcome if isinstance(outcome, int) else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import typer
 
 from airgap.cli.streams import Screen, is_utf8
 from policy.errors import AirgapError
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 Root = Annotated[
     Path | None,
@@ -66,6 +69,11 @@ def show_error(error: AirgapError, *, json: bool) -> None:
         return
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
     stderr.print(f"[bold red]{word}[/] [bold]{error.code}[/]", soft_wrap=True)
-    stderr.print(error.message, markup=False, soft_wrap=True)
+    stderr.print(visible(error.message), markup=False, soft_wrap=True)
     if error.hint:
-        stderr.print(f"next step: {error.hint}", markup=False, soft_wrap=True)
+        stderr.print(visible(f"next step: {error.hint}"), markup=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Return text for a terminal: signs that would move its cursor or turn it stand as escapes."""
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)

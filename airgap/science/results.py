@@ -22,7 +22,10 @@ SDF_ROWS = 200
 Model = TypeVar("Model", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
-Line = Annotated[str, Field(max_length=4_000)]
+# No control character and no sign that turns the direction of writing: these reach a terminal.
+_SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*$"
+Line = Annotated[str, Field(max_length=4_000, pattern=_SHOWN)]
+Long = Annotated[str, Field(max_length=200_000, pattern=_SHOWN)]
 Text = Annotated[str, Field(max_length=200_000)]
 
 
@@ -69,7 +72,7 @@ class Prepared(_Strict):
 
     task: Line
     prompt: Text
-    display: Text
+    display: Long
     stop: list[Line] = Field(max_length=16)
     grammar: dict[Line, Text]
     max_new_tokens: Annotated[int, Field(ge=1, le=65_536)]
@@ -108,7 +111,7 @@ class RetroRow(_Row):
     """One predicted set of reactants."""
 
     reactants: list[Reactant] = Field(min_length=1, max_length=100)
-    reaction: Text
+    reaction: Long
     handed_back: bool
     atoms_balance: bool
 
@@ -135,7 +138,7 @@ class SiteRow(_Row):
     """One annotation: labels, letters and one-based positions of the marked residues."""
 
     sites: list[Line] = Field(max_length=20_000)
-    letters: Text
+    letters: Long
     positions: list[Count] = Field(max_length=20_000)
 
 
@@ -176,7 +179,7 @@ class Invalid(_Likelihood):
 class Track(_Strict):
     """Votes per residue over `copies` exact copies."""
 
-    sequence: Text
+    sequence: Long
     labels: list[Line] = Field(max_length=20_000)
     votes: list[Count] = Field(max_length=20_000)
     copies: Count

@@ -7,6 +7,7 @@ contact distance; hydrogens are left out on both sides.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 
@@ -108,6 +109,8 @@ def _model(text: str) -> gemmi.Model:
             f"the structure has {len(text)} characters, more than {STRUCTURE_LIMIT}",
             hint="take waters and other chains away",
         )
+    # Both formats are ASCII: an accent in a remark must not shift columns or reach a terminal.
+    text = re.sub(r"[^\t\n -~]", "?", re.sub(r"\r\n?", "\n", text))
     try:
         if re.match(r"\s*(#[^\n]*\n\s*)*data_", text):
             block = gemmi.cif.read_string(text).sole_block()
@@ -125,6 +128,12 @@ def _model(text: str) -> gemmi.Model:
             "prompt.structure",
             "the structure holds no atom",
             hint="ATOM and HETATM lines are needed; a FASTA file goes to --fasta",
+        )
+    if not all(math.isfinite(sum(each.atom.pos.tolist())) for each in structure[0].all()):
+        raise PromptError(
+            "prompt.structure",
+            "an atom of the structure has a coordinate that is no number",
+            hint="give the file as the PDB or your program writes it",
         )
     structure.setup_entities()
     return structure[0]

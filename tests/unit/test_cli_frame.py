@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from airgap import cli
 from airgap.cli.app import as_error, build
+from airgap.cli.common import show_error
 from policy.errors import CODES, FaultError, RefusedError, UsageError
 
 
@@ -181,3 +182,31 @@ def test_json_is_one_document_in_every_encoding():
 def test_an_argument_that_is_no_text_is_told():
     code, out, _ = command("A run retrosynthesis --json --smiles $'\\xff'")
     assert (code, json.loads(out)["code"]) == (2, "usage.argument")
+
+
+def test_an_error_cannot_move_the_cursor_of_a_terminal(capsys):
+    show_error(RefusedError("prompt.task", "a\x1b[2Jb\u202ec\n  ^"), json=False)
+    said = capsys.readouterr().err
+    assert r"a\x1b[2Jb\u202ec" in said
+    assert "\n  ^" in said
+
+
+def test_an_interrupt_inside_a_command_is_told(capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("airgap.science.tasks.find_task", stop)
+    assert cli.invoke(["run", "molecule"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_interrupt_before_the_modules_are_there_is_told(capsys, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("airgap.cli.streams.prepare", stop)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -530,3 +530,32 @@ def test_rdkit_prints_nothing(capfd):
     molecules.find_molecule("CC(C)(C)(C)C")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def _structure(**changes):
+    lines = [
+        f"ATOM  {n:5d}  CA  ALA A{n:4d}    {n * 3.8:8.3f}   0.000   0.000  1.00  0.00           C"
+        for n in range(1, 5)
+    ]
+    text = "\n".join(["REMARK   1 by A. Author", *lines, "END", ""])
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _chain(text):
+    return structures.read_protein(text, chain=None, ligand=None, residues=None, notes=[])
+
+
+def test_a_structure_with_accents_is_read_and_hands_on_no_control_character():
+    assert _chain(_structure(Author="Ångström\u202e")).sequence == "AAAA"
+    odd = _chain(_structure(ALA="ÅÅÅ").replace("ÅÅÅ", "ALA", 2))
+    assert odd.sequence == "AA"
+    assert _chain(_structure().replace(" A ", " \x1b ")).chain == "?"
+    assert _chain(_structure().replace("\n", "\r")).sequence == "AAAA"
+
+
+def test_a_coordinate_that_is_no_number_is_refused():
+    with pytest.raises(PromptError) as refused:
+        _chain(_structure().replace("   3.800", "     nan"))
+    assert refused.value.code == "prompt.structure"

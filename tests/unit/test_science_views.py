@@ -316,3 +316,12 @@ def test_helper_that_makes_no_progress_is_refused():
     _, assessed, _ = run("molecule", RUNS["molecule"][0])
     with pytest.raises(FaultError, match="no progress"):
         results.draw_all(lambda _: b'{"drawings": {}, "next": 0}', inputs={}, assessed=assessed)
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2J", "\x9b2J", "\u202e", "a\nb", "\x00"])
+def test_nothing_of_the_helper_moves_a_terminal(evil):
+    prepared, _, _ = run("molecule", RUNS["molecule"][0])
+    for change in ({"display": evil}, {"notes": [evil]}, {"unchecked": evil}):
+        wrong = {**json.loads(prepared.model_dump_json()), **change}
+        with pytest.raises(FaultError):
+            results.parse_prepared(json.dumps(wrong).encode())
