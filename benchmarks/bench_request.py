@@ -8,10 +8,12 @@ Needs the lab that `airgap demo` leaves; `AIRGAP_BENCH_LAB` names another.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
 from harness import Context, Result, SkipBenchmark, alone, paired, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,8 @@ def run(context: Context) -> list[Result]:
     from airgap.serve.session import find_installed, specs
 
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
+    structlog.configure(wrapper_class=quiet)  # as the command line does; the table is the output
     with open_broker(LAB, project="route-design") as (broker, project):
         job = Job("retrosynthesis", {"smiles": PRODUCT}, project, {"n": SAMPLES, "seed": 1})
         prepared = broker._prepare("01" + "0" * 24, job)  # noqa: SLF001 - a step on its own
