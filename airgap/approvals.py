@@ -1,4 +1,6 @@
-"""Signed overrides: DSSE over an in-toto statement, one file each (policy, section 7).
+"""Signed overrides: DSSE over an in-toto statement, one file each.
+
+Obeys docs/design/policy.md, 7.
 
 Here an approval is drafted, signed and verified; whether it lifts a rule is decided by
 `policy.approvals`. Approvers are people of the trust root: two keys of one person are one person,

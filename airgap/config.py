@@ -1,4 +1,6 @@
-"""`site.toml`: what an institution says about itself, its systems, projects and people (policy, 2).
+"""`site.toml`: what an institution says about itself, its systems, projects and people.
+
+Its facts are those of docs/design/policy.md, 2.
 
 The file is the site's own statement, kept by its administrator. Tables bear the groups of policy's
 facts; a key that is not given is an unknown fact, never a yes. Limits and settings of the enclave

@@ -290,7 +290,8 @@ class TaskFacts:
 
     Args:
         name: The task as the user calls it, for example `retrosynthesis`.
-        modality: Kind of material that it makes (`science.md` 2); None is unknown and is screened.
+        modality: Kind of material that it makes (docs/design/science.md, 2.3). None is
+            unknown and is screened.
         markings: Of this input, beside those of the project's data.
         recipient: Name of the party to whom an output goes.
 

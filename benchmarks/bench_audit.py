@@ -40,7 +40,7 @@ OPENED = 130_000
 
 
 def run(context: Context) -> list[Result]:
-    """Measure everything that section 12 of the design sets a target for."""
+    """Measure everything with a target in docs/design/audit.md, 12."""
     results: list[Result] = []
     with context.folder() as folder:
         key = folder / "keys" / "audit.pem"

@@ -1,7 +1,7 @@
 """Samples with their log-likelihoods: our worker against what the authors' scripts do.
 
-Inference, section 7: one prompt, 32 samples and a likelihood for each, on the reference model in
-fp32, one thread a side.
+Obeys docs/design/inference.md, 7: one prompt, 32 samples and a likelihood for each, on the
+reference model in fp32, one thread a side.
 The peer is transformers: one batched `generate`, then a pass over each sequence. Both draw at the
 authors' settings, so both write about as many tokens; the conditions name them.
 """
@@ -31,7 +31,7 @@ PROMPTS = {
 SAMPLES = 32
 NEW_TOKENS = 128
 THREADS = 1
-TARGET = 2.7  # of the table for this method; 6.2 belongs to the fast graph
+TARGET = 2.7  # without the fast graph: docs/design/inference.md, 7
 
 
 def run(context: Context) -> list[Result]:
@@ -64,7 +64,7 @@ def run(context: Context) -> list[Result]:
 
 
 class Ours:
-    """The worker's program, unsealed: the seal costs nothing a request (enclave, section 11)."""
+    """The worker's program, unsealed: the seal costs nothing (docs/design/enclave.md, 11)."""
 
     def __init__(self, folder: Path) -> None:
         from airgap.inference.program import create

@@ -1,7 +1,8 @@
 """One policy decision with a full trace of all rules, and the loading of the packs.
 
-Policy, section 15: less than 200 microseconds for a decision, less than 50 ms to parse, validate
-and compile the packs. No peer does the same work, so the required figures stand in their place.
+Obeys docs/design/policy.md, 15: less than 200 microseconds for a decision, less than 50 ms to
+parse, validate and compile the packs. No peer does the same work, so the required figures stand in
+their place.
 """
 
 from __future__ import annotations

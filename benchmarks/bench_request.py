@@ -1,8 +1,8 @@
 """What seal, policy and audit cost a request: the whole broker against a bare, unsealed worker.
 
-Inference, section 7: less than 1 % of the work or 10 ms, whichever is larger. Two figures: the
-same request through the sealed worker and through the same program in this process; and the two
-decisions, the objects and the two durable records that surround it, against 10 ms.
+Obeys docs/design/inference.md, 7: less than 1 % of the work or 10 ms, whichever is larger. Two
+figures: the same request through the sealed worker and through the same program in this process;
+and the two decisions, the objects and the two durable records that surround it, against 10 ms.
 Needs the lab that `airgap demo` leaves; `AIRGAP_BENCH_LAB` names another.
 """
 

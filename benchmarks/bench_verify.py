@@ -1,6 +1,6 @@
 """Verification against `sha256sum` on the same cached bytes; memory, disk and time to refuse.
 
-Bundle specification, section 9. Our side does all of steps 0 to 8: seal, trust, manifest, every
+Obeys docs/design/bundle.md, 9. Our side does all of steps 0 to 8: seal, trust, manifest, every
 chunk, every header, the documents inside and the strict parsers. The peer hashes and does nothing
 else. Both read a file that lies in the page cache.
 """

@@ -1,4 +1,4 @@
-"""Approvals and waivers: what lifts a rule, and what does not (policy, section 7).
+"""Approvals and waivers: what lifts a rule, and what does not (docs/design/policy.md, 7).
 
 An override changes no fact and no rule. It arrives here as a verified value: whoever made it from a
 signed statement has checked the signatures, so each approver is a distinct named person.

@@ -1,4 +1,4 @@
-"""Conditions of a rule, from plain values to typed trees (policy, section 3: closed vocabulary).
+"""Conditions of a rule, from plain values to typed trees (docs/design/policy.md, 3).
 
 Both sides of every comparison are checked here, when the pack loads: at evaluation a type error
 cannot occur.

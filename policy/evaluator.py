@@ -1,4 +1,4 @@
-"""Every rule of a scope evaluated on one day, and the effects combined (policy, sections 4 and 5).
+"""Every rule of a scope on one day, and the effects combined (docs/design/policy.md, 4 and 5).
 
 Pure: the same values in give the same evaluation out on any machine. No exception is caught here; a
 defect surfaces as a fault and callers fail closed.

@@ -1,6 +1,6 @@
 """Facts of a request: checked against the closed vocabulary, completed by what follows from them.
 
-Derived facts (policy, section 2) are computed here and cannot be supplied.
+Derived facts (docs/design/policy.md, 2) are computed here and cannot be supplied.
 """
 
 from __future__ import annotations

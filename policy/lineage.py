@@ -1,4 +1,4 @@
-"""Who made a model: organisations, legal persons, control edges, base models (policy, section 8).
+"""Who made a model: organisations, persons, control edges, bases (docs/design/policy.md, 8).
 
 Names match exactly after normalisation, or not at all.
 """

@@ -1,4 +1,4 @@
-"""Conditions over facts in Kleene's three-valued logic (policy, sections 3 and 4).
+"""Conditions over facts in Kleene's three-valued logic (docs/design/policy.md, 3 and 4).
 
 A condition is data of a closed set of forms. There is no form that tests ignorance, so no rule can
 make a missing fact useful. Leaves are evaluated once each; a condition is compiled to a closure

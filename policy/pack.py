@@ -1,4 +1,4 @@
-"""Bytes of a rule pack become a `PolicyPack` (policy, section 3), or a refusal with its place.
+"""Bytes become a `PolicyPack`, or a refusal with its place (docs/design/policy.md, 3).
 
 A pack is data: rules with one effect each, conditions of a closed vocabulary, a citation, dates,
 a confidence and plain words. Signatures were checked before the bytes arrive here.

@@ -1,4 +1,4 @@
-"""`any_path`: whether the lineage of a bundle or a party reaches a listed party (policy, 3 and 4).
+"""`any_path`: whether a lineage reaches a listed party (docs/design/policy.md, 3 and 4).
 
 True when asserted edges lead to a hit, unknown when a step rests on a disputed edge, an unresolved
 name or an unchecked list, and false otherwise, which reads "no hit on edition X" and never

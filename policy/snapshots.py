@@ -1,4 +1,4 @@
-"""List snapshots: who stood on which list, from when to when, and what was held when (section 8).
+"""List snapshots: who was listed when, and what was held when (docs/design/policy.md, 8).
 
 A snapshot is consolidated: removed entries stay, with their end date. `complete: false` says that
 names of the edition are missing here, so a name that is not found is unknown, not absent.

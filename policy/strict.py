@@ -1,4 +1,4 @@
-"""Bytes of a pack become plain values, with the line and column of each (policy, section 3).
+"""Bytes of a pack become plain values, each with its place (docs/design/policy.md, 3).
 
 YAML readers disagree about plain scalars (`NO`, `1_000`, `12:30`, `0o17`), so only `true`,
 `false`, `null`, decimal integers and texts that every reader reads alike pass without quotes.

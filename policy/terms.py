@@ -245,7 +245,7 @@ def _derived(kind: Kind, meaning: str, members: frozenset[str] | None = None) ->
     return FactSpec(kind, meaning, "engine", members, derived=True)
 
 
-# The closed vocabulary (policy, section 2): a rule or a request with another name does not load.
+# The closed vocabulary (docs/design/policy.md, 2): another name does not load.
 FACTS: Mapping[str, FactSpec] = MappingProxyType(
     {
         "institution.state": _one_of(
@@ -385,7 +385,7 @@ FACTS: Mapping[str, FactSpec] = MappingProxyType(
     }
 )
 
-# Where a lineage path may start, and the relations it may walk (policy, section 8).
+# Where a lineage path may start, and the relations it may walk (docs/design/policy.md, 8).
 STARTS = frozenset(
     {"bundle", "base_bundles", "bundle_and_bases", "counterparty", "personnel", "recipient"}
 )

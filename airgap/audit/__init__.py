@@ -1,4 +1,4 @@
-"""The audit log: append-only, tamper-evident, verifiable with public keys alone (`audit.md`)."""
+"""The audit log: append-only, tamper-evident, verifiable by key (docs/design/audit.md)."""
 
 from airgap.audit.checkpoint import Vkey, create_log_key, load_vkey, parse_vkey, site_name
 from airgap.audit.log import AuditLog, Clock, Peer, State, open_log

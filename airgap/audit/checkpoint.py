@@ -1,4 +1,4 @@
-"""Signed heads of the log: C2SP signed-note, tlog-checkpoint and vkeys (`audit.md`, sections 2, 5).
+"""Signed heads: C2SP signed-note, tlog-checkpoint and vkeys (docs/design/audit.md, 2 and 5).
 
 A checkpoint is three lines (origin, size, base64 root) and at least one signature line. Parsing
 believes nothing; `verify_checkpoint` returns a `Head`, the type of what a known key has signed.

@@ -1,7 +1,7 @@
 """The few operating-system calls that the log's durability rests on, gathered in one class.
 
 `AuditLog` takes a `Disk`, so that tests can fail the N-th call of any kind and record the order of
-all of them (`audit.md`, section 14). A short write counts as a full disk.
+all of them (docs/design/audit.md, 14). A short write counts as a full disk.
 """
 
 from __future__ import annotations

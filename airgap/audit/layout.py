@@ -1,4 +1,4 @@
-"""Where everything lies in the folder of a log (`audit.md`, section 2), and how it is read.
+"""Where everything lies in the folder of a log, and how it is read (docs/design/audit.md, 2).
 
 Used by the writer and by every reader. Nothing here verifies; callers get bytes.
 """

@@ -1,6 +1,6 @@
 """The writer of the log: one thread, one durability point, acknowledge last.
 
-It obeys `audit.md`, section 4. `AuditLog.append` returns a receipt once the record is on disk,
+It obeys docs/design/audit.md, 4. `AuditLog.append` returns a receipt once the record is on disk,
 read back, and covered by a signed head. Any fault on the way halts the log for the life of the
 process: it never retries a flush and never acknowledges again.
 """
@@ -582,7 +582,7 @@ class AuditLog:
             work = work[room:]
 
     def _commit(self, batch: list[_Pending]) -> None:
-        """Make one batch durable, then sign it; the order is section 4's, and each step matters."""
+        """Make one batch durable, then sign it; the order counts, and each step matters."""
         if self._edge.size // SEGMENT != self._segment:
             self._roll()
         lines = self._chain(batch)

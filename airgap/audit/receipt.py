@@ -1,4 +1,4 @@
-"""Receipts: C2SP tlog-proof v1 (`audit.md`, section 6). Each answer makes its reader a witness.
+"""Receipts, C2SP tlog-proof v1: each makes its reader a witness (docs/design/audit.md, 6).
 
 A receipt says: the record with this sequence number and leaf hash lies in the log whose head this
 is. The leaf hash travels as `extra` data; nothing is believed about it but what the proof shows.

@@ -1,4 +1,4 @@
-"""The record schema, version 1 (`audit.md`, section 3): what may stand on a line of the log.
+"""The record schema, version 1: what may stand on a line (docs/design/audit.md, 3).
 
 A caller builds an `Event`; the owner of the log adds sequence, chain, clocks and identity and
 writes one line. The schema of the line (`Record`) is the only one: an event is checked against it

@@ -1,6 +1,6 @@
 """Opening a log: which head is the last, does the content agree, and what a crash left behind.
 
-The order and the tail rule are those of `audit.md`, section 4. Only bytes past the last signed
+The order and the tail rule are those of docs/design/audit.md, 4. Only bytes past the last signed
 head, in the last segment, may be quarantined: nobody was told that they are durable, or they are
 whole and are signed now. Everything else that does not fit is refused, never repaired.
 """

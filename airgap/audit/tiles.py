@@ -1,4 +1,4 @@
-"""The growing edge of the tree, and the C2SP tiles that are derived from it (`audit.md`, 2).
+"""The growing edge of the tree, and the C2SP tiles derived from it (docs/design/audit.md, 2).
 
 The hashes are those of `bundle.merkle`; here is only what a log of millions of leaves needs beside
 it: memory for one node a level, proofs for the newest leaves, and files of 256 hashes.

@@ -1,4 +1,4 @@
-"""Verification of a log with public keys alone (`audit.md`, section 9).
+"""Verification of a log with public keys alone (docs/design/audit.md, 9).
 
 `verify_log` reads the folder once, believes nothing in it, and returns a verdict: *good* only if an
 outside anchor was compared, *tampered* if anything contradicts, *cannot tell* otherwise. Key and

@@ -49,10 +49,10 @@ def build() -> typer.Typer:
 
 
 def require_one_place() -> None:
-    """Refuse to run when a package of this name came from elsewhere (architecture, section 2).
+    """Refuse to run when a package of this name came from elsewhere.
 
     `policy` and `bundle` are common words: a module of a working folder or of PYTHONPATH must not
-    stand in for the one that decides.
+    stand in for the one that decides (docs/design/architecture.md, 2).
 
     Raises:
         FaultError: `host.self`.

@@ -1,4 +1,4 @@
-"""A process that cannot send anything out: survey, launch, proof (enclave.md).
+"""A process that cannot send anything out: survey, launch, proof (docs/design/enclave.md).
 
 The sealed worker imports through this package, so it loads nothing by itself: each public name is
 fetched from its module on first use.

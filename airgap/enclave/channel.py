@@ -1,4 +1,4 @@
-"""Frames between broker and worker, over two pipes (enclave.md 3, "Channel").
+"""Frames between broker and worker, over two pipes (docs/design/enclave.md, 3).
 
 A frame is a 4-byte big-endian payload length, a 1-byte kind, a 4-byte big-endian request id and
 the payload. Pipes and not sockets: nothing can be passed along or re-addressed. The broker

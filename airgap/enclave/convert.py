@@ -1,7 +1,7 @@
 """Runs a conversion under the seal: read-only inputs, one writable folder, no network, no exec.
 
-Profile `convert` of the launcher (enclave.md 1, "Staging side"). Files must open, so stage 2 does
-not apply and rung C is never enough; what the program leaves is checked name by name before anyone
+Profile `convert` of the launcher (docs/design/enclave.md, 1). Files must open, so stage 2 does not
+apply and rung C is never enough; what the program leaves is checked name by name before anyone
 reads it. `bundle.staging` takes `run_sealed` as an argument and never imports this.
 """
 

@@ -1,4 +1,4 @@
-"""Which rung this host reaches, how that is known, and what would raise it (enclave.md 2, 5, 9)."""
+"""Which rung this host reaches, why, and what would raise it (docs/design/enclave.md, 2, 5, 9)."""
 
 from __future__ import annotations
 

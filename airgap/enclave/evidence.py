@@ -1,4 +1,6 @@
-"""What the host says about a sealed process, compared with what the plan promised (enclave.md 7).
+"""What the host says about a sealed process, compared with what the plan promised.
+
+Obeys docs/design/enclave.md, 7.
 
 Facts are read by the broker from /proc of the host pid; nothing is reported by the process itself.
 What cannot be read is None, never true. `verify` is pure: the same facts give the same findings.

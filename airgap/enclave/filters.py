@@ -1,4 +1,4 @@
-"""BPF programs for seccomp, built from `tables` and nothing else (enclave.md 4).
+"""BPF programs for seccomp, built from `tables` and nothing else (docs/design/enclave.md, 4).
 
 Stage 1 is a deny list, installed before exec; stage 2 an allow list, installed by the worker after
 warm-up; no-exec closes exec for a conversion. Both stages run on every call and the stricter answer

@@ -1,4 +1,4 @@
-"""A fake internet with receivers, a control and a sealed twin (enclave.md 7, "Probe").
+"""A fake internet with receivers, a control and a sealed twin (docs/design/enclave.md, 7).
 
 Runs as a process of its own, because it changes its network namespace. There every address is
 local, so nothing that leaks can leave this machine. Where no namespace can be made, only loopback

@@ -1,6 +1,6 @@
-"""What this host offers: facts that steer the attempt and never the verdict (enclave.md 2).
+"""What this host offers: facts that steer the attempt and never the verdict.
 
-Only reads. A fact that cannot be read is None, never a guess.
+Obeys docs/design/enclave.md, 2. Only reads. A fact that cannot be read is None, never a guess.
 """
 
 from __future__ import annotations

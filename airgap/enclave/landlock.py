@@ -1,4 +1,4 @@
-"""Landlock: file rules, and network and scopes where the kernel has them (enclave.md 2, 3 step 10).
+"""Landlock: file rules, network and scopes where the kernel has them (docs/design/enclave.md, 3).
 
 Never the network layer: MPTCP, TCP Fast Open, UDP and Unix paths pass it. It is the second layer
 for files (the first on rung B), and it counts only after a forbidden open, a forbidden connect and

@@ -1,4 +1,4 @@
-"""Builds the seal around one fresh process and turns it into the worker (enclave.md 3).
+"""Builds the seal around one process and turns it into the worker (docs/design/enclave.md, 3).
 
 Runs as `python -I -S -B entry.py launcher`, one thread, standard library and ctypes only. Each
 step either does all that it says or raises, and then nothing was started: the broker gets a

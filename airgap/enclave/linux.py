@@ -1,4 +1,4 @@
-"""Raw Linux calls through ctypes: what Python 3.11 has no function for (enclave.md 3, end).
+"""Raw Linux calls through ctypes: what Python 3.11 has no function for (docs/design/enclave.md, 3).
 
 `libc.syscall` is variadic: an argument that is not passed as a full long leaves garbage in its
 upper half, so everything goes through `call`. Stdlib only; loaded inside the launcher and the

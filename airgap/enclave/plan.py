@@ -1,4 +1,4 @@
-"""Turns a survey and a wish into the exact list of what a process gets (enclave.md 3, 5).
+"""Turns a survey and a wish into what a process gets, exactly (docs/design/enclave.md, 3 and 5).
 
 Pure apart from looking at which files exist. The launcher executes the plan and adds nothing; the
 evidence is compared with the same plan.

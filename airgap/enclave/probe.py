@@ -1,4 +1,4 @@
-"""Every way out that we know, tried once without a seal and once inside it (enclave.md 6).
+"""Every way out that we know, tried without a seal and inside one (docs/design/enclave.md, 6).
 
 A channel decides nothing: it reports that a call worked or the errno it got. What a receiver
 outside really got is the ground truth, and `judge` puts the two together. The same code runs in

@@ -1,4 +1,4 @@
-"""The broker's side: start a process, believe nothing, prove it, talk to it (enclave.md 3, 7).
+"""The broker's side: start a process, prove it, talk to it (docs/design/enclave.md, 3 and 7).
 
 `launch` returns a worker whose every layer was found on the host, or raises. There is no flag and
 no variable that makes it return anything else.

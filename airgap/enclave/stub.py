@@ -1,4 +1,4 @@
-"""First act of a sealed conversion: close exec, then run it (enclave.md 1, "Staging side").
+"""First act of a sealed conversion: close exec, then run it (docs/design/enclave.md, 1).
 
 Runs before any third-party import, so that no library has had a say. Stage 1 already refuses new
 processes, sockets and namespaces; files stay open to the program, as it must read and write them.

@@ -1,4 +1,6 @@
-"""System calls as reviewable data: numbers, and which stage refuses or allows each (enclave.md 4).
+"""System calls as reviewable data: numbers, and the stage that refuses or allows each.
+
+Obeys docs/design/enclave.md, 4.
 
 Only this file decides what a sealed process may ask of the kernel; `filters` turns it into BPF and
 adds nothing. Every number is `(x86-64, aarch64)`, None where the architecture lacks the call, and

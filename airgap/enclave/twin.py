@@ -1,4 +1,4 @@
-"""Asks for a probe of a rung, keeps its result, and judges it (enclave.md 7, "Probe").
+"""Asks for a probe of a rung, keeps its result, and judges it (docs/design/enclave.md, 7).
 
 The result is kept for (boot, kernel, rung, who starts it, filters, the very code of this room), as
 nothing else can change it. `judge` is pure: what receivers got decides, and whatever proves nothing

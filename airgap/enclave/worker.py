@@ -1,4 +1,4 @@
-"""Entry inside the seal: load one program, warm it up, close the last doors, serve (enclave.md 3).
+"""Entry inside the seal: load, warm up, close the last doors, serve (docs/design/enclave.md, 3).
 
 Nothing here is trusted by the broker; it reads the facts from /proc. After stage 2 no file opens,
 so whatever a program needs is imported and loaded by `warm_up`. Standard library only; imports no

@@ -1,4 +1,4 @@
-"""Grammars: which tokens are legal next (science, section 4), by llguidance over bytes of tokens.
+"""Grammars: which tokens are legal next, over the bytes of tokens (docs/design/science.md, 4).
 
 `structure` fixes tags, their order and the alphabet inside them; `copy` fixes the whole completion
 of a binding-site request: every residue of the input in order, bare or in a pocket pair, then the

@@ -1,4 +1,4 @@
-"""The decoding loop (inference, section 5): one prefill, fanned out to n samples, run in batches.
+"""The decoding loop: one prefill, n samples, run in batches (docs/design/inference.md, 5).
 
 The memory of a request is planned before work begins; what cannot fit is refused. A sample's tokens
 depend on the request's seed and its own index alone: neither on n nor on how samples share batches.

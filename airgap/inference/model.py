@@ -1,8 +1,8 @@
 """One installed model: its facts, its session, and one call of its graph on caches that we own.
 
-The graph is a decoder with past (inference, section 3, "Reference graph"): it reads the keys and
-values of the past from one buffer and writes past and present, joined, to another. `Cache` holds
-both and swaps them; nothing is allocated in a step.
+The graph is a decoder with past (docs/design/inference.md, 3): it reads the keys and values
+of the past from one buffer and writes past and present, joined, to another. `Cache` holds both and
+swaps them; nothing is allocated in a step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the broker and the sealed worker say to each other; both sides import this module.
 
-Standard library only. Every document is one JSON object in one frame of the channel (enclave,
-section 3). Both sides parse strictly: `parse_request` inside the seal, `parse_event` and
-`parse_reply` in the broker, which does not believe the worker.
+Standard library only. Every document is one JSON object in one frame of the channel
+(docs/design/enclave.md, 3). Both sides parse strictly: `parse_request` inside the seal,
+`parse_event` and `parse_reply` in the broker, which does not believe the worker.
 
 **The prompt is a list of segments, never one string.** A segment is `{"tag": "<MoleculeS>"}` or
 `{"text": "CCO"}`. A tag is looked up by name among the tags of the installed model and becomes
@@ -22,7 +22,7 @@ Request `generate` (every field is required except `grammar`, which defaults to 
 
 - `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch that cut off; the whole vocabulary is
   then in play. Order: logits, repetition penalty (over prompt and sample), grammar mask,
-  temperature, top-k, top-p, draw (science, section 4).
+  temperature, top-k, top-p, draw (docs/design/science.md, 4).
 - `stop` holds tags. The model's own end tokens always stop.
 - `grammar` is `{"mode": "none"}`, `{"mode": "structure", "task": T}` with T one of `TASKS`, or
   `{"mode": "copy", "sequence": "MKV"}`: an exact copy, each residue bare or in a pocket pair, then

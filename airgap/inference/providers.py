@@ -1,4 +1,4 @@
-"""Execution providers of onnxruntime: a demand and not a wish (inference, section 6).
+"""Execution providers of onnxruntime: a demand and not a wish (docs/design/inference.md, 6).
 
 onnxruntime falls back to the CPU with a line in a log when a provider cannot start. Here that is a
 refusal: what the session reports must be what was demanded.

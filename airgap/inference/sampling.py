@@ -1,4 +1,4 @@
-"""From logits to one token a row: the order of science, section 4, in float64 and without a loop.
+"""From logits to one token a row, in float64, without a loop (docs/design/science.md, 4).
 
 Every function here treats each row alone, so that a sample's tokens do not depend on its
 neighbours, on the size of the batch or on the order of arrival. Randomness comes from a counter and

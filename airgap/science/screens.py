@@ -1,10 +1,9 @@
 """Hazard screen inside the sealed helper: is a molecule on a treaty list, or in a family of one?
 
-Obeys the design of the hazard screens (policy, section 11): a documented, repeatable check that
-holds a run for named reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of
-the Chemical Weapons Convention as its text defines it: names become the first block of an InChIKey,
-and families become a core with the carbon counts that the paragraph allows. Nothing beyond those
-paragraphs is shipped.
+Obeys docs/design/policy.md, 11: a documented, repeatable check that holds a run for named
+reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of the Chemical Weapons
+Convention as its text defines it: names become the first block of an InChIKey, and families become
+a core with the carbon counts that the paragraph allows. Nothing beyond those paragraphs is shipped.
 
 Every molecule is brought to one form first, because a salt, an isotope label, a mixture or a charge
 would otherwise hide it: metals cut off, charges on neighbours and acids neutralised, isotopes and

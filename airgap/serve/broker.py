@@ -1,4 +1,4 @@
-"""One request from typed input to an answer with a receipt (architecture, section 4).
+"""One request from typed input to an answer with a receipt (docs/design/architecture.md, 4).
 
 The order is the promise: prepare and screen the input in the sealed helper; ask the policy; make
 the intent durable; let the sealed worker decode; assess and screen the output in the helper; ask

@@ -2,7 +2,7 @@
 
 Site facts and rules; the installed bundle, hashed again; the log; then the two sealed processes,
 whose evidence is in the log before the first request. Embedded mode: the user's own process is the
-broker (architecture, section 4).
+broker (docs/design/architecture.md, 4).
 """
 
 from __future__ import annotations

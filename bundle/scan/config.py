@@ -2,7 +2,7 @@
 
 Decides whether a configuration may reach a loader at all. Keys are refused at any depth, whatever
 their value; values that look like code or like a place on a hub are findings for the reader of the
-report. Bundle specification, section 5 (CVE-2026-4372, CVE-2026-5241).
+report. docs/design/bundle.md, 5 (CVE-2026-4372, CVE-2026-5241).
 """
 
 from __future__ import annotations

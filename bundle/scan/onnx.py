@@ -2,8 +2,8 @@
 
 Decides whether a graph stays inside its own files and inside the operators that we know, without
 the onnx library and before any runtime opens it. Unknown fields, a singular field twice (protobuf
-would merge them) and wire types that the schema does not have are refused. Bundle specification,
-section 5; the table below is onnx.proto of onnx 1.23.
+would merge them) and wire types that the schema does not have are refused. Obeys
+docs/design/bundle.md, 5; the table below is onnx.proto of onnx 1.23.
 """
 
 from __future__ import annotations

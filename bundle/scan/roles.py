@@ -2,7 +2,7 @@
 
 Decides the role of a file before anything reads it. There is no role for pickles, scripts, native
 code or containers that embed templates: they are named and refused, with a way to go on that needs
-no network. Bundle specification, section 5.
+no network. Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations

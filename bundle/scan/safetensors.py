@@ -1,7 +1,7 @@
 """The header of a safetensors file, read more strictly than the format's own library does.
 
 Decides whether the spans of the header tile the data exactly: no gap, no overlap, no byte after the
-last tensor, no key twice (which safetensors 0.8 accepts). Bundle specification, section 5.
+last tensor, no key twice (which safetensors 0.8 accepts). Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Decides whether a template does nothing but arrange messages. The sandbox of Jinja stops escapes
 into Python but not a loop that writes 100 MB, so a child with limits of time, memory and output
-renders the template once. Bundle specification, section 5.
+renders the template once. Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations

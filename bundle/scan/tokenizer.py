@@ -1,7 +1,7 @@
 """`tokenizer.json`: the one file that tells the worker how text becomes ids, read with limits.
 
 Decides whether the file is a tokenizer of a kind we know, small enough, with ids that are unique
-and dense enough to be a vocabulary. Bundle specification, section 5.
+and dense enough to be a vocabulary. Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations

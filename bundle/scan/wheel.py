@@ -1,7 +1,7 @@
 """A wheel, looked into without installing it: no hook at start-up, and RECORD tells all.
 
 Decides whether a wheel holds exactly the files of its own RECORD, with those digests, and nothing
-that Python runs by itself (`.pth`). Bundle specification, section 5.
+that Python runs by itself (`.pth`). Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bill of materials: CycloneDX 1.7 with a model card and the pedigree of the conversion.
 
 Every claim bears `airgap:status`, `verified` where bytes or a proof confirm it and `declared`
-where a publisher merely says so (bundle specification, section 6). The document is checked against
+where a publisher merely says so (docs/design/bundle.md, 6). The document is checked against
 the schema of CycloneDX before it is sealed, and against the files again on the secured side.
 """
 

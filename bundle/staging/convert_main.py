@@ -1,7 +1,7 @@
 """The conversion program: reads a snapshot, writes the reference ONNX graph. Runs sealed.
 
 `python -I convert_main.py SOURCE OUT`, started by `bundle.staging.convert` through the sealed
-runner and by nothing else (inference, section 3; enclave, section 1 "Staging side"). It needs no
+runner and by nothing else (docs/design/inference.md, 3; enclave.md, 1). It needs no
 network, writes only into OUT and imports nothing of ours. The parent believes none of it: it
 parses the graph again as foreign input and proves parity in another process.
 

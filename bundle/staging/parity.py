@@ -1,6 +1,6 @@
 """The proof that a graph answers like its source: judged here, measured in a sealed process.
 
-Decides on the bar of issue and specification: on at least 20 real prompts of all five kinds, no
+Decides by docs/design/inference.md, 3: on at least 20 real prompts of all five kinds, no
 logit differs by more than the tolerance, in a full pass and with the cache, and 64 greedy tokens
 are the same. A figure that is missing, or is not a number, fails.
 """

@@ -1,6 +1,6 @@
 """What is proved about the origin of a snapshot: pins of the institution, records of the hub.
 
-Decides the provenance level (bundle specification, section 4): L1 when a pin file fixes every file,
+Decides the provenance level (docs/design/bundle.md, 4): L1 when a pin file fixes every file,
 else L0. The hub's records never raise it: the client wrote them and nobody signed them.
 """
 

@@ -1,7 +1,7 @@
 """What the staging side asks of the sealed runner, which it is given and never brings itself.
 
 `bundle.staging` may not import the enclave; the command that enters staging passes its runner in.
-Without one nothing is converted: there is no unsealed default (enclave, section 1).
+Without one nothing is converted: there is no unsealed default (docs/design/enclave.md, 1).
 """
 
 from __future__ import annotations

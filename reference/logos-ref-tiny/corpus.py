@@ -1,7 +1,7 @@
 """Turn the open data into documents of the LOGOS grammar, and build the tokenizer.
 
-Obeys design note "science", sections 2.1, 2.2 and 7. One document is one line of text; the start
-and end of text tokens are added in training. Everything is drawn from one seed, so the same
+Obeys docs/design/science.md, 2.1, 2.2 and 7. One document is one line of text; the start and
+end of text tokens are added in training. Everything is drawn from one seed, so the same
 archives give the same lines.
 """
 

@@ -1,6 +1,6 @@
 """Measure a checkpoint and write every figure of the model card as JSON.
 
-Obeys design note "science", section 5: the denominator is what was asked for, and a broken answer
+Obeys docs/design/science.md, 5: the denominator is what was asked for, and a broken answer
 counts as wrong, never as absent. Nothing constrains the output; each figure is the model's own.
 
     python evaluate.py --wheels WHEELS --run RUN --out evaluation.json

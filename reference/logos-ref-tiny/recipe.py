@@ -1,6 +1,6 @@
 """Recipe of `logos-ref-tiny`: open data in, a small Llama with the LOGOS grammar out.
 
-Obeys design note "science", sections 2 and 7. The model is a fixture that lets the whole product
+Obeys docs/design/science.md, 2 and 7. The model is a fixture that lets the whole product
 run offline; it is no tool for science.
 
     python recipe.py fetch --wheels WHEELS          # pinned archives, compared with data.lock

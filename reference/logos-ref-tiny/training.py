@@ -1,6 +1,6 @@
 """Train the reference model: packed rows in, checkpoints and a Hugging Face folder out.
 
-Obeys design note "science", section 7. Nothing is drawn at random after the first weights: the
+Obeys docs/design/science.md, 7. Nothing is drawn at random after the first weights: the
 order of rows follows from the corpus, the mix and the seed alone, which is why a resumed run can
 replay it and reach the same weights as one that was never interrupted.
 """

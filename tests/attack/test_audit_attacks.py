@@ -1,4 +1,4 @@
-"""Attacks on the audit log: the rows of the design's table, each against a log that first passes.
+"""Attacks on the audit log, each against a log that first passes (docs/design/audit.md, 13).
 
 Exits of verification: 0 good, 1 tampered, 3 cannot tell. `alone` is the verdict without an outside
 anchor, `anchored` with receipts and a checkpoint that somebody kept.

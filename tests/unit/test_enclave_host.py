@@ -1,4 +1,4 @@
-"""Facts of a host lead to rungs and advice; the emulated hosts are those of enclave.md 5."""
+"""Facts of a host lead to rungs and advice; hosts are emulated (docs/design/enclave.md, 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worked outcomes of the specification, at their days and one day to each side; the combination."""
+"""Worked outcomes at their days and one day to each side (docs/design/policy.md, 10)."""
 
 import dataclasses
 from datetime import UTC, date, datetime, timedelta

@@ -23,7 +23,7 @@ from policy.logic import (
     leaves,
 )
 
-# a, not a, then `a and b` and `a or b` for b in T, F, U: copied from the specification.
+# a, not a, then `a and b` and `a or b` for b in T, F, U: copied from docs/design/policy.md, 4.
 TABLE = [
     (T, F, (T, F, U), (T, T, T)),
     (F, T, (F, F, F), (T, F, U)),

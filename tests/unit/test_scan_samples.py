@@ -1,4 +1,4 @@
-"""The 21 samples of the bundle specification, section 5, on both sides."""
+"""The 21 samples of weight-file attacks, on both sides (docs/design/bundle.md, 5)."""
 
 from __future__ import annotations
 

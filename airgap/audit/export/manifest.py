@@ -1,4 +1,4 @@
-"""Writing an export and checking one (`audit.md`, section 7).
+"""Writing an export and checking one (docs/design/audit.md, 7).
 
 An export is a folder: the evidence as it stands (`log/`), one derived file, and `manifest.json`
 with length and digests of every file. `audit verify` reads it like a log, with nothing forgiven.

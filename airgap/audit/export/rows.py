@@ -1,4 +1,4 @@
-"""Rows that derive from records: JSON lines and CSV (`audit.md`, section 10).
+"""Rows that derive from records: JSON lines and CSV (docs/design/audit.md, 10).
 
 The signed lines are the evidence; a row is a convenience that leads back to them by sequence
 number, leaf hash and origin. Rows are a function of the line alone, so a verifier can write them
