@@ -120,7 +120,10 @@ def check(
     decision = answer.decision
     if json or decision.permitted:
         document = report.public_document(decision, hazard_role=answer.hazard_role)
-        show({**document, "assumed": answer.assumed}, document["summary"], json=json)
+        end: dict[str, object] = {"exit": 0}
+        if not decision.permitted:
+            end = {"exit": 1, "code": decision.refusal().code}
+        show({**document, "assumed": answer.assumed, **end}, document["summary"], json=json)
     if not decision.permitted:
         if json:
             raise typer.Exit(1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import csv as csvlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -21,7 +21,7 @@ from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +37,8 @@ from airgap.science.results import (
 from airgap.science.svg import clean_svg
 
 TABLE_ROWS = 20
+NARROW = 60
+"""Columns of a terminal below which a table would break its words."""
 REPORT_ROWS = 200
 INVALID_SHOWN = 100
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -206,13 +208,7 @@ def table(prepared: Prepared, assessed: Assessed, header: Header) -> Group:
     parts: list[Any] = [Text(prepared.display, style="bold")]
     if header.stamp:
         parts.append(Text(header.stamp, style="bold black on yellow"))
-    grid = Table(box=None, pad_edge=False, header_style="bold", row_styles=["", "dim"])
-    names, rows = _grid(assessed)
-    for name, right in names:
-        grid.add_column(name, justify="right" if right else "left", overflow="fold")
-    for cells in rows:
-        grid.add_row(*[Text(cell) for cell in cells])
-    parts.append(grid)
+    parts.append(_Rows(*_grid(assessed)))
     more = len(assessed.rows) - TABLE_ROWS
     if more > 0:
         parts.append(Text(f"... and {more} more rows: --csv, --json or the report", style="dim"))
@@ -229,6 +225,42 @@ def table(prepared: Prepared, assessed: Assessed, header: Header) -> Group:
     parts.append(Text(f"screen: {screen_line(assessed)}", style="dim"))
     parts.extend(Text(f"note: {note}", style="dim") for note in prepared.notes)
     return Group(*parts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows as a table; on a narrow terminal as a block a row, because words must stay whole."""
+
+    columns: list[tuple[str, bool]]
+    rows: list[list[str]]
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        """Choose by the width that there is."""
+        if options.max_width < NARROW:
+            yield from self._blocks()
+            return
+        grid = Table(box=None, pad_edge=False, header_style="bold", row_styles=["", "dim"])
+        for name, right in self.columns:
+            grid.add_column(
+                name,
+                justify="right" if right else "left",
+                overflow="fold",
+                no_wrap=right,
+                min_width=None if right or not name else NARROW // 4,
+            )
+        for cells in self.rows:
+            grid.add_row(*[Text(cell) for cell in cells])
+        yield grid
+
+    def _blocks(self) -> Iterator[Text]:
+        for cells in self.rows:
+            named = [
+                f"{name} {cell}".strip()
+                for (name, _), cell in zip(self.columns, cells, strict=True)
+                if cell
+            ]
+            yield Text("  ".join(named[:3]), style="bold")  # rank, votes, log-likelihood
+            yield from (Text(line) for line in named[3:])
 
 
 def _grid(assessed: Assessed) -> tuple[list[tuple[str, bool]], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -20,7 +21,7 @@ from airgap.audit import commitment
 from airgap.science import views
 from airgap.serve.broker import Answer, Broker, Job
 from policy import report
-from policy.errors import UsageError
+from policy.errors import FaultError, UsageError
 
 OBLIGATIONS_SHOWN = 6
 
@@ -76,7 +77,7 @@ def present(
 
     Raises:
         UsageError: SDF of a task that makes no molecules.
-        OSError: A file could not be written; the answer is on record all the same.
+        FaultError: A file could not be written; the answer is on record all the same.
 
     """
     header = header_of(broker, answer)
@@ -93,7 +94,10 @@ def present(
             content = views.html(prepared, assessed, header, broker.draw(job, answer))
         else:
             content = answer.outcome.as_proof()
-        write_whole(path, content)
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise unwritten(kind, path, error, header) from error
         written[kind] = str(path)
     document = views.document(prepared, assessed, header) | {
         "request": answer.request,
@@ -120,6 +124,17 @@ def present(
         views.table(prepared, assessed, header), *(Text(line, style="dim") for line in lines)
     )
     return Presented(document, text)
+
+
+def unwritten(kind: str, path: Path, error: OSError, header: views.Header) -> FaultError:
+    """Say which file is missing, and how to have the same answer again."""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    return FaultError(
+        "host.space" if full else "host.io",
+        f"--{kind}: {path} was not written: {error.strerror}; the run is on record as "
+        f"{header.receipt}",
+        hint=f"make room or name another folder; --seed {header.seed} gives the same answer again",
+    )
 
 
 def write_whole(path: Path, content: str) -> None:

@@ -275,9 +275,11 @@ def test_a_sealed_bundle_is_explained_and_not_taken_for_verified(call, root, sea
     assert document["request"]["bundle"].startswith("sha256:")
     # The head alone was read, so a check does not count the body as verified.
     status, out, _ = call("policy", "check", *argv)
-    assert (status, json.loads(out)["outcome"]) == (1, "deny")
+    document = json.loads(out)
+    assert (status, document["outcome"]) == (1, "deny")
+    assert (document["exit"], document["code"]) == (1, "policy.denied")
     status, out, _ = call("policy", "check", *argv, "--assume", "bundle.verified=true")
-    assert status == 0
+    assert (status, json.loads(out)["exit"]) == (0, 0)
 
 
 def test_a_bundle_with_a_bad_seal_is_not_explained(call, root, sealed):

@@ -325,3 +325,16 @@ def test_nothing_of_the_helper_moves_a_terminal(evil):
         wrong = {**json.loads(prepared.model_dump_json()), **change}
         with pytest.raises(FaultError):
             results.parse_prepared(json.dumps(wrong).encode())
+
+
+@pytest.mark.parametrize("width", [20, 40, 59, 60, 80, 200])
+@pytest.mark.parametrize("task", list(RUNS))
+def test_numbers_and_headings_stay_whole_on_every_terminal(task, width):
+    texts, inputs = RUNS[task]
+    prepared, assessed, _ = run(task, texts, **inputs)
+    console = Console(width=width, file=io.StringIO(), soft_wrap=True)
+    console.print(views.table(prepared, assessed, HEADER))
+    said = console.file.getvalue().split()
+    assert "log-lik." in said
+    assert all(f"{row.logprob:.2f}" in said for row in assessed.rows)
+    assert all(f"{row.votes}/{assessed.summary.n}" in said for row in assessed.rows)

@@ -1,11 +1,13 @@
 """The broker's order: no answer without a permit, a durable intent and a durable outcome."""
 
+import errno
 import json
 import os
 import stat
 from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from airgap.extras import EXTRAS, require_extras
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.inference.protocol import Done, Progress, Sample
 from airgap.science.program import create
-from airgap.serve import Job, check_outputs
+from airgap.serve import Job, check_outputs, present
 from airgap.serve.broker import Broker, Model, printable
 from airgap.serve.present import reasons_of, write_whole
 from airgap.serve.session import choose_project, hazard_holds
@@ -447,3 +449,18 @@ def test_a_link_keeps_pointing_to_the_result(tmp_path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "text"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_result_that_does_not_fit_names_its_file_and_the_way_back(tmp_path, broker, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answer = broker.infer(job())
+    broker.worker.evidence = {}
+    monkeypatch.setattr(import_module("airgap.serve.present"), "write_whole", full)
+    with pytest.raises(FaultError) as fault:
+        present(broker, job(), answer, {"csv": tmp_path / "a.csv"})
+    assert fault.value.code == "host.space"
+    assert "--csv" in fault.value.message
+    assert "a.csv" in fault.value.message
+    assert "--seed 5" in fault.value.hint
