@@ -36,10 +36,21 @@ def run(
     residues: Annotated[str, typer.Option(help="Pocket residues, such as 12,45-48.")] = "",
     region: Annotated[str, typer.Option(help="Part of the protein, such as 1-120.")] = "",
     record: Annotated[int | None, typer.Option(help="Record of the FASTA file, from 1.")] = None,
-    level: Annotated[int | None, typer.Option(help="Pocket form, 1 to 3.")] = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Apply the offered fix.")] = False,
+    level: Annotated[
+        int | None,
+        typer.Option(help="Pocket in the prompt: 1 unmarked, 2 as letters, 3 as SMILES."),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="Expert: a tagged prompt, checked like all others.")
+    ] = "",
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Apply the fix that a refusal offered, and note it.")
+    ] = False,
     n: Annotated[int | None, typer.Option("-n", "--samples", help="Samples.")] = None,
-    preset: Annotated[str, typer.Option(help="ours, authors-readme, authors-script.")] = "",
+    preset: Annotated[
+        str,
+        typer.Option(help="Settings: ours (default), authors-readme or authors-script of LOGOS."),
+    ] = "",
     temperature: Annotated[float | None, typer.Option(help="0.01 to 10.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus, up to 1.")] = None,
     top_k: Annotated[int | None, typer.Option(help="0 switches it off.")] = None,
@@ -67,6 +78,7 @@ def run(
         "region": region,
         "record": record,
         "level": level,
+        "prompt": prompt,
         "fix": fix or None,
     }
     options = {
