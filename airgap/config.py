@@ -282,10 +282,13 @@ def read_plain(path: Path, limit: int) -> bytes:
 
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise FileExistsError(errno.EEXIST, "not an ordinary file", str(path))
     with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise FileExistsError(errno.EEXIST, "not an ordinary file", str(path))
         return file.read(limit)
 
 

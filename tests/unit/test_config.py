@@ -12,6 +12,7 @@ from airgap.config import (
     default_site_toml,
     load_site,
     parse_site,
+    read_plain,
     unnamed_site,
 )
 from policy.errors import RefusedError
@@ -210,3 +211,9 @@ def test_a_pipe_in_the_place_of_the_site_is_refused_and_not_waited_for(tmp_path)
     with pytest.raises(RefusedError) as refused:
         load_site(tmp_path)
     assert refused.value.code == "site.missing"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError) as error:
+        read_plain(tmp_path, 10)
+    assert error.value.filename == str(tmp_path)
