@@ -38,6 +38,7 @@ WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 PRECISION = "fp32"
 HOLDS_COUNT = timedelta(days=30)
+NAME_LIMIT = 64  # characters of a name in a record
 
 operator = structlog.get_logger("airgap.session")
 
@@ -90,7 +91,7 @@ def open_broker(
                 worker=worker,
                 helper=helper,
                 model=described,
-                actor=Actor(person.name or person.id, next(iter(sorted(person.roles)), "")),
+                actor=actor_of(person),
                 use_policy=policy,
                 limits=site.limits,
                 restricted=root / "restricted",
@@ -206,6 +207,13 @@ def account_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
+
+
+def actor_of(person: Person) -> Actor:
+    """Return how the log names a person: by the id where a record, in ASCII, lacks the letters."""
+    name = person.name or ""
+    plain = 0 < len(name) <= NAME_LIMIT and all(" " <= c <= "~" for c in name)
+    return Actor(name if plain else person.id, next(iter(sorted(person.roles)), ""))
 
 
 def choose_project(site: Site, person: Person, project: str) -> str:

@@ -24,7 +24,7 @@ from airgap.science.program import create
 from airgap.serve import Job, check_outputs, present
 from airgap.serve.broker import Broker, Model, printable
 from airgap.serve.present import reasons_of, write_whole
-from airgap.serve.session import choose_project, hazard_holds
+from airgap.serve.session import actor_of, choose_project, hazard_holds
 from policy.errors import FaultError, RefusedError, UsageError
 from policy.terms import Digest
 
@@ -464,3 +464,11 @@ def test_a_result_that_does_not_fit_names_its_file_and_the_way_back(tmp_path, br
     assert "--csv" in fault.value.message
     assert "a.csv" in fault.value.message
     assert "--seed 5" in fault.value.hint
+
+
+@pytest.mark.parametrize("name", ["José Åberg", "x" * 65, "李", "tab\tbed"])
+def test_a_person_whose_name_a_record_cannot_hold_goes_by_the_id(broker, tmp_path, name):
+    person = load_site(tmp_path).find_person("ada").model_copy(update={"name": name})
+    assert actor_of(person).name == "ada"
+    broker.actor = actor_of(person)
+    assert broker.infer(job()).seed == 5
