@@ -1,4 +1,4 @@
-"""`decide` and `require`: one decision, which an auditor can replay byte for byte (policy, 4 to 6).
+"""`decide` and `require`: one decision, replayable byte for byte (docs/design/policy.md, 4 to 6).
 
 A decision has no truth value. Ask for `decision.permitted`, or use `require`.
 """
@@ -10,10 +10,9 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import Any, NoReturn
 
-import rfc8785
-
 from policy import record
 from policy.approvals import Approvals
+from policy.canonical import canonical_bytes
 from policy.errors import RefusedError
 from policy.evaluator import Evaluation, Evaluator, Request, RuleResult
 from policy.lineage import Registry
@@ -93,7 +92,7 @@ class Decision:
     @cached_property
     def canonical(self) -> bytes:
         """The record as RFC 8785 JSON: the bytes that the audit log keeps."""
-        return rfc8785.dumps(self.as_document())
+        return canonical_bytes(self.as_document())
 
     @cached_property
     def digest(self) -> Digest:

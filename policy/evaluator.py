@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from typing import Literal
 
 from policy.approvals import Approval, Approvals, Case
@@ -105,16 +106,14 @@ class Evaluator:
         self.approvals = approvals
         self.known_at = known_at
         self.program: Program = packs.programs[request.scope]
-        self.held: dict[str, ListSnapshot | None] = {
-            each: lists.held(each, known_at) for each in sorted(packs.list_ids)
-        }
+        held = _held(lists, packs.list_ids, known_at.astimezone(UTC).date())
+        self.held: dict[str, ListSnapshot | None] = dict(held)
         self.facts = complete_facts(request.facts, self.program.fact_names, packs)
         self.starts = _starts(request)
-        self._finder = path_finder(lineage, tuple(self.held.items()))
-        self._fixed = [
-            F if isinstance(leaf, AnyPath) or leaf.fact == _AGE else self._compare(leaf, None)
-            for leaf in self.program.leaves
-        ]
+        self._finder = path_finder(lineage, held)
+        self._fixed = [F] * len(self.program.leaves)
+        for at, leaf in self.program.still:
+            self._fixed[at] = compare(leaf, self.facts[leaf.fact])
 
     def evaluate(self, day: date) -> Evaluation:
         """Evaluate every rule in scope as of `day`."""
@@ -126,27 +125,32 @@ class Evaluator:
                 paths[at] = self._finder.find(leaf, self.starts[leaf.start], day)
                 values[at] = paths[at].truth
             else:
-                values[at] = self._compare(leaf, age)
-        results = tuple([self._result(each, values, day) for each in self.program.rules])
+                values[at] = compare(leaf, age)
+        results = tuple(
+            [
+                self._result(each, values, day, in_force=in_force)
+                for each, in_force in zip(
+                    self.program.rules, _in_force(self.program, day), strict=True
+                )
+            ]
+        )
         outcome, obligations = combine_effects(results)
         return Evaluation(day, tuple(values), paths, age, results, outcome, obligations)
 
-    def _compare(self, leaf: Comparison, age: Fact | None) -> Truth:
-        fact = age if age is not None and leaf.fact == _AGE else self.facts[leaf.fact]
-        return compare(leaf, fact)
-
-    def _result(self, compiled: CompiledRule, values: Sequence[Truth], day: date) -> RuleResult:
-        text = compiled.rule.text
+    def _result(
+        self, compiled: CompiledRule, values: Sequence[Truth], day: date, *, in_force: bool
+    ) -> RuleResult:
         applies = compiled.applies_when(values)
         value = min(applies, compiled.when(values))
         if compiled.unless is not None:
             value = min(value, T - compiled.unless(values))
-        if not compiled.rule.in_force(day):
+        if not in_force:
             return RuleResult(compiled, "not_in_force", value, None, None)
         if applies == F:
             return RuleResult(compiled, "not_applicable", value, None, None)
         if value == F:
             return RuleResult(compiled, "not_fired", value, None, None)
+        text = compiled.rule.text
         effect = text.effect if value == T else text.on_unknown
         state: State = "fired" if value == T else "unknown"
         if effect in {"deny", "needs_approval"} and self.approvals.approvals:
@@ -189,6 +193,20 @@ class Evaluator:
         for approval in self.approvals.approvals:
             found |= {approval.issued.date(), approval.expires}
         return sorted(day for day in found if day is not None)
+
+
+@lru_cache(maxsize=64)
+def _held(
+    lists: Snapshots, list_ids: frozenset[str], known_on: date
+) -> tuple[tuple[str, ListSnapshot | None], ...]:
+    """The edition of each list that was held on that day, in the order of list ids."""
+    return tuple((each, lists.held_on(each, known_on)) for each in sorted(list_ids))
+
+
+@lru_cache(maxsize=256)
+def _in_force(program: Program, day: date) -> tuple[bool, ...]:
+    """Which of the rules of this very program are in force on `day`."""
+    return tuple(each.rule.in_force(day) for each in program.rules)
 
 
 def _after(day: date, *offsets: int) -> set[date]:

@@ -1,7 +1,8 @@
 """Bytes become a `PolicyPack`, or a refusal with its place (docs/design/policy.md, 3).
 
 A pack is data: rules with one effect each, conditions of a closed vocabulary, a citation, dates,
-a confidence and plain words. Signatures were checked before the bytes arrive here.
+a confidence and plain words. No signature is checked, here or before: packs come
+with the program or from the host's own folder, and every record names the digest of each.
 """
 
 from __future__ import annotations
@@ -331,17 +332,18 @@ class CompiledRule:
     positions: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """All rules of one scope, and each distinct leaf of them once.
 
-    `moving` are the positions of leaves whose value depends on the day.
+    `moving` are the positions of leaves whose value depends on the day, `still` all others.
     """
 
     rules: tuple[CompiledRule, ...]
     leaves: tuple[Leaf, ...]
     fact_names: frozenset[str]
     moving: tuple[int, ...]
+    still: tuple[tuple[int, Comparison], ...]
 
 
 @dataclass(frozen=True)
@@ -453,9 +455,14 @@ def _program(rules: list[Rule]) -> Program:
         rules=compiled,
         leaves=tuple(index),
         fact_names=frozenset(leaf.fact for leaf in index if isinstance(leaf, Comparison)),
-        moving=tuple(
-            at
+        moving=tuple(at for leaf, at in index.items() if _moves(leaf)),
+        still=tuple(
+            (at, leaf)
             for leaf, at in index.items()
-            if isinstance(leaf, AnyPath) or leaf.fact == "lists.max_age_days"
+            if isinstance(leaf, Comparison) and not _moves(leaf)
         ),
     )
+
+
+def _moves(leaf: Leaf) -> bool:
+    return isinstance(leaf, AnyPath) or leaf.fact == "lists.max_age_days"

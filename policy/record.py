@@ -1,4 +1,4 @@
-"""What a decision says of itself: reasons, missing facts, next change, record (policy, 6)."""
+"""What a decision says of itself: reasons, missing facts, record (docs/design/policy.md, 6)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
-import rfc8785
-
+from policy.canonical import canonical_bytes
 from policy.evaluator import Evaluation, Evaluator, RuleResult
 from policy.facts import sources_of
 from policy.logic import LETTERS, AnyPath, Comparison, F, T, Truth, U
@@ -293,7 +292,7 @@ def document(decision: Decision) -> dict[str, Any]:
             "project": request.project,
             "bundle": str(request.bundle) if request.bundle else None,
             "task": request.task,
-            "facts_digest": str(Digest.of(rfc8785.dumps({"facts": facts, "starts": starts}))),
+            "facts_digest": str(Digest.of(canonical_bytes({"facts": facts, "starts": starts}))),
         },
         "facts": facts,
         "starts": starts,

@@ -164,7 +164,10 @@ class Snapshots:
 
     def held(self, list_id: str, known_at: datetime) -> ListSnapshot | None:
         """The newest edition held at `known_at` that was not withdrawn; None when there is none."""
-        day = known_at.astimezone(UTC).date()
+        return self.held_on(list_id, known_at.astimezone(UTC).date())
+
+    def held_on(self, list_id: str, day: date) -> ListSnapshot | None:
+        """The same for a day of UTC."""
         found = [
             each
             for each in self.snapshots

@@ -167,6 +167,8 @@ class FactSpec:
         if isinstance(value, str):
             return self.fault_of_member(value)
         if isinstance(value, frozenset):
+            if self.members is not None and value <= self.members:
+                return None
             return next(filter(None, map(self.fault_of_member, sorted(value, key=repr))), None)
         return None
 

@@ -42,6 +42,12 @@ def test_every_shipped_rule_has_what_a_reader_needs():
         assert text.review_by > date(2026, 11, 23)
 
 
+def test_no_shipped_duty_asks_for_a_signature_that_nobody_checks():
+    duties = [duty for each in RULES.packs.rules for duty in each.text.obligations]
+    assert duties
+    assert not [duty.text for duty in duties if "signed list" in duty.text]
+
+
 VOCABULARY = {
     "an unknown fact, with the nearest name": ("{eq: [project.activity, true]}", "project.active"),
     "a value of another type": ("{eq: [project.active, 1]}", "true or false"),
