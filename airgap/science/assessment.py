@@ -1,7 +1,8 @@
 """From what the model wrote to ranked rows, inside the sealed helper.
 
 Ranking: votes (samples that give the same answer), then the summed log-likelihood of the best of
-them, then the order of drawing. A prediction with a part that cannot be parsed is invalid as a
+them, then the order of drawing; a retrosynthesis that hands the product back, and so answers
+nothing, ranks after all that do not. A prediction with a part that cannot be parsed is invalid as a
 whole; nothing is repaired to make it count. Text that could not be read is kept, and shown only if
 it could be screened in some form.
 """
@@ -50,6 +51,7 @@ class Sample:
 class _Reading:
     """A valid completion: what makes it equal to others, its fields, and what must be screened.
 
+    `parts` are the identities of the reactants, where there are any.
     `fields` is called once a row and not once a sample: properties cost milliseconds.
     """
 
@@ -57,6 +59,7 @@ class _Reading:
     fields: Callable[[], dict[str, Any]]
     structures: tuple[Chem.Mol, ...]
     positions: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,11 @@ def assess(
             invalid.append((sample, completion, outcome))
         else:
             groups.setdefault(outcome.key, []).append((sample, outcome))
-    ordered = sorted(groups.values(), key=_rank)
+    product = identity(Chem.MolFromSmiles(subject.product)) if subject.product else ""
+    ordered = sorted(
+        groups.values(),
+        key=lambda members: (product in members[0][1].parts, *_rank(members)),
+    )
     rows = []
     for place, members in enumerate(ordered):
         tick(len(samples) + place, steps)
@@ -173,7 +180,9 @@ def _read_retrosynthesis(completion: Completion, subject: Subject) -> _Reading |
             "atoms_balance": _balance(subject.product, [mol for _, mol in ordered]),
         }
 
-    return _Reading(" ".join(sorted(keys)), fields, tuple(mol for _, mol in ordered))
+    return _Reading(
+        " ".join(sorted(keys)), fields, tuple(mol for _, mol in ordered), parts=tuple(keys)
+    )
 
 
 def _balance(product: str, reactants: Iterable[Chem.Mol]) -> bool:

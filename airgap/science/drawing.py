@@ -79,15 +79,31 @@ def draw_scheme(
 
 def draw_track(track: Mapping[str, Any]) -> str:
     """Return the annotated sequence: a cell a residue, a bar for its votes, numbers aside."""
-    sequence, labels = str(track["sequence"])[:TRACK_LIMIT], [str(x) for x in track["labels"]]
+    labels = [str(x) for x in track["labels"]]
     votes, copies = [int(vote) for vote in track["votes"]], max(1, int(track["copies"]))
+    tips = [f"{votes[at]} of {copies}" for at in range(len(votes))]
+    return _sequence(str(track["sequence"]), labels, [vote / copies for vote in votes], tips)
+
+
+def draw_pocket(sequence: str, labels: Sequence[str], pockets: Sequence[int]) -> str:
+    """Return the annotated sequence of an input: its pocket residues are marked."""
+    inside = set(pockets)
+    marked = [float(at in inside) for at in range(len(sequence))]
+    tips = ["pocket" if one else "not marked" for one in marked]
+    return _sequence(sequence, labels, marked, tips)
+
+
+def _sequence(
+    sequence: str, labels: Sequence[str], shares: Sequence[float], tips: Sequence[str]
+) -> str:
+    """Draw a cell a residue; `shares` of 0 to 1 are bars and shades, `tips` say them in words."""
+    sequence = sequence[:TRACK_LIMIT]
     cell, bar, row, left = 17, 26, 66, 64
     out: list[str] = []
     for at, letter in enumerate(sequence):
         column, line = at % TRACK_COLUMNS, at // TRACK_COLUMNS
         x, y = left + column * cell + 4 * (column // 10), line * row + 12
-        share = votes[at] / copies
-        tip = f"{labels[at]} {letter}: {votes[at]} of {copies}"
+        share, tip = shares[at], f"{labels[at]} {letter}: {tips[at]}"
         if share:
             tall = max(2.0, share * bar)
             out.append(
@@ -271,4 +287,5 @@ def warm_up() -> None:
     two = Chem.MolFromSmiles("O=C1CCCCCCCCCCC1.[CH3]")
     draw_molecule(one)
     draw_scheme(one, [two, one])
+    draw_pocket("MK", ["1", "2"], [0])
     draw_track({"sequence": "MK", "labels": ["A:1", "A:2"], "votes": [1, 0], "copies": 1})

@@ -29,6 +29,9 @@ RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 RARE_RESIDUES = "BJOUXZ"
 """Accepted with a warning: the authors' own figure shows a `J`."""
 
+NUCLEIC_LENGTH = 12
+"""Residues from which a sequence of A, C, G, T and U alone is no accident."""
+
 TEXT_LIMIT = 65_536
 """Largest prompt or field in bytes; longer text is refused before it is read."""
 
@@ -40,8 +43,20 @@ _SMILES_TOKEN = re.compile(
     r"|(?P<ring>%\(\d{1,5}\)|%\d\d|\d)"
     r"|(?P<branch>[()])"
 )
+_LOOKALIKES = (
+    ("an InChI", re.compile(r"InChI=.+", re.IGNORECASE | re.DOTALL)),
+    ("an InChIKey", re.compile(r"[A-Z]{14}-[A-Z]{10}-[A-Z]")),
+    ("a CAS number", re.compile(r"(?:CAS[\s:#-]*)?\d{2,7}-\d{2}-\d", re.IGNORECASE)),
+    (
+        "a formula",
+        re.compile(r"(?=.*H)(?:(?:[HCNOSPFIBK]|Cl|Br|Na|Li|Si|Mg|Ca)\d*|[().])+"),
+    ),
+)
+_WORDS = re.compile(r"[a-z]{4,}")
+_SHORT_NAME = re.compile(r"[A-Z]{3,8}(?:-?\d{1,3})?")
 _NESTED = {"Protein": ("Pocket",), "Material": ("Metal", "Molecule")}
 _EXCERPT = 30
+LOOKALIKE_LIMIT = 300
 _CONTROL = re.compile(r"(?:<(?:eos|bos|pad|unk)>|</?s>|<\|[a-z_]{2,24}\|>)\s*\Z")
 
 
@@ -276,6 +291,7 @@ def parse_prompt(text: str, task: str, *, level: int = 2) -> tuple[Document | Ch
     rest = tokens
     if tail:
         if not tokens or tokens[-1].text != tail or not tokens[-1].tag:
+            _check_brackets(text, tokens)  # a tag that is not closed is the first thing to say
             raise _wrong_form(text, len(text), task, (tail,))
         rest = tokens[:-1]
     _check_brackets(text, rest)
@@ -644,11 +660,18 @@ def check_residues(text: str, whole: str | None = None, base: int = 0) -> list[s
             expected=(RESIDUES, f"({RARE_RESIDUES} with a warning)"),
             hint=_residue_fix(letter),
         )
-    return [
+    warnings = [
         f"residue letter {letter} occurs {text.count(letter)} times: outside the 20 standard ones"
         for letter in RARE_RESIDUES
         if letter in text
     ]
+    if len(text) >= NUCLEIC_LENGTH and set(text) <= set("ACGTU"):
+        bases = " ".join(sorted(set(text)))
+        warnings.append(
+            f"the sequence holds only the letters {bases} and reads like DNA or RNA; it was taken "
+            "as residues of a protein: nothing is translated here"
+        )
+    return warnings
 
 
 def _residue_fix(letter: str) -> str:
@@ -697,7 +720,38 @@ def check_smiles(text: str, whole: str | None = None, base: int = 0) -> None:
     if fault is not None:
         message, at, hint = fault
         shown = text if whole is None else whole
+        hint = lookalike_hint(text) or hint
         raise PromptError("prompt.g07", message, text=shown, at=base + at, hint=hint)
+
+
+def lookalike(text: str) -> str:
+    """Return what a text that is no SMILES looks like, as `a name`; empty if like nothing known."""
+    plain = text.strip()
+    if len(plain) > LOOKALIKE_LIMIT:
+        return ""
+    for kind, form in _LOOKALIKES:
+        if form.fullmatch(plain):
+            return kind
+    # Aromatic atoms make lower-case runs too, but of few letters.
+    if any(set(word[0]) - set("bcnops") for word in _WORDS.finditer(plain)):
+        return "a name"
+    short = _SHORT_NAME.fullmatch(plain) is not None
+    return "a name" if short and len(set(plain) & set("ADEGHJLMQRTUVWXYZ")) > 1 else ""
+
+
+def lookalike_hint(text: str) -> str:
+    """Return what to give in place of a name, a number or a formula, or an empty text."""
+    first, _, rest = text.strip().partition(" ")
+    if rest and len(first) > 2 and _smiles_fault(first) is None:  # noqa: PLR2004 - `N`, `CO` chance
+        return f"a SMILES has no spaces: give it without the name, {first:.200}"
+    kind = lookalike(text)
+    if not kind:
+        return ""
+    return (
+        f"this looks like {kind}, and nothing is looked up here: give the structure as SMILES, "
+        "such as CC(=O)Oc1ccccc1C(=O)O for aspirin; a drawing program writes it with "
+        "`Copy as SMILES`"
+    )
 
 
 def _smiles_fault(text: str) -> tuple[str, int, str] | None:

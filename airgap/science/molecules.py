@@ -18,7 +18,13 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import QED, rdDepictor, rdinchi, rdMolDescriptors
 from rdkit.Chem.MolStandardize import rdMolStandardize
 
-from airgap.science.grammar import PromptError, check_field, check_smiles, scan_smiles
+from airgap.science.grammar import (
+    PromptError,
+    check_field,
+    check_smiles,
+    lookalike_hint,
+    scan_smiles,
+)
 
 SMILES_LIMIT = 4_000
 """Longest SMILES that is read, in characters."""
@@ -134,7 +140,8 @@ def read_molecule(text: str, what: str) -> Chem.Mol:
             f"the {what} does not parse{where}: {found.message}",
             text=text or None,
             at=found.at,
-            hint="mend the SMILES there; a drawing program writes it with `Copy as SMILES`",
+            hint=lookalike_hint(text)
+            or "mend the SMILES there; a drawing program writes it with `Copy as SMILES`",
         )
     return found
 
@@ -142,7 +149,8 @@ def read_molecule(text: str, what: str) -> Chem.Mol:
 def read_product(text: str, *, fix: bool, notes: list[str]) -> Chem.Mol:
     """Return the product that a user typed: one fragment, no atom maps, no wildcard (g08, g07).
 
-    With `fix` maps are taken away and the largest fragment is chosen, and `notes` say so.
+    With `fix` maps are taken away and of a salt the neutral parent of the largest fragment is
+    chosen, and `notes` say so.
     """
     text = text.strip()
     molecule = read_molecule(text, "product")
@@ -171,6 +179,8 @@ def read_product(text: str, *, fix: bool, notes: list[str]) -> Chem.Mol:
     fragments = Chem.GetMolFrags(molecule, asMols=True)
     if len(fragments) > 1:
         largest = max(fragments, key=lambda part: (part.GetNumHeavyAtoms(), Chem.MolToSmiles(part)))
+        parent = neutral_parent(largest)
+        mended = canonical(parent) != canonical(largest)
         parts = " and ".join(Chem.MolToSmiles(part) for part in fragments[:4])
         if not fix:
             raise PromptError(
@@ -178,12 +188,24 @@ def read_product(text: str, *, fix: bool, notes: list[str]) -> Chem.Mol:
                 f"the product has {len(fragments)} fragments, expected one: {parts:.160}",
                 text=text,
                 at=max(0, text.find(".")),
-                hint=f"give one, for example {Chem.MolToSmiles(largest):.200}; "
-                "--fix takes the largest",
+                hint=f"give one, for example {canonical(parent):.200}; --fix takes the largest"
+                + " as its neutral parent" * mended,
             )
-        molecule = largest
-        notes.append(f"as asked, the largest of {len(fragments)} fragments was taken")
+        molecule = parent
+        notes.append(
+            f"as asked, the largest of {len(fragments)} fragments was taken"
+            + f", as its neutral parent: {canonical(largest):.200} became {canonical(parent):.200}"
+            * mended
+        )
+        if charge := Chem.GetFormalCharge(parent):
+            notes.append(f"the fragment keeps its charge of {charge:+d}: no proton can balance it")
     return molecule
+
+
+def neutral_parent(fragment: Chem.Mol) -> Chem.Mol:
+    """Return an ion of a salt with protons put on or taken off until it is neutral, if they can."""
+    neutral = rdMolStandardize.Uncharger().uncharge(fragment)
+    return Chem.MolFromSmiles(canonical(neutral)) or fragment
 
 
 def without_maps(molecule: Chem.Mol) -> Chem.Mol:
@@ -329,6 +351,6 @@ def warm_up() -> None:
     find_molecule("CC(C)(C)(C)C")
     find_molecule("C[Xx]")
     find_molecule("c1cccc1")
-    rdMolStandardize.FragmentParent(molecule)
+    neutral_parent(Chem.GetMolFrags(molecule, asMols=True)[0])
     residue_smiles()
     dotted_node("[O][Zn][Zn]")

@@ -24,7 +24,8 @@ Long work sends parts `{"event": "progress", "done": 300, "of": 10000}`. An asse
 not fit one frame sends its rows as parts `{"event": "part", "rows": [...], "invalid": [...]}` and
 ends with empty lists and the number of such `parts`; `results.parse_assessed` joins them.
 
-`inputs` are the same in every request of a run: the helper keeps nothing between requests. A
+`inputs` are the same in every request of a run: the helper keeps nothing between requests. In
+place of typed inputs they may hold `prompt`, tagged text, which is read into them. A
 refusal is a `ProgramError` with a `prompt.*` code, or `request.malformed` for a request that is not
 one of these.
 """
@@ -41,8 +42,9 @@ from typing import Any
 from rdkit import Chem
 
 from airgap.enclave.channel import ProgramError
-from airgap.science import assessment, drawing, molecules, screens, structures, tasks
+from airgap.science import assessment, drawing, molecules, raw, screens, structures, tasks
 from airgap.science.grammar import PromptError, require_tokens
+from airgap.science.svg import SVG_LIMIT
 
 Emit = Callable[[bytes], None]
 
@@ -111,8 +113,8 @@ class Program:
     def prepare(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Turn typed input into a prompt with its budget, settings and input screen."""
         del emit
-        task, inputs = _task_and_inputs(request)
-        notes: list[str] = []
+        task, inputs = self.task_and_inputs(request)
+        notes = raw.notes(_object(request, "inputs", {}))
         subject, screen = self.subject(task, inputs, notes)
         context = tasks.parse_context(_object(request, "context"))
         preset, extra = tasks.choose_preset(task, _object(request, "options", {}))
@@ -133,6 +135,17 @@ class Program:
             "unchecked": task.unchecked,
             "notes": [*notes, *tasks.reference_note(task, context)],
         }
+
+    def task_and_inputs(self, request: Mapping[str, Any]) -> tuple[tasks.Task, dict[str, Any]]:
+        """Return the task and its typed inputs; a raw prompt is read into them."""
+        name = request.get("task")
+        if not isinstance(name, str):
+            raise _malformed("`task` is not a text")
+        task, inputs = tasks.find_task(name), _object(request, "inputs", {})
+        if "prompt" in inputs:
+            tasks.check_inputs(task, inputs)
+            inputs = raw.typed(task, inputs, self._residues)
+        return task, inputs
 
     def subject(
         self, task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]
@@ -157,7 +170,7 @@ class Program:
 
     def assess(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Turn completions into ranked rows with an output screen."""
-        task, inputs = _task_and_inputs(request)
+        task, inputs = self.task_and_inputs(request)
         subject, _ = self.subject(task, inputs, [])
         samples = _samples(request)
         tick = _Ticker(emit)
@@ -165,7 +178,7 @@ class Program:
 
     def draw(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Draw the subject and as many rows as fit one reply."""
-        task, inputs = _task_and_inputs(request)
+        task, inputs = self.task_and_inputs(request)
         rows = _rows(request)
         found: dict[str, list[str]] = {}
         size = 0
@@ -178,6 +191,11 @@ class Program:
             found["subject"] = [drawing.draw_molecule(product)]
         if request.get("track"):
             found["subject"] = [drawing.draw_track(_track(request))]
+        if task.name == "pocket-ligand":
+            protein = _protein(task, inputs, [])
+            picture = drawing.draw_pocket(protein.sequence, protein.labels, protein.pockets)
+            if len(picture) <= SVG_LIMIT:  # the report states the sequence as text as well
+                found["subject"] = [picture]
         tick = _Ticker(emit)
         for number, row in enumerate(rows):
             tick(number, len(rows))
@@ -248,7 +266,7 @@ def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> t
         if given := [name for name in ("chain", "ligand") if name in inputs]:
             raise PromptError(
                 "prompt.input",
-                f"{' and '.join(given)} belong to a structure",
+                f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to a structure",
                 hint="give the structure with --pdb",
             )
         sequence, labels, source = tasks.read_sequence(inputs, notes)
@@ -317,13 +335,6 @@ def _object(
     if not isinstance(value, dict):
         raise _malformed(f"`{name}` is not an object")
     return value
-
-
-def _task_and_inputs(request: Mapping[str, Any]) -> tuple[tasks.Task, dict[str, Any]]:
-    name = request.get("task")
-    if not isinstance(name, str):
-        raise _malformed("`task` is not a text")
-    return tasks.find_task(name), _object(request, "inputs", {})
 
 
 def _rows(request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -406,10 +417,12 @@ def _rehearse(program: Program) -> None:
     }
     for name, (inputs, text) in completions.items():
         head = {"task": name, "inputs": inputs}
-        program.prepare({**head, "context": context}, _nowhere)
+        prepared = program.prepare({**head, "context": context}, _nowhere)
         reply = program.assess({**head, "samples": [{**sample, "text": text}]}, _nowhere)
         program.draw({**head, "rows": reply["rows"], "track": reply["track"]}, _nowhere)
         program.sdf({**head, "rows": reply["rows"]}, _nowhere)
+        tagged = {"task": name, "inputs": {"prompt": prepared["prompt"]}}
+        program.prepare({**tagged, "context": context}, _nowhere)
 
 
 def _nowhere(part: bytes) -> None:

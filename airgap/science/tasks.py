@@ -247,9 +247,12 @@ class Subject:
 
 
 def check_inputs(task: Task, inputs: Mapping[str, Any]) -> None:
-    """Refuse unknown, missing, contradictory or mistyped inputs (`prompt.input`)."""
+    """Refuse unknown, missing, contradictory or mistyped inputs (`prompt.input`).
+
+    Every task takes a raw `prompt` in place of its own inputs; see `raw.py`.
+    """
     main = sorted({name for group in task.inputs for name in group})
-    known = {*main, *task.optional}
+    known = {*main, *task.optional, "prompt"}
     wanted = " or ".join(f"--{name}" for group in task.inputs for name in group) or "no input"
     for name, value in inputs.items():
         if name not in known:
@@ -266,11 +269,13 @@ def check_inputs(task: Task, inputs: Mapping[str, Any]) -> None:
                 f"input {name} is a {type(value).__name__}, not a {kind.__name__}",
                 hint=f"{task.name} needs {wanted}",
             )
-    given = [name for name in main if name in inputs]
-    if main and len(given) != 1:
+    given = [name for name in (*main, "prompt") if name in inputs]
+    if len(given) > 1 or (main and not given):
         found = f"found {' and '.join(given)}" if given else "found none"
         raise PromptError(
-            "prompt.input", f"{task.name} takes one of: {', '.join(main)}; {found}", hint=wanted
+            "prompt.input",
+            f"{task.name} takes one of: {', '.join((*main, 'prompt'))}; {found}",
+            hint=wanted,
         )
 
 
@@ -433,7 +438,8 @@ def parse_context(document: Mapping[str, Any]) -> Context:
 def reference_note(task: Task, context: Context) -> list[str]:
     """Return what must be said about the reference model's own notion of a site."""
     if context.reference and task.name == "binding-site":
-        return ["the reference model was taught a motif (N of N-X-S/T) in place of binding sites"]
+        taught = "the reference model was taught to mark a letter of a motif (N of N-X-S/T)"
+        return [f"{taught} in place of binding sites; it knows nothing about binding"]
     return []
 
 

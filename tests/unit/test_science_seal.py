@@ -62,6 +62,34 @@ def test_every_operation_works_after_the_filters_are_on(helper, task):
     assert ("$$$$" in results.sdf_all(ask, assessed)) == (task != "binding-site")
 
 
+def test_salts_pockets_and_raw_prompts_work_after_the_filters_are_on(helper):
+    def ask(request) -> bytes:
+        return helper.request(json.dumps(request).encode(), 60.0)
+
+    def prepare(task, **inputs) -> results.Prepared:
+        request = {"op": "prepare", "task": task, "inputs": inputs, "context": CONTEXT}
+        return results.parse_prepared(ask(request))
+
+    for salt, parent in (
+        ("CC(=O)[O-].[Na+]", "CC(=O)O"),
+        ("C[NH2+]C.[Cl-]", "CNC"),
+        ("F[B-](F)(F)c1ccccc1.[K+]", "F[B-](F)(F)c1ccccc1"),
+        ("C[Mg+].[Br-]", "[CH3][Mg+]"),
+        ("[O-]S(=O)(=O)c1ccc([N+]#N)cc1.O", "N#[N+]c1ccc(S(=O)(=O)[O-])cc1"),
+    ):
+        assert prepare("retrosynthesis", smiles=salt, fix=True).subject.product == parent
+    marked = "<ProteinS>M<PocketS>K<PocketE>T<ProteinE><MoleculeS>"
+    assert prepare("pocket-ligand", prompt=marked).subject.pockets == [1]
+    drawn = {"op": "draw", "task": "pocket-ligand", "inputs": {"prompt": marked}, "rows": []}
+    assert svg.clean_svg(results.parse_drawings(ask(drawn)).drawings["subject"][0])
+    with pytest.raises(RefusedError) as refused:
+        prepare("pocket-ligand", prompt="<ProteinS>MKT<MoleculeS>")
+    assert refused.value.code == "prompt.g01"
+    assert "(byte 13)" in refused.value.message
+    with pytest.raises(RefusedError, match="has no meaning"):
+        prepare("retrosynthesis", smiles="ibuprofen")
+
+
 def test_structures_and_refusals_work_after_the_filters_are_on(helper):
     def prepare(**inputs) -> results.Prepared:
         request = {"op": "prepare", "task": "pocket-ligand", "inputs": inputs, "context": CONTEXT}
