@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from airgap.cli.steps import next_step
 from airgap.cli.streams import Screen, is_utf8
 from policy.errors import AirgapError
 
@@ -59,19 +60,22 @@ def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> None:
 def show_error(error: AirgapError, *, json: bool) -> None:
     """Print a refusal or fault: to standard output as JSON, else to standard error in words."""
     if json:
-        document = {
-            "code": error.code,
-            "error": error.message,
-            "hint": error.hint,
-            "exit": error.exit_status,
-        }
-        write_json(document)
+        write_json(error_document(error))
         return
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
     stderr.print(f"[bold red]{word}[/] [bold]{error.code}[/]", soft_wrap=True)
     stderr.print(visible(error.message), markup=False, soft_wrap=True)
-    if error.hint:
-        stderr.print(visible(f"next step: {error.hint}"), markup=False, soft_wrap=True)
+    stderr.print(visible(f"next step: {next_step(error)}"), markup=False, soft_wrap=True)
+
+
+def error_document(error: AirgapError) -> dict[str, Any]:
+    """Return what `--json` prints of an error."""
+    return {
+        "code": error.code,
+        "error": error.message,
+        "hint": next_step(error),
+        "exit": error.exit_status,
+    }
 
 
 def visible(text: str) -> str:

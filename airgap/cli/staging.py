@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, show_error, stderr
+from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def inspect(
     if html is not None:
         write_page(html, report_page(document, str(report.digest)))
     error = report.refusal()
-    extra = {"code": error.code, "error": error.message, "exit": 1} if error else {}
+    extra = error_document(error) if error else {}
     show({**document, "digest": str(report.digest), **extra}, report_view(document), json=json)
     if error is not None and not json:
         show_error(error, json=False)

@@ -1,0 +1,62 @@
+"""A next step for every refusal: what the raiser said, or what helps with an error of its kind."""
+
+from __future__ import annotations
+
+from policy.errors import AirgapError
+
+# By code, else by room, which is the part of a code before its first full stop.
+_BY_CODE = {
+    "archive.type": "give the bundle itself: a plain file, NAME.agb",
+    "audit.key": "give the right verifier key (keys/audit.vkey of the tree that keeps the log)",
+    "audit.order": "nothing changed; begin the request again",
+    "audit.proof": "give the .tlog-proof file as `airgap run --receipt` wrote it",
+    "bom.mismatch": "refuse this release and ask its builder for one with a true bill of materials",
+    "delta.base": "ask the staging host for a full bundle",
+    "host.extra": "install the extra that the message names: pip install 'airgap[EXTRA]'",
+    "host.internal": "run it again with AIRGAP_TRACEBACK=1 and report what it prints",
+    "host.io": "check the path, its owner and its permissions, then run the same command again",
+    "host.self": "install the package again in a fresh environment",
+    "host.space": "free space, then run the same command again",
+    "host.state": "wait until the other command has ended, then run it again",
+    "scan.graphs": "build the bundle again with `airgap build`",
+    "store.missing": "airgap list shows what is installed",
+    "trust.chain": "compare `airgap trust show` on this host and on the staging host",
+    "trust.keyfile": "give a key file that `airgap keys new` made, and its own passphrase",
+    "trust.time": "wait until then, or set the clock of this host right",
+}
+_BY_ROOM = {
+    "archive": "copy the bundle from its medium again; if it stays so, ask the staging host",
+    "audit": "keep the log as it is and run `airgap audit verify` on it",
+    "build": "airgap build --help",
+    "chunk": "copy the bundle from its medium again; if it stays so, ask the staging host",
+    "convert": "read the message above; `airgap inspect DIR` tells what is in the snapshot",
+    "demo": "run the step that the message names by itself",
+    "digest": "write sha256: and 64 hexadecimal digits",
+    "enclave": "airgap doctor shows what this host offers",
+    "install": "check the disk of this host, then install again: it resumes",
+    "manifest": "copy the bundle from its medium again; if it stays so, ask the staging host",
+    "merkle": "keep both files as evidence and run `airgap audit verify --anchors`",
+    "model": "airgap status; install the bundle again if it is damaged",
+    "pack": "mend the file in policy/ of the tree that the message names",
+    "parity": "do not release this graph; build again on an idle host with more memory",
+    "pin": "make the pin file with sha256sum beside the snapshot that was chosen",
+    "policy": "airgap policy explain shows the rules, the facts and what is missing",
+    "prompt": "airgap run --help",
+    "request": "ask for less in one request",
+    "scan": "take the file out or replace it by one that the format allows, then run it again",
+    "science": "run it again; airgap doctor shows what this host offers",
+    "seal": "airgap trust show lists people and roles; ask the staging host for the sealed bundle",
+    "sign": "read the report, then type the name of the model",
+    "site": "airgap site show; airgap site init writes a template",
+    "source": "mend the snapshot or download it again, then run `airgap inspect DIR`",
+    "start": "install the bundle again from its medium",
+    "store": "airgap status",
+    "trust": "airgap trust show",
+    "usage": "airgap --help",
+}
+
+
+def next_step(error: AirgapError) -> str:
+    """Return the hint of an error, or the usual step for its code."""
+    room = error.code.partition(".")[0]
+    return error.hint or _BY_CODE.get(error.code) or _BY_ROOM[room]
