@@ -39,6 +39,7 @@ class HostSurvey:
     boot_id: str
     lsm: str | None
     uid: int
+    overflow_uid: int
     sys_admin: bool
     uid_map: tuple[tuple[int, int, int], ...]
     max_user_namespaces: int | None
@@ -74,6 +75,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
         boot_id=_text(proc / "sys/kernel/random/boot_id") or "",
         lsm=_text(Path("/sys/kernel/security/lsm")),
         uid=os.geteuid(),
+        overflow_uid=int(_text(proc / "sys/kernel/overflowuid") or 65534),
         sys_admin=bool(effective & (1 << _CAP_SYS_ADMIN)),
         uid_map=parse_id_map(_text(proc / "self/uid_map") or ""),
         max_user_namespaces=_number(proc / "sys/user/max_user_namespaces"),
@@ -110,6 +112,11 @@ def rung_obstacles(facts: HostSurvey) -> dict[str, str]:
         return dict.fromkeys(RUNGS, f"no filter is enabled for the architecture {facts.arch}")
     if facts.seccomp_actions is not None and "errno" not in facts.seccomp_actions.split():
         return dict.fromkeys(RUNGS, "the kernel offers no seccomp filters")
+    if facts.uid == facts.overflow_uid:
+        # Inside a user namespace the files of root bear this number too: a worker that others may
+        # read could not be told from one that they may not.
+        reason = f"uid {facts.uid} is the kernel's number for unknown owners; use another account"
+        return dict.fromkeys(RUNGS, reason)
     if not facts.sys_admin and facts.max_user_namespaces == 0:
         out["A"] = "user.max_user_namespaces is 0, so only root can make namespaces"
     if facts.landlock_abi < 1:

@@ -38,6 +38,7 @@ HOSTS = {
     "automounter": (replace(PLAIN, autofs=("/net",)), "B", ["A"]),
     "AppArmor restricts": (replace(PLAIN, apparmor_userns=1), "B", ["A", "B"]),
     "aarch64": (replace(ROOT, arch="aarch64"), "C", []),
+    "the overflow uid": (replace(PLAIN, uid=65534, overflow_uid=65534), "C", []),
     "no seccomp": (replace(ROOT, seccomp_actions="kill allow"), "C", []),
     "U means A alone": (PLAIN, "U", ["A"]),
 }
