@@ -306,7 +306,7 @@ def load_site(root: Path) -> Site:
         raise RefusedError(
             "site.missing",
             f"no {FILE_NAME} in {root}",
-            hint="airgap site init writes a commented one to fill in",
+            hint="airgap site init writes a commented one to fill in; or name a tree with --root",
         ) from error
     except (FileExistsError, IsADirectoryError, PermissionError, NotADirectoryError) as error:
         raise RefusedError("site.missing", f"{path} cannot be read: {error.strerror}") from error

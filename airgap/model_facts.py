@@ -48,9 +48,10 @@ def registry_facts(model: str, registry: Registry) -> BundleFacts:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What is known of one model."""
+    """What is known of one model: `source` answers where it can, `manifest` says the rest."""
 
     source: str
+    manifest: str
     licences: frozenset[str]
     origins: tuple[Origin, ...]
     unknown_makers: Mapping[str, str]
@@ -93,6 +94,7 @@ def _of_record(record: ModelRecord) -> _Part:
     licences = {each.id for each in record.licences_declared or ()} or {UNREAD}
     return _Part(
         source=source,
+        manifest="",
         licences=frozenset(licences),
         origins=tuple(origins),
         unknown_makers={},
@@ -138,6 +140,7 @@ def _of_entry(entry: ModelEntry, registry: Registry) -> _Part:
         licences |= licence_ids(spdx)
     return _Part(
         source=known.source if known else f"manifest of {entry.id}",
+        manifest=f"manifest of {entry.id}",
         licences=frozenset(licences),
         origins=tuple(dict.fromkeys(origins)),
         unknown_makers=unknown_makers,
@@ -164,15 +167,18 @@ def _derived_from(entry: ModelEntry) -> tuple[str, ...]:
 def _bundle_facts(parts: Sequence[_Part]) -> BundleFacts:
     if not parts:
         return BundleFacts(MappingProxyType({}), MappingProxyType({}))
-    source = "; ".join(dict.fromkeys(part.source for part in parts))
+    record = "; ".join(dict.fromkeys(part.source for part in parts))
+    manifest = "; ".join(dict.fromkeys(part.manifest or part.source for part in parts))
+    named = (name for part in parts for name in (part.source, part.manifest) if name)
+    either = "; ".join(dict.fromkeys(named))
     facts: dict[str, Fact] = {
-        "bundle.licences": Known(frozenset().union(*(part.licences for part in parts)), source),
-        "bundle.modalities": _union([part.modalities for part in parts], MODALITIES, source),
-        "bundle.precisions": _union([part.precisions for part in parts], PRECISIONS, source),
-        "bundle.tuned_on_nih_ca": _any_true([part.tuned_on_nih_ca for part in parts], source),
-        "bundle.provenance_level": _least([part.level for part in parts], source),
-        "bundle.manifest_complete": _all_true([part.complete for part in parts], source),
-        "bundle.licence_texts_recorded": _all_true([part.texts for part in parts], source),
+        "bundle.licences": Known(frozenset().union(*(part.licences for part in parts)), either),
+        "bundle.modalities": _union([part.modalities for part in parts], MODALITIES, manifest),
+        "bundle.precisions": _union([part.precisions for part in parts], PRECISIONS, manifest),
+        "bundle.tuned_on_nih_ca": _any_true([part.tuned_on_nih_ca for part in parts], record),
+        "bundle.provenance_level": _least([part.level for part in parts], manifest),
+        "bundle.manifest_complete": _all_true([part.complete for part in parts], manifest),
+        "bundle.licence_texts_recorded": _all_true([part.texts for part in parts], manifest),
     }
     makers = Start()
     bases = Start()

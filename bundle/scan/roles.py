@@ -107,7 +107,7 @@ def role_of(path: str, head: bytes) -> Role:
     if role is not None and folder and role not in {Role.SIDE, Role.DOCUMENT, Role.LICENCE}:
         raise RefusedError(
             "scan.role",
-            f"{path!r:.160}: a {role} lies in a folder of its own",
+            f"{path!r:.160}: a file of role {role} belongs at the top of a snapshot",
             hint="inspect that folder as a snapshot by itself, or remove it",
         )
     return role or Role.SIDE

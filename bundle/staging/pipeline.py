@@ -298,6 +298,9 @@ def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
     card = report.card
     stated = [found for found in report.licences if found.place.endswith("#license")]
     first = next(iter([*stated, *report.licences]), None)
+    texts = [found for found in report.licences if first and found.spdx == first.spdx]
+    # What is stated is verified where its complete text lies beside it.
+    text = next((found for found in texts if found.status == "verified"), first)
     supplier = card.get("supplier")
     named = supplier if isinstance(supplier, dict) else {"legal_name": supplier}
     return ModelEntry(
@@ -308,8 +311,8 @@ def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
         precisions=("fp32",),
         licence=Licence(
             spdx=first.spdx if first else "NOASSERTION",
-            text_digest=f"sha256:{first.sha256}" if first else None,
-            status="declared",
+            text_digest=f"sha256:{text.sha256}" if text else None,
+            status="verified" if text and text.status == "verified" else "declared",
         ),
         licences_found=tuple(
             LicenceFound.model_validate(

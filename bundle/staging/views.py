@@ -19,6 +19,7 @@ from rich.text import Text
 
 from bundle.canonical import canonical_json
 from bundle.fields import has_hidden
+from bundle.scan.roles import Role
 from bundle.staging.parity import STEPS, Parity
 from bundle.staging.pipeline import Built
 from bundle.staging.sign import Draft, Tally
@@ -44,6 +45,13 @@ def count_text(value: int) -> str:
     if value >= 10**9:
         return f"{value / 10**9:.2f} billion"
     return f"{value / 10**6:.1f} million" if value >= 10**7 else f"{value:,}"
+
+
+def travel_text(item: Mapping[str, Any]) -> str:
+    """Say whether a file goes into the bundle: as it is, converted, or not at all."""
+    if item["carried"]:
+        return "yes"
+    return "as ONNX" if item["role"] == Role.WEIGHTS else ""
 
 
 def plain(text: object) -> str:
@@ -78,7 +86,7 @@ def report_page(report: Mapping[str, Any], digest: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=size_text, number=count_text, plain=plain)
+    environment.filters.update(size=size_text, number=count_text, plain=plain, travels=travel_text)
     page = environment.get_template("report.html.j2")
     return page.render(report=report, digest=digest, facts=_report_facts(report))
 
@@ -352,7 +360,7 @@ def _files(files: list[Mapping[str, Any]]) -> Table:
             Text(item["role"], "red" if refused else ""),
             size_text(item["size"]),
             item["sha256"][:16] + "…",
-            "yes" if item["carried"] else "",
+            travel_text(item),
         )
     if len(files) > _SHOWN_FILES:
         table.add_row(f"… {len(files) - _SHOWN_FILES} more: see --json", "", "", "", "")

@@ -131,6 +131,7 @@ def test_a_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(RefusedError) as caught:
         load_site(tmp_path)
     assert (caught.value.code, "airgap site init" in caught.value.hint) == ("site.missing", True)
+    assert "--root" in caught.value.hint
     (tmp_path / "site.toml").mkdir()
     with pytest.raises(RefusedError) as caught:
         load_site(tmp_path)

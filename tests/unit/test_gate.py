@@ -160,6 +160,18 @@ def test_only_a_verified_edge_settles_a_relation():
         assert ("developed_by" not in unknown) is known
 
 
+def test_a_fact_names_the_document_it_comes_from():
+    facts = bundle_facts([entry()], RULES.registry).facts
+    record, manifest = "registry: logos-ref-tiny", "manifest of logos-ref-tiny"
+    for name in ("provenance_level", "manifest_complete", "licence_texts_recorded", "precisions"):
+        assert facts[f"bundle.{name}"].source == manifest
+    assert facts["bundle.modalities"].source == manifest
+    assert facts["bundle.tuned_on_nih_ca"].source == record
+    assert facts["bundle.licences"].source == f"{record}; {manifest}"
+    alone = registry_facts("logos-ref-tiny", RULES.registry).facts
+    assert {each.source for each in alone.values()} == {record}
+
+
 def test_a_second_licence_found_in_the_snapshot_is_a_conflict():
     found = LicenceFound(spdx="MIT", place="LICENSE.txt", sha256="0" * 64, status="verified")
     assert blocking(admit(entry(licences_found=(found,)))) == {"LIC-CONFLICT"}

@@ -442,6 +442,11 @@ def test_formats_without_a_role(path, head, code):
     assert error.hint
 
 
+def test_a_file_in_a_folder_is_refused_in_plain_words():
+    message = refused(role_of, "fp16/model.safetensors", b"{}").message
+    assert message.endswith("a file of role weights belongs at the top of a snapshot")
+
+
 def test_safetensors_may_begin_like_a_pickle():
     assert role_of("model.safetensors", b"\x80\x02\0\0\0\0\0\0") is Role.WEIGHTS
 

@@ -104,7 +104,9 @@ def test_the_manifest_tells_what_was_found(made):
     assert model.source == "local:tiny"
     assert model.revision.startswith("sha256:")
     assert model.provenance_level == "L1"
-    assert model.licence.spdx == "Apache-2.0"
+    text = next(item for item in model.licences_found if item.status == "verified")
+    assert (model.licence.spdx, model.licence.status) == ("Apache-2.0", "verified")
+    assert (text.place, model.licence.text_digest) == ("LICENSE", f"sha256:{text.sha256}")
     assert {item.status for item in model.licences_found} == {"declared", "verified"}
     assert (model.reference_model, model.scientific_use) == (True, False)
     assert model.modalities == ("retrosynthesis", "molecule", "protein", "antibody", "material")
