@@ -69,7 +69,9 @@ def install(
             root=folder,
             now=now,
             gate=gate,
-            audit=recorder(log, actor=actor_of(person), project=project),
+            audit=recorder(
+                log, actor=None if person is None else actor_of(person), project=project
+            ),
             last_record=before,
             progress=progress,
         )

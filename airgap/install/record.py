@@ -20,6 +20,8 @@ from policy.approvals import Approvals
 from policy.engine import Decision
 from policy.terms import Digest
 
+NAME_LIMIT, ROLE_LIMIT = 64, 32  # characters of an actor in a record
+
 
 def admission(
     site: Site,
@@ -78,11 +80,16 @@ def find_submitter(site: Site, uid: int, account: str) -> Person | None:
     return None
 
 
-def actor_of(person: Person | None) -> Actor | None:
-    """Return how a record names a person; the uid is kept in any case."""
-    if person is None:
-        return None
-    return Actor(person.name or person.id, next(iter(sorted(person.roles)), ""))
+def actor_of(person: Person) -> Actor:
+    """Return how the log names a person: by the id where a record, in ASCII, lacks the letters."""
+    name, role = person.name or "", min(person.roles, default="")
+    return Actor(
+        name if _fits(name, NAME_LIMIT) else person.id, role if _fits(role, ROLE_LIMIT) else ""
+    )
+
+
+def _fits(text: str, limit: int) -> bool:
+    return 0 < len(text) <= limit and all(" " <= c <= "~" for c in text)
 
 
 def last_record(root: Path) -> datetime | None:

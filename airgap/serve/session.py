@@ -21,12 +21,13 @@ import structlog
 
 from airgap import gate
 from airgap.approvals import load_approvals
-from airgap.audit import Actor, AuditLog, Event, new_ulid, open_log
+from airgap.audit import AuditLog, Event, new_ulid, open_log
 from airgap.audit.query import read_records
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Enclave, SealSpec, launch
 from airgap.extras import require_extras
 from airgap.install import InstalledBundle, Store, verify_installed
+from airgap.install.record import actor_of
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import load_trust
@@ -38,7 +39,6 @@ WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 PRECISION = "fp32"
 HOLDS_COUNT = timedelta(days=30)
-NAME_LIMIT = 64  # characters of a name in a record
 
 operator = structlog.get_logger("airgap.session")
 
@@ -207,13 +207,6 @@ def account_name() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
-
-
-def actor_of(person: Person) -> Actor:
-    """Return how the log names a person: by the id where a record, in ASCII, lacks the letters."""
-    name = person.name or ""
-    plain = 0 < len(name) <= NAME_LIMIT and all(" " <= c <= "~" for c in name)
-    return Actor(name if plain else person.id, next(iter(sorted(person.roles)), ""))
 
 
 def choose_project(site: Site, person: Person, project: str) -> str:

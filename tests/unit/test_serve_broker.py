@@ -20,11 +20,12 @@ from airgap.enclave.channel import PART, REPLY, Frame, ProgramError
 from airgap.extras import EXTRAS, require_extras
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.inference.protocol import Done, Progress, Sample
+from airgap.install.record import actor_of
 from airgap.science.program import create
 from airgap.serve import Job, check_outputs, present
 from airgap.serve.broker import Broker, Model, printable
 from airgap.serve.present import reasons_of, write_whole
-from airgap.serve.session import actor_of, choose_project, hazard_holds
+from airgap.serve.session import choose_project, hazard_holds
 from policy.errors import FaultError, RefusedError, UsageError
 from policy.terms import Digest
 
