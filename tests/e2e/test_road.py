@@ -108,6 +108,11 @@ WRONG_RUNS = {
         1,
         "prompt.g03",
     ),
+    "a prompt without its closing tag": (
+        ("run", "retrosynthesis", "--prompt", "<MoleculeS>CCOC(C)=O<ReverseReact>"),
+        1,
+        "prompt.g01",
+    ),
     "a salt": (("run", "retrosynthesis", "--smiles", "CCO.Cl"), 1, "prompt.g08"),
     "no input": (("run", "retrosynthesis"), 1, "prompt.input"),
     "two inputs": (
