@@ -62,7 +62,15 @@ def inspect(
     """
     with _staging():
         from bundle.staging.inspect import inspect_source
+        from bundle.staging.output import output_problem
         from bundle.staging.views import report_page, report_view, write_page
+    problem = "" if html is None else output_problem(html)
+    if problem:
+        raise UsageError(
+            "usage.argument",
+            f"--html: {str(html)!r:.160}: {problem}",
+            hint="name a file in a folder that exists and that you may write to",
+        )
     with _bars() as progress:
         report = inspect_source(source, pins=pin, progress=progress)
     document = report.as_document()

@@ -50,6 +50,7 @@ from bundle.staging.architecture import Architecture
 from bundle.staging.bom import bill_of_materials
 from bundle.staging.convert import EXTERNAL, GRAPH, Converted, convert, place_inputs
 from bundle.staging.inspect import InspectReport, inspect_source
+from bundle.staging.output import output_problem
 from bundle.staging.parity import TOLERANCE, Parity, prove_parity, statement
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
@@ -654,14 +655,15 @@ def _reader(members: Sequence[Member]) -> Callable[[str], memoryview]:
 
 def _require_output(out: Path) -> None:
     parent = out.absolute().parent
-    if not out.name or out.is_dir() or not parent.is_dir():
+    if parent.is_dir() and not os.access(parent, os.W_OK):
+        raise FaultError("host.io", f"{str(parent)!r:.160} cannot be written")
+    problem = output_problem(out)
+    if problem:
         raise RefusedError(
             "build.output",
-            f"{str(out)!r:.160} cannot be a file: it is a folder, or its folder does not exist",
+            f"{str(out)!r:.160} cannot be a file: {problem}",
             hint="name a file in an existing folder, for example -o model-1.0.agb",
         )
-    if not os.access(parent, os.W_OK):
-        raise FaultError("host.io", f"{str(parent)!r:.160} cannot be written")
 
 
 def _require_space(report: InspectReport, out: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -350,3 +352,23 @@ def test_a_missing_library_is_a_fault_that_says_what_to_install():
 def test_other_errors_pass_through():
     with pytest.raises(RefusedError), staging._staging():
         raise RefusedError("source.empty", "x")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder", "nowhere", "empty"])
+def test_a_report_never_takes_the_place_of_something_else(snapshot, tmp_path, kind):
+    """A rename over a device as root would replace the device."""
+    out = tmp_path / "report.html"
+    if kind == "pipe":
+        os.mkfifo(out)
+    elif kind == "link":
+        out.symlink_to("/dev/null")
+    elif kind == "folder":
+        out.mkdir()
+    else:
+        out = tmp_path / "no" / "report.html" if kind == "nowhere" else ""
+    _, error = call("inspect", snapshot, "--html", out, expect=2)
+    assert error.code == "usage.argument"
+    assert "--html" in error.message
+    if out:
+        assert kind == "nowhere" or not stat.S_ISREG(out.lstat().st_mode)
+    assert not list(tmp_path.glob(".*"))
