@@ -85,17 +85,37 @@ def same_person(name: str) -> str:
 
 def fault_of(approval: Approval, rule: Rule, case: Case) -> str | None:
     """Say why `approval` does not lift `rule` in this case; None when it does."""
-    faults = {
-        "another rule or version": approval.rules.get(rule.id) != rule.text.version,
-        "another bundle": case.bundle is None or approval.bundle != case.bundle,
-        "another project": approval.project != case.project,
-        "another task": approval.task is not None and approval.task != case.task,
-        "not yet issued": approval.issued > case.known_at,
-        "not yet valid": approval.issued.astimezone(UTC).date() > case.as_of,
-        "expired": case.as_of >= approval.expires,
-    }
-    fault = next((words for words, true in faults.items() if true), None)
-    return fault or _fault_of_people(approval, case) or _fault_of_kind(approval, rule, case)
+    version = approval.rules.get(rule.id)
+    if version is None:
+        return f"not for rule {rule.id}"
+    if version != rule.text.version:
+        return f"for version {version} of {rule.id}, and version {rule.text.version} is loaded"
+    return (
+        _fault_of_subject(approval, case)
+        or _fault_of_day(approval, case)
+        or _fault_of_people(approval, case)
+        or _fault_of_kind(approval, rule, case)
+    )
+
+
+def _fault_of_subject(approval: Approval, case: Case) -> str | None:
+    if approval.bundle != case.bundle:
+        asked = "none with a digest" if case.bundle is None else "another"
+        return f"for bundle {approval.bundle}, and the question is about {asked}"
+    if approval.project != case.project:
+        return f"for project {approval.project}"
+    if approval.task is not None and approval.task != case.task:
+        return f"for task {approval.task}"
+    return None
+
+
+def _fault_of_day(approval: Approval, case: Case) -> str | None:
+    issued = approval.issued.astimezone(UTC)
+    if issued > case.known_at or issued.date() > case.as_of:
+        return f"not yet valid: issued on {issued.date()}, and the day decided is {case.as_of}"
+    if case.as_of >= approval.expires:
+        return f"expired on {approval.expires}"
+    return None
 
 
 def _fault_of_people(approval: Approval, case: Case) -> str | None:
@@ -114,7 +134,11 @@ def _fault_of_kind(approval: Approval, rule: Rule, case: Case) -> str | None:
         case WaiverOverride():
             if approval.authority is None or approval.document is None:
                 return "no government waiver with its document"
-            return None if len(approval.approvers) > 1 else "registered, but not confirmed"
+            return (
+                None
+                if len(approval.approvers) > 1
+                else "too few people: registered, but not confirmed by a second one"
+            )
         case ApprovalOverride() as terms:
             return _fault_of_terms(approval, rule, terms, case)
         case _:
@@ -129,8 +153,11 @@ def _fault_of_terms(
     if rule.text.topic == "hazard":
         fit = [each for each in fit if same_person(each.person) not in leads]
     days = (approval.expires - approval.issued.astimezone(UTC).date()).days
+    lacking = (
+        f"too few people: {len(fit)} of {terms.approvers} with role {' or '.join(terms.roles)}"
+    )
     faults = {
-        f"needs {terms.approvers} of {', '.join(terms.roles)}": len(fit) < terms.approvers,
+        lacking: len(fit) < terms.approvers,
         f"runs longer than {terms.max_days} days": days > terms.max_days,
         "its document is missing": terms.needs_document and approval.document is None,
         "a statute is not lifted by an approval": rule.text.statutory

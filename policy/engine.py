@@ -84,6 +84,10 @@ class Decision:
         """Facts that would settle an unknown, the smallest set first."""
         return record.missing_of(self.evaluator, self.evaluation)
 
+    def idle_approvals(self, *, hazard_role: bool = False) -> tuple[record.Idle, ...]:
+        """Approvals that were at hand and lift nothing, each with the reason."""
+        return record.idle_approvals(self.evaluator, self.evaluation, hazard_role=hazard_role)
+
     @cached_property
     def next_change(self) -> record.Change | None:
         """First later day on which the outcome changes with the same facts."""

@@ -162,8 +162,12 @@ class Evaluator:
         text = compiled.rule.text
         if state == "unknown" and (text.statutory or text.on_unknown == "deny"):
             return None
+        return self.approvals.lifting(compiled.rule, self.case(day))
+
+    def case(self, day: date) -> Case:
+        """What approvals are held against on `day`."""
         request = self.request
-        case = Case(
+        return Case(
             scope=request.scope,
             bundle=request.bundle,
             project=request.project,
@@ -173,7 +177,6 @@ class Evaluator:
             as_of=day,
             known_at=self.known_at,
         )
-        return self.approvals.lifting(compiled.rule, case)
 
     def boundaries(self) -> list[date]:
         """Every day on which something that this evaluation reads begins or ends, in order."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
+from policy.approvals import Approval, Case, fault_of
 from policy.canonical import canonical_bytes
 from policy.evaluator import Evaluation, Evaluator, RuleResult
 from policy.facts import sources_of
 from policy.logic import LETTERS, AnyPath, Comparison, F, T, Truth, U
+from policy.pack import Rule
 from policy.paths import Start
 from policy.terms import FACTS, Digest, Fact, Outcome, Unknown, Value
 
@@ -235,6 +237,66 @@ def next_change(evaluator: Evaluator, evaluation: Evaluation) -> Change | None:
             ]
             return Change(day, later.outcome, tuple(changed))
     return None
+
+
+# -- approvals that do nothing ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """An approval that lifts nothing here, and why."""
+
+    approval: Approval
+    rules: tuple[str, ...]
+    reason: str
+
+
+def idle_approvals(
+    evaluator: Evaluator, evaluation: Evaluation, *, hazard_role: bool = False
+) -> tuple[Idle, ...]:
+    """List approvals without effect, those of this bundle and project first.
+
+    What stands in the way of a hazard rule would tell what a screen found: those rules are left out
+    without the role.
+    """
+    case = evaluator.case(evaluation.day)
+    results = {each.rule.id: each for each in evaluation.results}
+    loaded = {each.id: each for each in evaluator.packs.rules}
+    at_work = {each.lifted_by.digest for each in evaluation.results if each.lifted_by}
+    found = []
+    for approval in evaluator.approvals.approvals:
+        named = [
+            each
+            for each in sorted(approval.rules)
+            if hazard_role or each not in loaded or loaded[each].text.topic != "hazard"
+        ]
+        if named and approval.digest not in at_work:
+            reasons = [_idle_reason(approval, loaded.get(each), results, case) for each in named]
+            found.append(Idle(approval, tuple(named), "; ".join(dict.fromkeys(reasons))))
+    found.sort(key=lambda each: _distance(each.approval, case))
+    return tuple(found)
+
+
+def _distance(approval: Approval, case: Case) -> tuple[bool, bool, str]:
+    return approval.bundle != case.bundle, approval.project != case.project, str(approval.digest)
+
+
+def _idle_reason(
+    approval: Approval, rule: Rule | None, results: Mapping[str, RuleResult], case: Case
+) -> str:
+    if rule is None:
+        return "no such rule is loaded"
+    fault = fault_of(approval, rule, case)
+    if fault is not None:
+        return fault
+    result = results.get(rule.id)
+    if result is None:
+        return f"{rule.id} is not asked for {case.scope}"
+    if result.lifted_by is not None:
+        return f"{rule.id} is lifted by another approval, which lasts longer"
+    if result.effect in {"deny", "needs_approval"}:
+        return f"{rule.id} waits for a fact that is unknown, which no approval replaces"
+    return f"{rule.id} does not stand in the way"
 
 
 # -- the record -----------------------------------------------------------------------------------

@@ -118,8 +118,27 @@ def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
 
     approval = verify_approval(envelope, load_trust(tree / "trust").document)
     path = write_approval(envelope, tree)
+    warnings = warnings_of(approval, tree)
+    for each in warnings:
+        stderr.print(f"warning: {each}", markup=False, soft_wrap=True)
     words = f"wrote {path}\n{words_of(approval)}"
-    show({**document_of(approval), "file": str(path)}, words, json=json)
+    document = {**document_of(approval), "file": str(path), "warnings": warnings}
+    show(document, words, json=json)
+
+
+def warnings_of(approval: Approval, tree: Path) -> list[str]:
+    """Say so when the legal day of this site lies before the day of issue."""
+    from airgap.config import load_site
+
+    try:
+        day = load_site(tree).legal_day(datetime.now(UTC))
+    except RefusedError:
+        return []  # without a site.toml nothing is decided here
+    issued = approval.issued.astimezone(UTC)
+    if issued.date() <= day.as_of and issued <= day.known_at:
+        return []
+    words = f"issued on {issued.date()} (UTC), but this site decides as of {day.as_of}"
+    return [f"{words} ({day.source}): the approval has no effect before its day of issue"]
 
 
 def document_of(approval: Approval) -> dict[str, Any]:

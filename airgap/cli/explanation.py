@@ -37,7 +37,9 @@ _ANY = {"applies if": "if any of", "and": "and any of", "because": "any of", "un
 _TRUTHS = {"T": ("yes", "green"), "F": ("no", "dim"), "U": ("?", "bold yellow")}
 
 
-def view(explained: Explanation, *, title: str, assumed: Sequence[str]) -> RenderableType:
+def view(
+    explained: Explanation, *, title: str, assumed: Sequence[str], idle: Sequence[str] = ()
+) -> RenderableType:
     """Lay out the whole explanation."""
     parts: list[RenderableType] = [_headline(explained, title)]
     if assumed:
@@ -48,7 +50,10 @@ def view(explained: Explanation, *, title: str, assumed: Sequence[str]) -> Rende
         rules = [each for each in explained.rules if each.effect is outcome]
         if rules:
             parts += [Text(head, "bold underline"), *map(_rule, rules)]
-    parts += [*_missing(explained), *_obligations(explained), *_dates(explained)]
+    parts += _missing(explained)
+    if idle:
+        parts += [Text("Approvals without effect", "bold underline"), *map(_bullet, idle), ""]
+    parts += [*_obligations(explained), *_dates(explained)]
     parts.append(_footer(explained))
     return Group(*parts)
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import enum
 import os
 import pwd
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from airgap.cli import approve
-from airgap.cli.common import Json, Root, root_folder, show, stdout
+from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
 from policy.errors import RefusedError
 
 if TYPE_CHECKING:
     from policy.approvals import Approvals
     from policy.engine import Decision
+    from policy.record import Idle
+
+
+MOST_IDLE = 8  # approvals without effect that are shown; --json gives all
 
 
 class ScopeName(enum.StrEnum):
@@ -89,10 +94,12 @@ def explain(
     answer = decide(asked, root_folder(root), what_if=True)
     if json:
         document = report.public_document(answer.decision, hazard_role=answer.hazard_role)
-        show({**document, "assumed": answer.assumed}, "", json=True)
+        show({**document, **answer.beside}, "", json=True)
         return
     explained = report.explain(answer.decision, hazard_role=answer.hazard_role)
-    show_view(stdout, view(explained, title=answer.title, assumed=answer.assumed))
+    show_view(
+        stdout, view(explained, title=answer.title, assumed=answer.assumed, idle=answer.idle_words)
+    )
 
 
 def check(
@@ -118,12 +125,15 @@ def check(
     asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
     answer = decide(asked, root_folder(root), what_if=False)
     decision = answer.decision
+    if not json:
+        for words in answer.idle_words:
+            stderr.print(f"approval without effect: {words}", markup=False, soft_wrap=True)
     if json or decision.permitted:
         document = report.public_document(decision, hazard_role=answer.hazard_role)
         end: dict[str, object] = {"exit": 0}
         if not decision.permitted:
             end = {"exit": 1, "code": decision.refusal().code}
-        show({**document, "assumed": answer.assumed, **end}, document["summary"], json=json)
+        show({**document, **answer.beside, **end}, document["summary"], json=json)
     if not decision.permitted:
         if json:
             raise typer.Exit(1)
@@ -161,6 +171,28 @@ class Answered:
     title: str
     assumed: list[str]
     hazard_role: bool
+    idle: Sequence[Idle] = ()
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What a JSON answer tells beside the record."""
+        idle = [
+            {"digest": str(each.approval.digest), "rules": list(each.rules), "reason": each.reason}
+            for each in self.idle
+        ]
+        return {"assumed": self.assumed, "approvals_without_effect": idle}
+
+    @property
+    def idle_words(self) -> list[str]:
+        """The approvals without effect, for a reader."""
+        words = [
+            f"{', '.join(each.rules)}, signed by"
+            f" {', '.join(who.person for who in each.approval.approvers) or 'nobody enrolled'}:"
+            f" {each.reason}"
+            for each in self.idle[:MOST_IDLE]
+        ]
+        more = len(self.idle) - MOST_IDLE
+        return [*words, f"{more} more: see --json"] if more > 0 else words
 
 
 def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
@@ -199,11 +231,13 @@ def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
     day = site.legal_day(now, asked.as_of.date() if asked.as_of else None)
     approvals = site_approvals(root)
     decision = inquiry.ask(question, subject, site, rules, day, approvals=approvals)
+    hazard_role = reader is not None and HAZARD_ROLE in reader.roles
     return Answered(
         decision=decision,
         title=question.title_of(subject),
         assumed=[*notes, *question.assumed_words],
-        hazard_role=reader is not None and HAZARD_ROLE in reader.roles,
+        hazard_role=hazard_role,
+        idle=decision.idle_approvals(hazard_role=hazard_role),
     )
 
 

@@ -181,6 +181,53 @@ def test_an_override_that_cannot_be_said_is_refused():
     assert caught.value.code == "policy.approval"
 
 
+def reasons(*envelopes, **options):
+    decision = decide(*envelopes, **options)
+    return [each.reason for each in decision.idle_approvals()]
+
+
+IDLE = {
+    "issued after the legal day": ({"issued": datetime(2026, 12, 1, tzinfo=UTC)}, "not yet valid"),
+    "expired": ({"expires": date(2026, 11, 2)}, "expired on 2026-11-02"),
+    "another project": ({"project": "sensor-coatings"}, "for project sensor-coatings"),
+    "a task, and an admission": ({"task": "molecule"}, "for task molecule"),
+    "another version": ({"rules": {"LIC-CONFLICT": 2}}, "for version 2 of LIC-CONFLICT"),
+    "no such rule": ({"rules": {"LIC-OLD": 1}}, "no such rule is loaded"),
+    "a rule of uses": ({"rules": {"CUI-BOUNDARY": 1}}, "cannot be lifted"),
+    "a rule that is content": ({"rules": {"LIST-STALE": 1}}, "too few people: 0 of 1"),
+    "too long": ({"expires": date(2031, 1, 1)}, "runs longer than"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), IDLE.values(), ids=IDLE.keys())
+def test_an_approval_without_effect_says_why(changes, words):
+    signed = approvals.sign(statement(**changes), bundles.signer("grace"))
+    (reason,) = reasons(signed)
+    assert words in reason, reason
+    assert not decide(signed).permitted
+
+
+def test_only_approvals_without_effect_are_listed_the_nearest_first():
+    good = approvals.sign(statement(), bundles.signer("grace"))
+    shorter = approvals.sign(statement(expires=date(2027, 5, 1)), bundles.signer("grace"))
+    elsewhere = approvals.sign(statement(project="sensor-coatings"), bundles.signer("grace"))
+    nobody = approvals.sign(statement(), bundles.signer("tom"))
+    assert reasons(good) == []
+    assert reasons(elsewhere, good, shorter) == [
+        "LIC-CONFLICT is lifted by another approval, which lasts longer",
+        "for project sensor-coatings",
+    ]
+    assert reasons(nobody) == ["too few people: 0 of 1 with role general_counsel"]
+    assert reasons(good, submitter="grace") == ["the submitter is among the approvers"]
+
+
+def test_hazard_rules_are_not_spoken_of_without_the_role():
+    signed = approvals.sign(statement(rules={"HAZ-CWC1": 1}), bundles.signer("grace"))
+    decision = decide(signed)
+    assert decision.idle_approvals() == ()
+    assert [each.rules for each in decision.idle_approvals(hazard_role=True)] == [("HAZ-CWC1",)]
+
+
 # -- commands -------------------------------------------------------------------------------------
 
 
@@ -243,6 +290,32 @@ def test_an_approval_is_drafted_signed_countersigned_and_listed(call, tree, tmp_
     # Questions read them, and the folder of approvals is no folder of rules.
     status, out, _ = call("policy", "explain", "--model", "logos-8b", "--root", tree, "--json")
     assert status == 0
+
+
+def test_an_approval_after_the_fixed_legal_day_warns_and_is_listed(call, tree):
+    status, out, err = call(*arguments(tree, "--confirm", PROJECT))
+    assert "site.toml [policy] as_of" in json.loads(out)["warnings"][0]
+    assert "warning: issued on" in err
+    question = ("--model", "logos-8b", "--project", PROJECT, "--root", tree)
+    status, out, _ = call("policy", "explain", *question, "--as-of", "2099-01-02", "--json")
+    (idle,) = json.loads(out)["approvals_without_effect"]
+    assert (status, idle["rules"]) == (0, ["LIC-CONFLICT"])
+    assert "none with a digest" in idle["reason"]
+    status, out, _ = call("policy", "explain", *question)
+    assert "Approvals without effect" in out
+    status, out, err = call("policy", "check", *question)
+    assert (status, "approval without effect: LIC-CONFLICT, signed by grace" in err) == (1, True)
+
+
+def test_an_approval_warns_of_nothing_where_the_day_is_that_of_the_clock(call, tree):
+    site = tree / "site.toml"
+    text = site.read_text().replace("as_of = ", "# as_of = ").replace("America/New_York", "UTC")
+    site.write_text(text)
+    _, out, err = call(*arguments(tree, "--confirm", PROJECT))
+    assert (json.loads(out)["warnings"], "warning" in err) == ([], False)
+    site.unlink()
+    _, out, _ = call(*arguments(tree, "--confirm", PROJECT))
+    assert json.loads(out)["warnings"] == []
 
 
 def test_nothing_is_signed_without_the_typed_project(call, tree):
