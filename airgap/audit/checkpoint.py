@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from airgap.audit.disk import open_plain
 from policy.errors import FaultError, RefusedError
 
 MAX_NOTE: Final = 131_072  # 16 signatures of 5 kB must pass, says signed-note
@@ -300,7 +301,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 
 def _read_small(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = file.read(MAX_KEY_FILE + 1)
     except OSError as error:
         raise FaultError(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
+import stat
 from pathlib import Path
 
 
@@ -94,3 +96,17 @@ class Disk:
             raise
         if durable:
             self.sync_folder(path.parent)
+
+
+def open_plain(path: Path, *, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+    """Open a file for reading that may be hostile: a pipe would block, a device would never end.
+
+    Raises:
+        OSError: It is not a plain file, is missing or cannot be read.
+
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return io.BufferedReader(io.FileIO(fd), buffering)

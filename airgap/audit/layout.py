@@ -6,6 +6,7 @@ Used by the writer and by every reader. Nothing here verifies; callers get bytes
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from airgap.audit.checkpoint import MAX_NOTE, Checkpoint, parse_checkpoint
+from airgap.audit.disk import open_plain
 from policy.errors import RefusedError
 
 MAX_JOURNAL_LINE: Final = MAX_NOTE * 2
+_MIN_JOURNAL_LINE: Final = 64  # less holds no root; millions of such lines end soon
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8}\.jsonl")
 _BLOCK: Final = 1 << 20
 
@@ -109,7 +112,7 @@ def read_lines(path: Path, limit: int = MAX_JOURNAL_LINE) -> Iterator[bytes]:
 
     So may a line longer than `limit`, cut there: a hostile file of one line costs no memory.
     """
-    with path.open("rb", buffering=_BLOCK) as file:
+    with open_plain(path, buffering=_BLOCK) as file:
         while line := file.readline(limit):
             yield line
 
@@ -126,7 +129,7 @@ def parse_journal_line(line: bytes) -> Checkpoint:
         RefusedError: `audit.note`.
 
     """
-    if len(line) > MAX_JOURNAL_LINE or not line.endswith(b"\n"):
+    if not _MIN_JOURNAL_LINE < len(line) <= MAX_JOURNAL_LINE or not line.endswith(b"\n"):
         raise _bad_line()
     try:
         entry = json.loads(line)
@@ -145,30 +148,41 @@ def last_checkpoint(journal: Path) -> tuple[Checkpoint, int] | None:
     """Return the last readable checkpoint of the journal and the offset where its line ends.
 
     What follows that offset is debris of a crash: heads are not fsynced one by one. None when
-    nothing can be read.
+    nothing can be read. Reads backwards, one block at a time.
     """
     try:
-        size = journal.stat().st_size
+        file = open_plain(journal)
     except FileNotFoundError:
         return None
-    span = MAX_JOURNAL_LINE
-    while True:
-        start = max(0, size - span)
-        with journal.open("rb") as file:
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _BLOCK)
             file.seek(start)
-            block = file.read(size - start)
-        end = len(block)
-        while (newline := block.rfind(b"\n", 0, end)) >= 0:
-            begin = block.rfind(b"\n", 0, newline) + 1
-            if begin == 0 and start:
-                break  # This line began before the block.
-            try:
-                return parse_journal_line(block[begin : newline + 1]), start + newline + 1
-            except RefusedError:
-                end = begin
-        if start == 0:
-            return None
-        span *= 4
+            block = file.read(end - start)
+            found, first = _last_line(block, whole=start == 0)
+            if found is not None:
+                return found[0], start + found[1]
+            end = start + first  # the line that began before the block, or what lies before
+    return None
+
+
+def _last_line(block: bytes, *, whole: bool) -> tuple[tuple[Checkpoint, int] | None, int]:
+    """Return the last readable line and its end; else where lines end that are still to be read.
+
+    `whole` says that a line begins at the first byte.
+    """
+    end = len(block)
+    while (newline := block.rfind(b"\n", 0, end)) >= 0:
+        begin = block.rfind(b"\n", 0, newline) + 1
+        if begin == 0 and not whole:
+            # A line as long as the block is none of ours; else it is read with what precedes it.
+            return None, 0 if newline >= MAX_JOURNAL_LINE else newline + 1
+        try:
+            return (parse_journal_line(block[begin : newline + 1]), newline + 1), 0
+        except RefusedError:
+            end = begin
+    return None, 0
 
 
 def _bad_line() -> RefusedError:

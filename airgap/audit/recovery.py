@@ -26,7 +26,7 @@ from airgap.audit.checkpoint import (
     parse_checkpoint,
     verify_checkpoint,
 )
-from airgap.audit.disk import Disk
+from airgap.audit.disk import Disk, open_plain
 from airgap.audit.layout import Layout, journal_line, last_checkpoint, segment_count
 from airgap.audit.receipt import MAX_RECEIPT, parse_receipt, verify_receipt
 from airgap.audit.record import parse_line
@@ -336,7 +336,7 @@ def _mend_journal(
 def _current(layout: Layout) -> Checkpoint | None:
     """Return `log/checkpoint`; None when absent or empty, as a crash may leave it."""
     try:
-        with layout.checkpoint.open("rb") as file:
+        with open_plain(layout.checkpoint) as file:
             content = file.read(MAX_NOTE + 1)
     except FileNotFoundError:
         return None
@@ -346,7 +346,7 @@ def _current(layout: Layout) -> Checkpoint | None:
 def _anchors(layout: Layout, vkey: Vkey) -> Iterable[tuple[int, bytes]]:
     """Yield size and root of each anchor of this log that was handed back to the host."""
     for path in sorted(layout.anchors.iterdir()) if layout.anchors.is_dir() else ():
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = file.read(MAX_RECEIPT + 1)
         with contextlib.suppress(RefusedError):  # Not one of ours: `audit verify` reports it.
             if content.startswith(b"c2sp.org/"):

@@ -24,6 +24,7 @@ from airgap.audit.checkpoint import (
     parse_checkpoint,
     verify_checkpoint,
 )
+from airgap.audit.disk import open_plain
 from airgap.audit.layout import (
     Layout,
     journal_line,
@@ -147,6 +148,10 @@ def verify_log(
         findings.add(UNKNOWN, "signature", _CURRENT, found="no verifier key was given")
     held = _Held.look(layout, live=live)
     try:
+        special = next(_special_files(layout), None)
+        if special is not None:
+            findings.add(TAMPERED, "files", special, found="a pipe or device")
+            return _verdict(findings, None, kept, 0, 0)
         heads = _find_heads(layout, vkey, findings, live=live)
         head = heads.newest
         stream = _Stream(layout, heads, kept, findings, live=live, writer=held.now)
@@ -205,7 +210,7 @@ class _Held:
         if not live:
             return cls(now=False)
         try:
-            fd = os.open(layout.lock, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(layout.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
             return cls(now=False)
         try:
@@ -292,7 +297,7 @@ def _find_heads(layout: Layout, vkey: Vkey | None, findings: _Findings, *, live:
 
 def _read_current(layout: Layout, findings: _Findings, *, live: bool) -> Checkpoint | None:
     try:
-        with layout.checkpoint.open("rb") as file:
+        with open_plain(layout.checkpoint) as file:
             content = file.read(MAX_NOTE + 1)
     except FileNotFoundError:
         if not live:
@@ -322,7 +327,7 @@ def _load_anchors(
     """Yield the usable anchors; one that cannot be used is a reason for *cannot tell*."""
     for path in _anchor_files(paths):
         try:
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 checkpoint, receipt = load_anchor(file.read(MAX_RECEIPT + 1))
             if vkey is None:
                 continue
@@ -382,7 +387,7 @@ class _Stream:
         self._place = ""
         self._broken = False  # the chain broke: later lines are hashed, not judged
         self._beat = _Beat()
-        self._intents: dict[str, str] = {}
+        self._intents: dict[str, tuple[str, int]] = {}  # by request: kind and record
         self._objects: set[str] = set()
         self._made: dict[Node, bytes] = {}
         self._tiles = Tiles(self._compare_tile)
@@ -502,9 +507,9 @@ class _Stream:
                 self.findings.add(
                     TAMPERED, "pairing", self._place, seq, found=f"a second intent of {req}"
                 )
-            self._intents[req] = kind
+            self._intents[req] = (kind, seq)
             return
-        if known != kind:
+        if known is None or known[0] != kind:
             self.findings.add(
                 TAMPERED, "pairing", self._place, seq, found=f"{kind} {phase} without its intent"
             )
@@ -527,14 +532,14 @@ class _Stream:
         self._objects.add(digest)
         path = self.layout.object(digest[7:])
         try:
-            content = path.read_bytes()
+            with open_plain(path) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             self.findings.add(
                 TAMPERED, "object", f"log/objects/{digest[7:9]}/{digest[7:]}", seq,
                 expected="the object that the record cites", found="nothing",
             )  # fmt: skip
             return
-        found = hashlib.sha256(content).hexdigest()
         if found != digest[7:]:
             self.findings.add(
                 TAMPERED, "object", f"log/objects/{digest[7:9]}/{digest[7:]}", seq,
@@ -588,7 +593,7 @@ class _Stream:
         path = self.layout.tiles / name
         self._compare_partial(name, content)
         try:
-            found = path.read_bytes()
+            found = _read(path, len(content) + 1)
         except FileNotFoundError:
             self._missing_tiles += 1
             return
@@ -599,7 +604,7 @@ class _Stream:
         """Compare the published partial tiles of this place, each a beginning of `content`."""
         for width, path in self._partial.pop(name, ()):
             try:
-                found = path.read_bytes()
+                found = _read(path, 32 * width + 1)
             except FileNotFoundError:
                 continue  # A writer replaced it by a wider one.
             if found != content[: 32 * width]:
@@ -649,9 +654,15 @@ class _Stream:
                 found="a tile of records that are not there",
             )  # fmt: skip
         if self._intents:
-            findings.add(
-                NOTE, "open intents", "log/seg", found=f"{len(self._intents)} without an outcome"
-            )
+            findings.add(NOTE, "open intents", "log/seg", found=self._open_words(size))
+
+    def _open_words(self, size: int) -> str:
+        """Count the open intents; an export ends with its own, which is on record before it."""
+        count = len(self._intents)
+        words = f"{count} without an outcome"
+        if self.live or ("export", size - 1) not in self._intents.values():
+            return words
+        return f"{words}{': ' if count == 1 else ', among them '}the export itself"
 
     def _finish_size(self, size: int) -> None:
         head, findings = self.head, self.findings
@@ -697,6 +708,21 @@ def _partial_tiles(layout: Layout) -> dict[str, list[tuple[int, Path]]]:
         if path.name.isascii() and path.name.isdecimal() and 0 < int(path.name) < WIDTH:
             found.setdefault(name, []).append((int(path.name), path))
     return found
+
+
+def _special_files(layout: Layout) -> Iterator[str]:
+    """Yield what in the log is neither file nor folder, which no writer makes."""
+    for place, folders, names in os.walk(layout.log):
+        for name in [*folders, *names]:
+            path = Path(place) / name
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                yield path.relative_to(layout.folder).as_posix()
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Return at most `limit` bytes of a plain file."""
+    with open_plain(path) as file:
+        return file.read(limit)
 
 
 def _tile_index(rest: str) -> int:

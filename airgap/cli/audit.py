@@ -131,9 +131,10 @@ def check_receipt(
 ) -> None:
     """Check a receipt: signature, proof, and that the log still holds its record."""
     from airgap.audit.check import check
+    from airgap.audit.disk import open_plain
 
     try:
-        with receipt.open("rb") as file:
+        with open_plain(receipt) as file:
             content = file.read(1 << 20)
     except OSError as error:
         raise FaultError(

@@ -18,7 +18,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from airgap.audit.checkpoint import Checkpoint, parse_checkpoint
+from airgap.audit.checkpoint import MAX_NOTE, Checkpoint, parse_checkpoint
+from airgap.audit.disk import open_plain
 from airgap.audit.export.rows import FORMATS, Format
 from airgap.audit.layout import Layout, parse_journal_line, read_lines, segment_count
 from airgap.audit.record import citations, parse_line
@@ -28,6 +29,7 @@ from policy.errors import RefusedError
 
 FORMAT: Final = "airgap-audit-export/1"
 MAX_MANIFEST: Final = 1 << 26
+_UNSIGNED: Final = "no signature of its own; the verdict rests on the signed head"
 _CHUNK: Final = 1_024
 _BLOCK: Final = 1 << 20
 
@@ -119,7 +121,8 @@ def parse_manifest(content: bytes) -> Manifest:
 def check_export(folder: Path) -> Iterator[Finding]:
     """Yield what does not fit between an export's manifest, its files and its derived rows."""
     try:
-        manifest = parse_manifest((folder / "manifest.json").read_bytes())
+        with open_plain(folder / "manifest.json") as file:
+            manifest = parse_manifest(file.read(MAX_MANIFEST + 1))
     except RefusedError as error:
         yield Finding(TAMPERED, "manifest", "manifest.json", found=error.message)
         return
@@ -145,7 +148,8 @@ def check_export(folder: Path) -> Iterator[Finding]:
 def _check_head(folder: Path, manifest: Manifest) -> Iterator[Finding]:
     """The manifest says of itself what the signed head says."""
     try:
-        head = parse_checkpoint(Layout(folder).checkpoint.read_bytes())
+        with open_plain(Layout(folder).checkpoint) as file:
+            head = parse_checkpoint(file.read(MAX_NOTE + 1))
     except (RefusedError, FileNotFoundError):
         return  # Reported by the main pass.
     said = (manifest.origin, manifest.size, manifest.root)
@@ -178,7 +182,7 @@ def _check_rows(layout: Layout, manifest: Manifest) -> Iterator[Finding]:
             return
     if next(found, None) is not None:
         yield Finding(TAMPERED, "rows", name, found="more rows than records")
-    yield Finding(NOTE, "manifest", "manifest.json", found="not signed in this version")
+    yield Finding(NOTE, "manifest", "manifest.json", found=_UNSIGNED)
 
 
 def _write(
@@ -255,7 +259,8 @@ def _copy_records(
     for digest in sorted(cited):
         path = target.object(digest[7:])
         path.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source.object(digest[7:]), path)
+        with open_plain(source.object(digest[7:])) as cited_file, path.open("wb") as copy:
+            shutil.copyfileobj(cited_file, copy)
 
 
 def _lines(layout: Layout) -> Iterator[bytes]:
@@ -268,7 +273,7 @@ def _lines(layout: Layout) -> Iterator[bytes]:
 
 def _entry(folder: Path, name: str) -> FileEntry:
     sha256, sha384, size = hashlib.sha256(), hashlib.sha384(), 0
-    with (folder / name).open("rb") as file:
+    with open_plain(folder / name) as file:
         while block := file.read(_BLOCK):
             sha256.update(block)
             sha384.update(block)
