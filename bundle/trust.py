@@ -8,9 +8,10 @@ holds it; it got there by a typed fingerprint. FORMAT.md section 9.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope, sign_statement
-from bundle.fields import Document, Instant, KeyId, PersonId, Text, Token
+from bundle.fields import Document, Instant, KeyId, PersonId, Text, Token, format_time
 from bundle.keys import (
     ED25519,
     PublicKey,
@@ -212,6 +213,13 @@ def add_key(
 
     """
     old, now = trust.document, now.replace(microsecond=0)
+    if now < old.issued:
+        raise RefusedError(
+            "trust.clock",
+            f"the clock of this host says {format_time(now)}, but root {old.version} was issued at "
+            f"{format_time(old.issued)}",
+            hint="set the clock right, then run it again",
+        )
     if key.keyid in old.keys:
         raise RefusedError("trust.root", f"key {key.keyid} is enrolled already")
     known = old.people.get(key.person)
@@ -268,7 +276,15 @@ def load_trust(folder: Path) -> Trust:
         )
         for version in versions
     ]
-    return _verify_chain([parse_envelope(raw, code="trust.chain") for raw in raws])
+    trust = _verify_chain([parse_envelope(raw, code="trust.chain") for raw in raws])
+    for version, document in zip(versions, trust.documents, strict=True):
+        if document.version != version:
+            raise RefusedError(
+                "trust.chain",
+                f"{folder / f'{version}.root.json'} holds version {document.version}",
+                hint="bring back the file of that version; an older root must not stand for it",
+            )
+    return trust
 
 
 def save_trust(trust: Trust, folder: Path) -> Path:
@@ -277,19 +293,23 @@ def save_trust(trust: Trust, folder: Path) -> Path:
     A version that exists is compared and never replaced (RefusedError `trust.chain`).
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for envelope, document in zip(trust.chain, trust.documents, strict=True):
-        path = folder / f"{document.version}.root.json"
-        if path.exists():
-            held = read_limited(path, CHAIN_LIMIT, code="trust.chain", what="the root")
-            if parse_envelope(held, code="trust.chain").payload != envelope.payload:
-                raise RefusedError("trust.chain", f"{path} is another root of the same version")
-            continue
-        _write_file(path, envelope.to_bytes())
     link, fresh = folder / "root.json", folder / f".root.{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
-        fresh.unlink()
-    fresh.symlink_to(f"{trust.version}.root.json")
-    fresh.replace(link)
+    with _held(folder):  # two that enrol at once must not write one version twice
+        for envelope, document in zip(trust.chain, trust.documents, strict=True):
+            path = folder / f"{document.version}.root.json"
+            if os.path.lexists(path):
+                held = read_limited(path, CHAIN_LIMIT, code="trust.chain", what="the root")
+                if parse_envelope(held, code="trust.chain").payload != envelope.payload:
+                    raise RefusedError(
+                        "trust.chain",
+                        f"{path} is another root of the same version",
+                        hint="somebody enrolled at the same time: look at it, then run it again",
+                    )
+                continue
+            _write_file(path, envelope.to_bytes())
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(f"{trust.version}.root.json")
+        fresh.replace(link)
     return link
 
 
@@ -448,13 +468,28 @@ def _write_file(path: Path, content: bytes) -> None:
     """Write beside, sync, rename: a crash leaves the old state or the new one."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fresh.replace(path)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Wait for the folder and hold it, without a file of its own."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

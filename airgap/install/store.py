@@ -15,7 +15,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ from policy.terms import Digest
 STATE_LIMIT = 1024 * 1024
 HEAD_FILES = ("META/envelope.dsse.json", "META/manifest.json", "META/trust.json")
 _PART = 1024 * 1024
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class Mark(Document):
@@ -98,10 +101,11 @@ class Store:
     # -- reading ------------------------------------------------------------------------------
 
     def list(self) -> tuple[InstalledBundle, ...]:
-        """Return what is installed, by name, version and digest."""
+        """Return what is installed, by name, version and digest; other names are no bundles."""
         if not self.installed.is_dir():
             return ()
-        found = [self._load(path) for path in self.installed.iterdir()]
+        names = [path for path in self.installed.iterdir() if _DIGEST.fullmatch(path.name)]
+        found = [self._load(path) for path in names]
         return tuple(
             sorted(found, key=lambda b: (b.manifest.name, b.manifest.version, b.digest.hex))
         )
@@ -192,9 +196,10 @@ class Store:
         """Hold the store for one install; FaultError `host.state` when somebody else does."""
         for folder in (self.folder, self.installed, self.quarantine):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as stream:
+        lock = self._open_lock()
+        try:
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise FaultError(
                     "host.state",
@@ -202,6 +207,26 @@ class Store:
                     hint="wait for it, or stop it, then run it again",
                 ) from error
             yield
+        finally:
+            os.close(lock)
+
+    def _open_lock(self) -> int:
+        """Open the lock file and nothing in its place: no link is followed, no pipe waited for."""
+        path, flags = self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        try:
+            lock = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            raise FaultError(
+                "host.state",
+                f"{path} cannot be opened: {error.strerror}",
+                hint="it must be an ordinary file of yours: remove what is there",
+            ) from error
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            os.close(lock)
+            raise FaultError(
+                "host.state", f"{path} is not a plain file", hint="remove what is there"
+            )
+        return lock
 
     def raise_mark(self, manifest: Manifest, digest: Digest) -> None:
         """Remember the epoch of a bundle that is about to be active."""

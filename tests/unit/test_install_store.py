@@ -556,3 +556,31 @@ def test_current_that_is_no_link_is_a_fault(release, root):
 def test_every_code_that_this_room_raises_is_listed():
     for code in ("install.io", "install.digest", "start.digest", "store.state", "store.missing"):
         assert code in CODES
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_stands_in_the_place_of_the_lock_is_not_touched(tmp_path, kind):
+    store = Store(tmp_path / "store")
+    store.folder.mkdir()
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"dear")
+    if kind == "link":
+        (store.folder / "lock").symlink_to(precious)
+    else:
+        os.mkfifo(store.folder / "lock")
+    with pytest.raises(FaultError) as caught, store.locked():
+        pass
+    assert caught.value.code == "host.state"
+    assert precious.read_bytes() == b"dear"
+
+
+def test_what_is_no_bundle_is_not_listed(tmp_path):
+    store = Store(tmp_path / "store")
+    store.installed.mkdir(parents=True)
+    (store.installed / "README").write_text("notes")
+    (store.installed / "lost+found").mkdir()
+    assert store.list() == ()
+    (store.installed / ("0" * 64)).mkdir()
+    with pytest.raises(RefusedError) as caught:
+        store.list()
+    assert caught.value.code == "start.digest"

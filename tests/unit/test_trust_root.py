@@ -1,8 +1,12 @@
 """Keys, envelopes and the trust root: what is enrolled, what counts, and what is refused."""
 
 import base64
+import errno
 import json
+import os
 import subprocess
+import threading
+import time
 from datetime import timedelta
 
 import bundles
@@ -389,3 +393,76 @@ def test_base64_has_one_form():
         with pytest.raises(ValueError, match=r".*"):
             keys.decode_base64(text)
     assert base64.b64decode("QR==") == b"A"  # what a lenient reader would accept
+
+
+def test_an_older_root_does_not_stand_for_a_newer_one(tmp_path):
+    trust.save_trust(bundles.make_trust(), tmp_path)
+    newest = max(tmp_path.glob("[0-9]*.root.json"), key=lambda path: int(path.name.split(".")[0]))
+    for path in tmp_path.glob("[0-9]*.root.json"):
+        if path.name not in {newest.name, "1.root.json"}:
+            path.unlink()
+    (tmp_path / "1.root.json").replace(newest)
+    assert code_of(lambda: trust.load_trust(tmp_path)) == "trust.chain"
+
+
+def test_a_clock_before_the_root_enrols_nobody():
+    made = bundles.make_trust("alice")
+    early = made.document.issued - timedelta(seconds=1)
+    signers = [bundles.signer("root")]
+    with pytest.raises(RefusedError) as caught:
+        trust.add_key(made, bundles.public("bob"), signers, now=early)
+    assert caught.value.code == "trust.clock"
+
+
+class _Full:
+    """os.fsync on a full disk, from its n-th call on."""
+
+    def __init__(self, good):
+        self.good = good
+
+    def __call__(self, _):
+        self.good -= 1
+        if self.good < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path, monkeypatch, good):
+    monkeypatch.setattr(os, "fsync", _Full(good))
+    with pytest.raises(OSError, match="No space"):
+        keys.new_key(tmp_path, "k", person="p", roles=("approver",))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    keys.new_key(tmp_path, "k", person="p", roles=("approver",))
+
+
+def test_a_full_disk_leaves_no_half_of_a_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _Full(0))
+    with pytest.raises(OSError, match="No space"):
+        trust.save_trust(bundles.make_trust(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_enrol_at_once_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    base = bundles.make_trust("alice")
+    trust.save_trust(base, tmp_path)
+    one, two = (
+        trust.add_key(base, bundles.public(name), [bundles.signer("root")], now=NOW)
+        for name in ("bob", "carol")
+    )
+    written = trust._write_file
+    started = threading.Event()
+    ends = []
+
+    def slow(path, content):
+        started.set()
+        time.sleep(0.2)
+        written(path, content)
+
+    monkeypatch.setattr(trust, "_write_file", slow)
+    first = threading.Thread(target=lambda: ends.append(trust.save_trust(one, tmp_path)))
+    first.start()
+    assert started.wait(5)
+    assert code_of(lambda: trust.save_trust(two, tmp_path)) == "trust.chain"
+    first.join()
+    assert trust.load_trust(tmp_path) == one
