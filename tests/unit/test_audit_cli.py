@@ -191,7 +191,11 @@ def test_an_export_is_on_record_and_verifies_elsewhere(tree, tmp_path, capsys):
     assert last["result"] == "complete"
     assert last["last"] == found["size"] - 1
     anchors = ("--anchors", tree / "receipts", "--vkey", tree / "keys/audit.vkey")
-    assert run("verify", out, *anchors) == 0
+    status, verdict = result(capsys, "verify", out, *anchors)
+    notes = {note["check"]: note["found"] for note in verdict["findings"]}
+    assert status == 0
+    assert notes["open intents"] == "1 without an outcome: the export itself"
+    assert notes["manifest"].startswith("no signature of its own")
     assert sorted(p.name for p in out.iterdir()) == ["log", "manifest.json", "records.jsonl"]
     assert list(out.parent.iterdir()) == [out]
 
