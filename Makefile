@@ -41,7 +41,7 @@ test: $(VENV)/.dev
 # The wheel alone: a lab with [cpu,science], an auditor with no extra at all.
 wheel-test: $(VENV)/.run
 	test -f demo-out/audit-export/manifest.json || $(BIN)/airgap demo --out demo-out
-	$(BIN)/python tests/wheel_test.py --demo demo-out --work build/wheel
+	$(BIN)/python tests/bare_wheel.py --demo demo-out --work build/wheel
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

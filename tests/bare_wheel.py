@@ -1,6 +1,6 @@
 """The built wheel in environments that hold no more than they must.
 
-`python tests/wheel_test.py --demo demo-out --work build/wheel` builds the wheel and installs it
+`python tests/bare_wheel.py --demo demo-out --work build/wheel` builds the wheel and installs it
 twice: with the extras `cpu` and `science` (a lab: verify, install, run, audit) and with none (an
 auditor: verify a bundle and a log). It uses the bundle, trust root and log that `airgap demo` left,
 because only the staging side can make a bundle. `make wheel-test` runs it, pytest does not.
