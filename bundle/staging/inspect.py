@@ -18,7 +18,7 @@ from bundle.canonical import canonical_json
 from bundle.scan.config import CODE as CONFIG_CODE
 from bundle.scan.config import CONFIG_LIMIT, unknown_keys
 from bundle.scan.onnx import parse_onnx
-from bundle.scan.payload import Finding, scan_file
+from bundle.scan.payload import DOCUMENT_LIMIT, Finding, scan_file
 from bundle.scan.roles import Role, role_of
 from bundle.scan.safetensors import Tensor, parse_safetensors
 from bundle.scan.strict import open_view, parse_object
@@ -319,7 +319,8 @@ def _read_card(report: InspectReport) -> str:
         role = report.roles.get(file.path)
         if role not in {Role.CARD, Role.LICENCE}:
             continue
-        text = bytes(open_view(file.place)).decode("utf-8", "replace")
+        # A longer one was refused by its parser; it must not be read into memory here.
+        text = bytes(open_view(file.place)[:DOCUMENT_LIMIT]).decode("utf-8", "replace")
         sha256 = report.digests[file.path].sha256
         if role is Role.LICENCE:
             found = licence_text(file.path, text)

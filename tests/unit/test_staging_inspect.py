@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -284,3 +285,19 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_sizes_for_people(size, text):
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md"])
+def test_a_text_of_gigabytes_is_refused_and_not_read_into_memory(tmp_path, name, monkeypatch):
+    from bundle.staging import inspect
+
+    snapshot = tiny_llama.write_snapshot(tmp_path / "model")
+    (snapshot / name).touch()
+    os.truncate(snapshot / name, 64 * 1024 * 1024)
+    seen = []
+    monkeypatch.setattr(inspect, "licence_text", lambda _, text: seen.append(len(text)))
+    monkeypatch.setattr(inspect, "parse_card", lambda text: seen.append(len(text)) or {})
+    report = inspect.inspect_source(snapshot)
+    assert report.refusal() is not None
+    assert seen
+    assert max(seen) <= 4 * 1024 * 1024
