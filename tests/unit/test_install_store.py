@@ -584,3 +584,17 @@ def test_what_is_no_bundle_is_not_listed(tmp_path):
     with pytest.raises(RefusedError) as caught:
         store.list()
     assert caught.value.code == "start.digest"
+
+
+def test_an_altered_medium_is_refused_even_when_the_bundle_is_installed(release, root, tmp_path):
+    done = bring_in(release / "one.agb", root)
+    altered = bytearray((release / "one.agb").read_bytes())
+    altered[len(altered) // 2] ^= 1
+    (tmp_path / "altered.agb").write_bytes(altered)
+    log = Log()
+    with pytest.raises(RefusedError) as caught:
+        bring_in(tmp_path / "altered.agb", root, log=log)
+    assert caught.value.code == "chunk.leaf"
+    assert log.phases == ["intent", "outcome refused"]
+    assert Store(root / "store").current() == done.bundle
+    verify_installed(done.bundle.folder)
