@@ -146,7 +146,7 @@ def build(
         model_id=name,
         version=version,
         created=moment,
-        expires=moment + timedelta(days=valid_days),
+        expires=_expires(moment, valid_days),
         epoch=int(moment.timestamp()) if epoch is None else epoch,
         source=origin,
         revision=revision,
@@ -270,6 +270,18 @@ def _created(text: str | None) -> datetime:
             hint="airgap build --help",
         ) from error
     return datetime.now(UTC).replace(microsecond=0)
+
+
+def _expires(moment: datetime, valid_days: int) -> datetime:
+    """Return the end of the release's validity; the calendar ends with the year 9999."""
+    try:
+        return moment + timedelta(days=valid_days)
+    except OverflowError as error:
+        raise UsageError(
+            "usage.argument",
+            f"{valid_days} days after {moment:%Y-%m-%d} no calendar goes on",
+            hint="give an earlier --created, or fewer --valid-days",
+        ) from error
 
 
 @contextlib.contextmanager

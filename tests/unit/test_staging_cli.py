@@ -372,3 +372,10 @@ def test_a_report_never_takes_the_place_of_something_else(snapshot, tmp_path, ki
     if out:
         assert kind == "nowhere" or not stat.S_ISREG(out.lstat().st_mode)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_release_that_would_outlive_the_calendar_is_refused():
+    with pytest.raises(UsageError) as caught:
+        staging._expires(datetime(9999, 12, 31, tzinfo=UTC), 365)
+    assert caught.value.code == "usage.argument"
+    assert staging._expires(datetime(2026, 1, 1, tzinfo=UTC), 1) == datetime(2026, 1, 2, tzinfo=UTC)
