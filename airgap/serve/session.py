@@ -72,6 +72,7 @@ def open_broker(
     site = load_site(root)
     rules = gate.load_rules(root)
     installed = find_installed(root, model)
+    require_valid(installed, clock())
     verify_installed(installed.folder)
     person = site.require_account(os.getuid(), account_name())
     chosen = choose_project(site, person, project)
@@ -239,6 +240,23 @@ def find_installed(root: Path, model: str) -> InstalledBundle:
             hint="airgap install BUNDLE.agb; or name another tree with --root",
         )
     return current
+
+
+def require_valid(installed: InstalledBundle, now: datetime) -> None:
+    """Refuse a release whose time is over: approval was given for that time and no longer.
+
+    Raises:
+        RefusedError: `trust.expired`.
+
+    """
+    expires = installed.manifest.expires
+    if now >= expires:
+        raise RefusedError(
+            "trust.expired",
+            f"{installed.manifest.name} {installed.manifest.version} was approved until "
+            f"{expires:%Y-%m-%d %H:%M} UTC; it is {now:%Y-%m-%d %H:%M}",
+            hint="install a release that is valid, or correct the clock: airgap list",
+        )
 
 
 def describe(installed: InstalledBundle) -> Model:

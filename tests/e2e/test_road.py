@@ -316,6 +316,22 @@ def test_what_is_no_bundle_has_a_code(road, capsys, tmp_path, name):
         assert done.document["code"]
 
 
+def test_an_expired_release_does_not_run(road):
+    from datetime import timedelta
+
+    from airgap.serve import open_broker
+    from airgap.serve.session import utc_now
+    from policy.errors import RefusedError
+
+    late = utc_now() + timedelta(days=4000)
+    with (
+        pytest.raises(RefusedError) as refused,
+        open_broker(road.lab, project="route-design", clock=lambda: late),
+    ):
+        pass
+    assert refused.value.code == "trust.expired"
+
+
 def test_standard_tools_read_the_bundle(road, tmp_path):
     listed = subprocess.run(["tar", "-tf", road.bundle], capture_output=True, text=True, check=True)
     assert listed.stdout.split("\n")[0] == "META/envelope.dsse.json"
