@@ -1,4 +1,5 @@
 # Everything a newcomer needs: `make demo` and `make test`. Both set up their own environment.
+# PIP_ARGS reaches pip, for example PIP_ARGS="--find-links DIR" for a CPU wheel of torch.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SITE = $(wildcard $(VENV)/lib/python3*/site-packages)
 SEALED_LIBRARIES := numpy onnxruntime tokenizers llguidance rdkit gemmi
-INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt --build-constraint constraints.txt
+INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt --build-constraint constraints.txt $(PIP_ARGS)
 
 .PHONY: demo test wheel-test lint bench soak smoke-train clean
 
