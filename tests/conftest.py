@@ -1,1 +1,10 @@
 """Being here puts this folder on the path: every test may import its helper modules."""
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: a shared machine is slow at times, and time is never what these laws are about.
+# The same examples every time: a failure is a failure of the change, not of the draw.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
