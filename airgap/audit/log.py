@@ -747,8 +747,15 @@ def open_log(root: Path, *, site: str, host: str = "", mode: str = "embedded") -
     """Open the log of a tree (`audit/`, key in `keys/`), making both when they are missing.
 
     `site` is the institution's name; it becomes part of a new log's origin.
+
+    Raises:
+        RefusedError: `audit.history`; this key has signed a log, and the log is gone.
+        FaultError: `audit.key`; there is a log and no key.
+
     """
     key = root / "keys" / "audit.pem"
+    # Beside the key and not beside the log: whoever empties `audit/` does not take it along.
+    begun = key.with_suffix(".begun")
     if not key.exists():
         if (root / "audit" / "log").is_dir():
             raise FaultError(
@@ -757,7 +764,20 @@ def open_log(root: Path, *, site: str, host: str = "", mode: str = "embedded") -
                 hint="bring the key back from its backup; a new key is a new log",
             )
         create_log_key(key, site=site_name(site))
-    return AuditLog.open(root / "audit", key=key, host=host, mode=mode)
+    elif begun.exists() and not (root / "audit" / "log").is_dir():
+        raise RefusedError(
+            "audit.history",
+            f"the key {key} has signed a log, and there is none in {root / 'audit'}",
+            hint="bring the log back from its backup; for a new log move both keys/audit.* aside",
+        )
+    log = AuditLog.open(root / "audit", key=key, host=host, mode=mode)
+    try:
+        if not begun.exists():
+            Disk().put(begun, b"")
+    except BaseException:
+        log.close()
+        raise
+    return log
 
 
 def _host_name(text: str) -> str:

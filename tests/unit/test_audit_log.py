@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 
 import audit_logs as logs
@@ -594,3 +595,21 @@ def test_a_head_lost_with_the_journal_is_found_in_the_frontier(second):
     assert journal_line(
         load_frontier(folder / "audit/log/frontier/00000000.json", VKEY).head.note
     ) in (journal.read_bytes())
+
+
+def test_a_log_that_is_gone_is_not_begun_again_in_silence(tmp_path):
+    with open_log(tmp_path, site="Test Lab"):
+        pass
+    with open_log(tmp_path, site="Test Lab"):
+        pass
+    shutil.rmtree(tmp_path / "audit")
+    with pytest.raises(RefusedError) as refused:
+        open_log(tmp_path, site="Test Lab")
+    assert refused.value.code == "audit.history"
+    assert not (tmp_path / "audit").exists()
+
+
+def test_a_first_start_that_was_cut_off_after_the_key_goes_on(tmp_path):
+    create_log_key(tmp_path / "keys" / "audit.pem", site="test-lab")
+    with open_log(tmp_path, site="Test Lab") as log:
+        assert log.size > 0
