@@ -44,6 +44,7 @@ _TITLE = re.compile(r"^# +(.{1,80})$", re.MULTILINE)
 _CARRIED = frozenset([Role.CONFIG, Role.TOKENIZER, Role.CARD, Role.LICENCE])
 _INDEX_LIMIT = 64 * 1024 * 1024
 _NEEDED = ("config.json", "tokenizer.json")
+HASH_REFUSED = 1 << 30  # bytes up to which a file that its parser refused is still hashed
 
 
 @dataclass(slots=True)
@@ -178,6 +179,8 @@ def inspect_source(
             report.refused.add(file.path)
     tell("scan", len(report.files), len(report.files))
     _collect(report, lambda: _check_model(report))
+    if any(f.size > HASH_REFUSED and f.path in report.refused for f in report.files):
+        raise report.refusals[0]  # hours of hashing could not change the answer
     _hash_all(report, tell)
     _collect(report, lambda: _check_origin(report, wanted, commit_of(folder)))
     pin_digest = None if pins is None else Digest.of(bytes(open_view(pins))).hex

@@ -103,6 +103,19 @@ def test_huge_text_files_are_refused_without_being_read(snapshot):
     assert codes(snapshot)[0] == "scan.config"
 
 
+def test_huge_weights_that_are_none_are_refused_before_anything_is_hashed(snapshot):
+    told = []
+    inspect_source(snapshot, progress=lambda stage, *_: told.append(stage))
+    assert "hash" in told
+    with (snapshot / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1 << 40)  # sparse: hashing it would take a quarter of an hour
+    told.clear()
+    with pytest.raises(RefusedError) as refused:
+        inspect_source(snapshot, progress=lambda stage, *_: told.append(stage))
+    assert refused.value.code == "scan.safetensors"
+    assert "hash" not in told
+
+
 def test_pickled_weights_alone_do_not_also_read_as_missing(snapshot):
     (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
     found = codes(snapshot)
