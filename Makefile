@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= 2
 SITE = $(wildcard $(VENV)/lib/python3*/site-packages)
 SEALED_LIBRARIES := numpy onnxruntime tokenizers llguidance rdkit gemmi
 INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt --build-constraint constraints.txt $(PIP_ARGS)
@@ -31,8 +32,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m 'not soak'
-	$(BIN)/coverage combine --quiet
+	$(BIN)/pytest -m 'not soak' -n $(JOBS) --dist loadfile --cov --cov-report=
 	$(BIN)/coverage report
 	for package in policy bundle airgap; do \
 	    echo "$$package: at least 90 % of lines"; \

@@ -464,7 +464,8 @@ USUAL = [(starter, "A" if starter == "root" else "B") for starter in starters()]
 def test_a_killed_broker_leaves_no_orphan(starter, rung, tmp_path):
     note = tmp_path / "pids"
     note.touch()
-    for path in (note, *tmp_path.parents[:2], tmp_path):
+    ours = [path for path in tmp_path.parents if "pytest-of-" in str(path)]
+    for path in (note, tmp_path, *ours):
         path.chmod(0o777)
     assert run_as(starter, ORPHAN, str(PROGRAMS), rung, str(note)) == []
 
