@@ -178,7 +178,7 @@ class PolicySettings(Frozen):
 class EnclaveSettings(Frozen):
     """The weakest seal that is accepted; None: A for root and B for users."""
 
-    min_rung: Literal["A", "B", "C"] | None = None
+    min_rung: Literal["A", "U", "B", "C"] | None = None
 
 
 class AuditSettings(Frozen):

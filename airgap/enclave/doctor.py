@@ -13,9 +13,10 @@ from airgap.enclave.host import HostSurvey
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.twin import Row, Verdict
 
-PROBED = ("A", "B")  # C has one layer and is probed only where a site has chosen it
+PROBED = ("A", "U", "B")  # C has one layer and is probed only where a site has chosen it
 LAYERS = {
     "A": "own network, processes and root; files by Landlock; calls by two filters",
+    "U": "own network and processes; files by Landlock; calls by two filters",
     "B": "files by Landlock; network and calls by two filters alone",
     "C": "calls by two filters alone, from the end of loading on",
 }

@@ -20,11 +20,10 @@ from typing import Any
 from airgap.enclave import filters, linux
 from airgap.enclave import landlock as rules
 from airgap.enclave.host import HostSurvey, parse_id_map, parse_status
-from airgap.enclave.launcher import unescape
 from airgap.enclave.plan import Plan
+from airgap.enclave.root import unescape
 
 NAMESPACES = ("net", "pid", "mnt", "ipc", "uts", "cgroup", "user")
-UNSHARED = ("net", "pid", "mnt", "ipc", "uts", "cgroup")
 _CAPABILITY_SETS = {
     "eff": "CapEff",
     "prm": "CapPrm",
@@ -171,17 +170,18 @@ def verify(
 
 
 def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[Finding]:
-    wanted = (*UNSHARED, "user") if plan["mapping"] is not None else UNSHARED
     layers = {"net": "network", "mnt": "root"}
     found = [
         Finding(layers.get(name, "namespaces"), f"the {name} namespace is the host's own")
-        for name in wanted
+        for name in plan["namespaces"]
         if facts.namespaces is not None and facts.namespaces.get(name) == host.get(name)
     ]
-    if plan["mapping"] is not None and facts.uid_map is not None:
+    if "user" in plan["namespaces"] and facts.uid_map is not None:
         inside = [first for first, _, _ in facts.uid_map]
-        if inside != [plan["mapping"][0]]:
-            found.append(Finding("identity", f"the ids inside are {inside}, expected one, not 0"))
+        if inside != (plan["mapping"] or [])[:1]:
+            found.append(
+                Finding("identity", f"the ids inside are {inside}, expected those of the plan")
+            )
     if facts.pid_inside != 1:
         found.append(Finding("namespaces", f"the pid inside is {facts.pid_inside}, expected 1"))
     if facts.links is not None and facts.links != ("lo",):
@@ -192,7 +192,7 @@ def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[F
         found.append(Finding("network", f"{facts.routes} routes exist, expected none"))
     if facts.sockets:
         found.append(Finding("network", f"{facts.sockets} sockets exist, expected none"))
-    if facts.mounts is not None:
+    if "mnt" in plan["namespaces"] and facts.mounts is not None:
         found += _verify_mounts(facts.mounts, plan)
     return found
 
@@ -200,7 +200,6 @@ def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[F
 def _verify_mounts(mounts: Sequence[Mount], plan: Plan) -> list[Finding]:
     """Every mount belongs to a bind of the plan, and only what the plan says is writable."""
     modes = {bind["path"]: bind["mode"] for bind in plan["binds"]}
-    devices = {"/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"}
     found = []
     for mount in mounts:
         owner = max(
@@ -211,11 +210,9 @@ def _verify_mounts(mounts: Sequence[Mount], plan: Plan) -> list[Finding]:
         if mount.point == "/":
             if mount.writable or mount.kind != "tmpfs":
                 found.append(Finding("root", f"the root is {mount}, expected a read-only tmpfs"))
-        elif mount.point in devices:
-            continue
         elif owner is None:
             found.append(Finding("root", f"{mount.point!r} is mounted and not in the plan"))
-        elif mount.writable and modes[owner] != "write":
+        elif mount.writable and modes[owner] == "read":
             found.append(Finding("root", f"{mount.point!r} is writable, expected read-only"))
     if not any(mount.point == "/" for mount in mounts):
         found.append(Finding("root", "there is no private root"))
@@ -327,7 +324,7 @@ def seal_document(
         if descriptors is None
         else [f"{n}:{k}" for n, k in sorted(descriptors.items())],
         "mounts": None
-        if mounts is None or not plan["namespaces"]
+        if mounts is None or "mnt" not in plan["namespaces"]
         else [f"{m.point}:{'rw' if m.writable else 'ro'}" for m in mounts],
         "seccomp": {
             "s1": {"sha256": filters.digest(stage1), "insns": filters.count(stage1)},

@@ -151,23 +151,35 @@ class ProbeJob:
 
 def enter_network() -> bool:
     """Make a network namespace where every address is local; False where none can be made."""
-    uid, gid = os.geteuid(), os.getegid()
-    status = host.parse_status(Path("/proc/self/status").read_text())
-    privileged = int(status["CapEff"], 16) >> 21 & 1
-    try:
-        if privileged:
-            linux.call("unshare", linux.CLONE_NEWNET)
-        else:
-            linux.call("unshare", linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-            Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-        _configure_loopback()
-    except OSError:
+    # A host may let a namespace be made and then deny all inside it: a child tries first.
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            _unshare_network()
+            status = 0
+        finally:
+            os._exit(status)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         return False
+    _unshare_network()
     with contextlib.suppress(OSError):  # echo sockets are a channel only where groups may have them
         Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
     return True
+
+
+def _unshare_network() -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    status = host.parse_status(Path("/proc/self/status").read_text())
+    privileged = int(status["CapEff"], 16) >> 21 & 1
+    if privileged:
+        linux.call("unshare", linux.CLONE_NEWNET)
+    else:
+        linux.call("unshare", linux.CLONE_NEWUSER | linux.CLONE_NEWNET)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+    _configure_loopback()
 
 
 def _configure_loopback() -> None:

@@ -97,7 +97,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
 
 # -- which rungs can be tried ---------------------------------------------------------------------
 
-RUNGS = ("A", "B", "C")  # U is specified and not offered: a site that allows it gets A alone
+RUNGS = ("A", "U", "B", "C")  # from the best down
 
 
 def default_min_rung(facts: HostSurvey) -> str:
@@ -117,19 +117,22 @@ def rung_obstacles(facts: HostSurvey) -> dict[str, str]:
         # read could not be told from one that they may not.
         reason = f"uid {facts.uid} is the kernel's number for unknown owners; use another account"
         return dict.fromkeys(RUNGS, reason)
-    if not facts.sys_admin and facts.max_user_namespaces == 0:
-        out["A"] = "user.max_user_namespaces is 0, so only root can make namespaces"
+    if facts.max_user_namespaces == 0:
+        out["U"] = "user.max_user_namespaces is 0"
+        if not facts.sys_admin:
+            out["A"] = "user.max_user_namespaces is 0, so only root can make namespaces"
+    # Without a root of its own, files are closed by Landlock, which lets a path be looked up.
     if facts.landlock_abi < 1:
-        out["B"] = "the kernel reports no Landlock"
+        out["U"] = out["B"] = "the kernel reports no Landlock"
     elif facts.autofs:
-        out["B"] = f"autofs at {facts.autofs[0]}: a path lookup would reach the automount daemon"
+        reason = f"autofs at {facts.autofs[0]}: a path lookup would reach the automount daemon"
+        out["U"] = out["B"] = reason
     return out
 
 
 def allowed_rungs(min_rung: str) -> tuple[str, ...]:
     """Return the rungs from the best down to `min_rung`."""
-    least = "A" if min_rung == "U" else min_rung
-    return RUNGS[: RUNGS.index(least) + 1]
+    return RUNGS[: RUNGS.index(min_rung) + 1]
 
 
 def candidate_rungs(facts: HostSurvey, min_rung: str) -> tuple[list[str], dict[str, str]]:

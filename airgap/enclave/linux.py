@@ -22,6 +22,16 @@ CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
+NAMESPACES = {
+    "net": CLONE_NEWNET,
+    "ipc": CLONE_NEWIPC,
+    "pid": CLONE_NEWPID,
+    "mnt": CLONE_NEWNS,
+    "uts": CLONE_NEWUTS,
+    "cgroup": CLONE_NEWCGROUP,
+    "user": CLONE_NEWUSER,
+}
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC = 32, 1024, 2048, 4096, 16384
 MS_PRIVATE, MS_RELATIME = 1 << 18, 1 << 21
@@ -77,6 +87,15 @@ def mount(
 ) -> None:
     """Mount(2)."""
     call("mount", text(source), text(target), text(kind), flags, text(options))
+
+
+def write_text(path: str, content: str) -> None:
+    """Write a kernel file in one call."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, content.encode())
+    finally:
+        os.close(descriptor)
 
 
 def prctl(option: int, value: int) -> None:

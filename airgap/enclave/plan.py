@@ -42,7 +42,7 @@ class Plan(TypedDict):
     rung: str
     profile: str
     broker: int
-    namespaces: bool
+    namespaces: list[str]
     mapping: list[int] | None
     identity: list[int] | None
     binds: list[Bind]
@@ -66,6 +66,14 @@ _KERNEL_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 # Address space that is reserved and not used: libraries, and an arena of libc for each thread.
 _ROOM_MIB = 256
+# What each rung unshares; a user adds "user" to A. U maps no id and mounts nothing: it is for hosts
+# that let a user make namespaces and then deny every capability inside.
+NAMESPACES = {
+    "A": ("net", "ipc", "pid", "mnt", "uts", "cgroup"),
+    "U": ("net", "ipc", "pid", "uts", "user"),
+    "B": (),
+    "C": (),
+}
 INSIDE_ID = 61184  # the id inside, where the id outside is 0 of an outer user namespace
 
 
@@ -227,7 +235,7 @@ def build(
 
     Args:
         facts: The survey that the rung was chosen by.
-        rung: A, B or C.
+        rung: A, U, B or C.
         profile: worker, screen or convert; recorded.
         part: What `entry.py` runs after exec.
         read_only: The inputs; everything else that is readable belongs to the interpreter.
@@ -240,10 +248,14 @@ def build(
 
     """
     require_inputs(read_only)
-    namespaces = rung == "A"
+    namespaces = list(NAMESPACES[rung])
     identity, mapping = identity_of(facts, uid)
-    if not namespaces and mapping is not None and facts.uid == 0:
-        raise PlanError("identity", "without namespaces the worker would stay uid 0")
+    if rung != "A" and mapping is not None and facts.uid == 0:
+        raise PlanError("identity", f"on rung {rung} the worker would stay uid 0")
+    if rung != "A":
+        mapping = None
+    elif mapping is not None:
+        namespaces.append("user")
     readable = [
         *runtime_folders(),
         *(path for path in _SYSTEM_LINKS if Path(path).is_dir() and not Path(path).is_symlink()),
@@ -257,6 +269,7 @@ def build(
         if not any(path == kept or path.startswith(kept + "/") for kept in covered)
     ]
     binds += [{"path": path, "mode": "write", "owner": None} for path in writable]
+    binds += [{"path": path, "mode": "device", "owner": None} for path in _DEVICES]
     packages = package_folders()
     program = interpreter()
     entry = f"{packages['airgap']}/enclave/entry.py"
@@ -268,7 +281,7 @@ def build(
         "profile": profile,
         "broker": os.getpid(),
         "namespaces": namespaces,
-        "mapping": mapping if namespaces else None,
+        "mapping": mapping,
         "identity": identity,
         "binds": sorted(binds, key=lambda bind: len(bind["path"])),
         "links": [[p, str(Path(p).readlink())] for p in _SYSTEM_LINKS if Path(p).is_symlink()],
@@ -318,6 +331,5 @@ def _landlock(
     if facts.landlock_abi < 1 or rung == "C":
         return None
     rules = [[bind["path"], bind["mode"]] for bind in binds]
-    rules += [[path, "device"] for path in _DEVICES]
     rules += [[path, "exec"] for path in (program, loader(program)) if path]
     return {"abi": facts.landlock_abi, "rules": rules}

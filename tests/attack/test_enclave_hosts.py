@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enclave_harness import needs_namespaces, needs_root, run_as
+from enclave_harness import PROGRAMS, needs_namespaces, needs_root, run_as
 
 DOCTOR = """
 import contextlib, io, os, tempfile
@@ -43,14 +43,35 @@ code = [(0x20, 0, 0, 0), (0x15, 0, 3, 41), (0x20, 0, 0, 16), (0x15, 0, 1, 10),
 linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
 filters.install(filters._pack([*code, (0x06, 0, 0, filters.ALLOW)]))
 """
+# As with AppArmor's restriction of Ubuntu 24.04: a user may make namespaces, and inside no mount
+# and no id map succeeds. A Landlock domain that spares all but /proc does the same.
+DENIED_INSIDE = """
+from airgap.enclave import landlock, linux
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+every = (1 << 13) - 1
+rules = [(f"/{name}", every) for name in os.listdir("/") if name != "proc"]
+landlock.restrict([*rules, ("/proc", landlock.READ | landlock.EXECUTE), ("/", landlock.READ)], 1)
+"""
 NO_LANDLOCK = NO_CALL.format(name="landlock_create_ruleset")
 
 
-def doctor_on(starter, *steps):
+LAUNCH = """
+from airgap.enclave import SealSpec, launch
+spec = SealSpec(profile="worker", program=ARGUMENT + ":create", read_only=(ARGUMENT,))
+with launch(spec) as enclave:
+    assert enclave.request(b"text", 5.0) == b"text"
+    enclave.reverify()
+    print(json.dumps(enclave.evidence))
+"""
+
+
+def doctor_on(starter, *steps, code=DOCTOR):
     """Run the doctor in a process that has taken `steps` before."""
-    code = "import os\n" + "".join(steps)
-    code += "arguments = [sys.executable, '-c', ARGUMENTS[0]]\nos.execv(arguments[0], arguments)\n"
-    return run_as(starter, code, f"import json, sys\n{DOCTOR}")
+    before = "import os\n" + "".join(steps)
+    before += (
+        "arguments = [sys.executable, '-c', ARGUMENTS[0]]\nos.execv(arguments[0], arguments)\n"
+    )
+    return run_as(starter, before, f"import json, sys\nARGUMENT = {str(PROGRAMS)!r}\n{code}")
 
 
 pytestmark = [needs_namespaces, needs_root]
@@ -62,6 +83,30 @@ def test_a_host_without_user_namespaces_leaves_a_user_rung_b():
     assert "max_user_namespaces is 0" in found["reasons"]["A"]
     assert found["heard"]["B"] >= 10  # over loopback and Unix paths alone
     assert any("sysctl -w user.max_user_namespaces" in step for step in found["advice"])
+
+
+def test_a_host_that_denies_capabilities_inside_gives_a_user_rung_u():
+    found = doctor_on("user", DENIED_INSIDE)
+    assert (found["status"], found["verdict"]) == (0, "SEALED/U"), found["reasons"]
+    assert found["reasons"]["A"].startswith("EACCES")
+    assert found["heard"]["U"] >= 10  # the fixture could not have a network of its own either
+
+
+def test_a_host_that_denies_capabilities_inside_and_has_no_landlock_is_refused():
+    found = doctor_on("user", DENIED_INSIDE, NO_LANDLOCK)
+    assert (found["status"], found["verdict"]) == (1, "REFUSED")
+
+
+def test_a_worker_on_such_a_host_is_launched_on_u_and_the_record_says_why():
+    record = doctor_on("user", DENIED_INSIDE, code=LAUNCH)
+    assert record["rung"] == "U"
+    tried = {entry["rung"]: entry["reason"] for entry in record["tried"]}
+    assert "enclave.namespaces" in tried["A"]
+    assert record["ns"]["net"][0] != record["ns"]["net"][1]
+    assert record["ns"]["mnt"][0] == record["ns"]["mnt"][1]
+    assert record["net"] == {"links": ["lo:DOWN"], "addrs": [], "routes": 0, "sockets": 0}
+    assert record["landlock"]["behaviour_verified"]
+    assert record["mounts"] is None
 
 
 def test_a_host_without_landlock_still_gives_rung_a():

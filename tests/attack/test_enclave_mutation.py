@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 from enclave_harness import PROGRAMS, needs_namespaces, run_as, starters
 
-LAUNCHER, WORKER, FILTERS, STUB = "launcher.py", "worker.py", "filters.py", "stub.py"
+LAUNCHER, WORKER, ROOT, LINUX = "launcher.py", "worker.py", "root.py", "linux.py"
 NO_CHECK = "if False:"
 
 # name: (rungs, starters, file, [(text, replacement)], layers that may be named)
@@ -20,24 +20,24 @@ UP = """import _socket, fcntl
     fcntl.ioctl(probe.fileno(), 0x8914, struct.pack("<16sH14x", b"lo", 1))
     probe.close()
 """
-BOTH, ANY = "AB", ("root", "user")
+EACH, OWN, ANY = "AUB", "AU", ("root", "user")  # OWN: rungs with namespaces
 MUTANTS = {
     "stage 1 is not installed": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("    filters.install(filters.stage1(linux.MACHINE))\n    expected", "    expected")],
         {"stage1"},
     ),
     "stage 1 is not installed and not tried": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("        apply_stage1()\n", "        pass\n")],
         {"stage1"},
     ),
     "stage 1 is another filter": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [
@@ -49,14 +49,14 @@ MUTANTS = {
         {"stage1"},
     ),
     "stage 1 forgets sendmsg": (
-        BOTH,
+        EACH,
         ANY,
         "tables.py",
         [("sendmsg=46/211 ", ""), ("mq_timedsend", "sendmsg=46/211 mq_timedsend")],
         {"stage1"},
     ),
     "Landlock is not applied": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [
@@ -68,7 +68,7 @@ MUTANTS = {
         {"landlock"},
     ),
     "Landlock allows everything": (
-        BOTH,
+        EACH,
         ANY,
         "landlock.py",
         [
@@ -80,71 +80,91 @@ MUTANTS = {
         {"landlock"},
     ),
     "Landlock has no network rules": (
-        BOTH,
+        EACH,
         ANY,
         "landlock.py",
         [("_TCP if abi >= _TCP_ABI else 0, _SCOPES", "0, _SCOPES")],
         {"landlock"},
     ),
     "the network namespace is left out": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
-        [("        linux.CLONE_NEWNET\n        | ", "        ")],
+        LINUX,
+        [('"net": CLONE_NEWNET,', '"net": 0,')],
         {"network"},
     ),
     "the network namespace is left out and not looked at": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
+        LINUX,
         [
-            ("        linux.CLONE_NEWNET\n        | ", "        "),
+            ('"net": CLONE_NEWNET,', '"net": 0,'),
             ("            check_network()\n", ""),
         ],
         {"network"},
     ),
     "the PID namespace is left out": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
-        [("        | linux.CLONE_NEWPID\n", "")],
+        LINUX,
+        [('"pid": CLONE_NEWPID,', '"pid": 0,')],
         {"namespaces"},
     ),
     "the PID namespace is left out and not looked at": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
-        [("        | linux.CLONE_NEWPID\n", ""), ("    if os.getpid() != 1:", f"    {NO_CHECK}")],
+        LINUX,
+        [('"pid": CLONE_NEWPID,', '"pid": 0,'), ("    if os.getpid() != 1:", f"    {NO_CHECK}")],
         {"namespaces"},
     ),
     "the IPC namespace is left out": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
-        [("        | linux.CLONE_NEWIPC\n", "")],
+        LINUX,
+        [('"ipc": CLONE_NEWIPC,', '"ipc": 0,')],
         {"namespaces"},
     ),
     "the UTS namespace is left out": (
-        "A",
+        OWN,
         ANY,
-        LAUNCHER,
-        [("        | linux.CLONE_NEWUTS\n", "")],
+        LINUX,
+        [('"uts": CLONE_NEWUTS,', '"uts": 0,')],
         {"namespaces"},
     ),
     "the cgroup namespace is left out": (
         "A",
         ANY,
-        LAUNCHER,
-        [("        | linux.CLONE_NEWCGROUP\n", "")],
+        LINUX,
+        [('"cgroup": CLONE_NEWCGROUP,', '"cgroup": 0,')],
         {"namespaces"},
     ),
     # Not as root: it would rebuild the root of the test's own mount namespace.
     "the mount namespace is left out": (
         "A",
         ("user",),
-        LAUNCHER,
-        [("        | linux.CLONE_NEWNS\n", "")],
+        LINUX,
+        [('"mnt": CLONE_NEWNS,', '"mnt": 0,')],
         {"root"},
+    ),
+    "the user namespace is left out": (
+        "U",
+        ANY,
+        LINUX,
+        [('"user": CLONE_NEWUSER,', '"user": 0,')],
+        {"namespaces"},
+    ),
+    # As root the worker has its uid by then, and may not write the map.
+    "an id is mapped where none should be": (
+        "U",
+        ANY,
+        LAUNCHER,
+        [
+            (
+                '    mapping = plan["mapping"]\n    outside_uid',
+                "    mapping = [61184, 61184]\n    outside_uid",
+            )
+        ],
+        {"identity", "namespaces"},
     ),
     "all namespaces are left out": (
         "A",
@@ -152,14 +172,14 @@ MUTANTS = {
         LAUNCHER,
         [
             (
-                '    linux.call("unshare", flags | (linux.CLONE_NEWUSER if mapping else 0))\n    if mapping:',
+                '    linux.call("unshare", flags)\n    if mapping:',
                 "    if False:",
             )
         ],
         {"namespaces", "network", "root"},
     ),
     "the loopback interface is up": (
-        "A",
+        OWN,
         ANY,
         LAUNCHER,
         [
@@ -171,7 +191,7 @@ MUTANTS = {
         {"network"},
     ),
     "the loopback interface is up and not looked at": (
-        "A",
+        OWN,
         ANY,
         LAUNCHER,
         [
@@ -186,20 +206,20 @@ MUTANTS = {
         "A",
         ANY,
         LAUNCHER,
-        [("            private_root(plan)\n", "            pass\n")],
+        [("            root.private_root(plan)\n", "            pass\n")],
         {"root"},
     ),
     "mounts stay writable": (
         "A",
         ANY,
-        LAUNCHER,
+        ROOT,
         [("    protect(base, binds)\n", "")],
         {"root"},
     ),
     "the root stays writable": (
         "A",
         ANY,
-        LAUNCHER,
+        ROOT,
         [
             (
                 "linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV,",
@@ -211,7 +231,7 @@ MUTANTS = {
     "the root stays writable and is not looked at": (
         "A",
         ANY,
-        LAUNCHER,
+        ROOT,
         [
             (
                 "linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV,",
@@ -227,7 +247,7 @@ MUTANTS = {
     "something more is mounted": (
         "A",
         ANY,
-        LAUNCHER,
+        ROOT,
         [
             (
                 '    old = os.path.join(base, ".old")',
@@ -237,21 +257,21 @@ MUTANTS = {
         {"root"},
     ),
     "no_new_privs is not set": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("    linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)\n", "")],
         {"nnp", "landlock", "stage1", "parent"},
     ),
     "the uid is not dropped": (
-        BOTH,
+        EACH,
         ("root",),
         LAUNCHER,
         [("        os.setresuid(uid, uid, uid)\n", "")],
         {"identity"},
     ),
     "the uid is not dropped and not looked at": (
-        BOTH,
+        EACH,
         ("root",),
         LAUNCHER,
         [
@@ -267,7 +287,7 @@ MUTANTS = {
         {"identity", "root", "landlock"},
     ),
     "the bounding set stays": (
-        BOTH,
+        EACH,
         ("root",),
         LAUNCHER,
         [("        linux.drop_bounding_set()\n", "")],
@@ -291,14 +311,14 @@ MUTANTS = {
         {"identity"},
     ),
     "descriptors are not closed": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("            close_others()\n", "            pass\n")],
         {"descriptors"},
     ),
     "descriptors are not closed and not listed": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [
@@ -309,21 +329,21 @@ MUTANTS = {
         {"descriptors"},
     ),
     "limits are not set": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("        set_limits(plan)\n", "        pass\n")],
         {"limits"},
     ),
     "the session stays the terminal's": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("            os.setsid()\n", "            pass\n")],
         {"parent"},
     ),
     "the environment has one variable more": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [
@@ -335,14 +355,14 @@ MUTANTS = {
         {"environment"},
     ),
     "another program is started": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [('os.execve(plan["argv"][0], ', 'os.execve("/usr/bin/true", ')],
         {"exec"},
     ),
     "the waiting parent is not sealed": (
-        "A",
+        OWN,
         ANY,
         LAUNCHER,
         [("        filters.install(filters.waiting_parent(child, linux.MACHINE))\n", "")],
@@ -350,28 +370,28 @@ MUTANTS = {
     ),
     # A user may not list the descriptors of a process that is not dumpable.
     "the waiting parent keeps its descriptors": (
-        "A",
+        OWN,
         ("root",),
         LAUNCHER,
         [("        os.closerange(0, OPEN_DESCRIPTORS * 2)\n", "")],
         {"parent"},
     ),
     "the launcher has another filter than the broker": (
-        BOTH,
+        EACH,
         ANY,
         "tables.py",
         [("CEILING = 453", "CEILING = 600")],
         {"stage1"},
     ),
     "stage 2 is not installed": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [("    filters.install(filters.stage2(os.getpid(), linux.MACHINE))\n", "")],
         {"stage2"},
     ),
     "stage 2 is not installed and the worker lies": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [
@@ -381,7 +401,7 @@ MUTANTS = {
         {"stage2"},
     ),
     "stage 2 is another filter and the worker lies": (
-        BOTH,
+        EACH,
         ("root",),
         WORKER,
         [
@@ -392,14 +412,14 @@ MUTANTS = {
     ),
     # Its self-test could open a file, which is seen first.
     "stage 2 is another filter": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [("filters.stage2(os.getpid(), linux.MACHINE)", "filters.no_exec(linux.MACHINE)")],
         {"stage2", "descriptors"},
     ),
     "the self-test is left out": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [
@@ -411,14 +431,14 @@ MUTANTS = {
         {"stage2"},
     ),
     "the worker stays dumpable": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [("    linux.prctl(linux.PR_SET_DUMPABLE, 0)", "    pass")],
         {"dumpable"},
     ),
     "the worker says ready too early": (
-        BOTH,
+        EACH,
         ANY,
         WORKER,
         [
@@ -433,7 +453,7 @@ MUTANTS = {
 # Caught by the probe alone: no fact of /proc shows Landlock, or what a filter forgets.
 PROBED = {
     "Landlock is left out whole": (
-        BOTH,
+        EACH,
         ANY,
         LAUNCHER,
         [("        apply_landlock(plan)\n", "        pass\n")],
@@ -470,12 +490,11 @@ for name, (rung, file, changes, probed) in ARGUMENTS[0].items():
     shutil.copytree(real, folder / "enclave", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "__init__.py").write_text("")
     folder.parent.chmod(0o755)
-    target = folder / "enclave" / file
-    text = target.read_text()
     for old, new in changes:
-        assert text.count(old) >= 1, (name, old)
-        text = text.replace(old, new, 1)
-    target.write_text(text)
+        places = [folder / "enclave" / name for name in (file, "launcher.py", "worker.py")]
+        target = next((place for place in places if old in place.read_text()), None)
+        assert target, (name, old)
+        target.write_text(target.read_text().replace(old, new, 1))
     plan.package_folders = lambda folder=folder: {**whole, "airgap": str(folder)}
     spec = seal.SealSpec(
         profile="worker",
@@ -504,12 +523,14 @@ EVERY = [
     for rung in rungs
     if starter in who
 ]
-# Root reaches A and a user may be left with B: each mutant runs there, the rest in `make soak`.
-USUAL = {"root": "A", "user": "B" if "root" in starters() else "AB"}
+# Root reaches A and a user may be left with U or B: each mutant runs there, the rest in `make soak`.
+USUAL = {"root": "A", "user": "B" if "root" in starters() else "AUB"}
 QUICK = [
-    case
-    for case in EVERY
-    if case[1] in USUAL[case[0]] or (MUTANTS | PROBED)[case[2]][:2] == ("A", ("user",))
+    (starter, rung, name)
+    for starter, rung, name in EVERY
+    if rung in USUAL[starter]
+    or (MUTANTS | PROBED)[name][:2] == ("A", ("user",))
+    or (rung == "U" and starter == "user" and (MUTANTS | PROBED)[name][0] in {OWN, "U"})
 ]
 
 
@@ -525,7 +546,7 @@ def verdicts():
     def verdict(cases, starter, key):
         which = (id(cases), starter)
         if which not in made:
-            wanted = {f"untouched {rung}": (rung, LAUNCHER, [], False) for rung in "AB"}
+            wanted = {f"untouched {rung}": (rung, LAUNCHER, [], False) for rung in EACH}
             for who, rung, name in cases:
                 if who == starter:
                     _, _, file, changes, _ = (MUTANTS | PROBED)[name]
@@ -544,7 +565,7 @@ def check(verdicts, cases, starter, rung, name):
 
 @needs_namespaces
 @pytest.mark.parametrize("starter", starters())
-@pytest.mark.parametrize("rung", "AB")
+@pytest.mark.parametrize("rung", EACH)
 def test_the_untouched_seal_holds(starter, rung, verdicts):
     assert verdicts(QUICK, starter, f"untouched {rung}") == "SEALED"
 

@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airgap.enclave import channel, evidence, host, launcher, plan, seal, twin
+from airgap.enclave import channel, evidence, host, plan, root, seal, twin
 from policy.errors import AirgapError
 
 
@@ -82,7 +82,7 @@ def test_proc_parsers_return_or_skip(text):
     host.parse_status(text)
     host.parse_mounts(text)
     for line in text.splitlines():
-        launcher.unescape(line)
+        root.unescape(line)
 
 
 @given(

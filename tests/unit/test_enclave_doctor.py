@@ -35,7 +35,7 @@ def refusing(layer, message):
 
 
 def test_a_good_host_reaches_a(hosts, capsys, tmp_path):
-    hosts(FACTS, {"A": report("A"), "B": report("B")})
+    hosts(FACTS, {"A": report("A"), "U": report("U"), "B": report("B")})
     assert dispatch(["doctor", "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "SEALED/A" in out
@@ -88,7 +88,8 @@ def test_a_site_decides_the_least_rung(hosts, capsys, tmp_path):
     text = default_site_toml().replace("# min_rung", "min_rung")
     assert 'min_rung = "B"' in text
     (tmp_path / "site.toml").write_text(text)
-    hosts(replace(FACTS, uid=0), {"A": refusing("namespaces", "EPERM"), "B": report("B")})
+    denied = refusing("namespaces", "EPERM")
+    hosts(replace(FACTS, uid=0), {"A": denied, "U": denied, "B": report("B")})
     assert dispatch(["doctor", "--root", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["min_rung"] == "B"
@@ -97,9 +98,9 @@ def test_a_site_decides_the_least_rung(hosts, capsys, tmp_path):
 
 
 def test_rung_c_is_looked_at_only_where_it_is_allowed(hosts):
-    hosts(FACTS, {"A": report("A"), "B": report("B"), "C": report("C")})
-    assert [rung.name for rung in doctor.examine().rungs] == ["A", "B"]
-    assert [rung.name for rung in doctor.examine("C").rungs] == ["A", "B", "C"]
+    hosts(FACTS, {name: report(name) for name in "AUBC"})
+    assert [rung.name for rung in doctor.examine().rungs] == ["A", "U", "B"]
+    assert [rung.name for rung in doctor.examine("C").rungs] == ["A", "U", "B", "C"]
 
 
 def test_a_sealed_rung_below_the_least_is_not_reached():
@@ -128,7 +129,7 @@ def test_telemetry_and_restrictions_are_shown(hosts, capsys, tmp_path):
             apparmor_userns=1,
             autofs=("/net",),
         ),
-        {"A": report("A"), "B": report("B")},
+        {"A": report("A"), "U": report("U"), "B": report("B")},
     )
     dispatch(["doctor", "--root", str(tmp_path)])
     out = capsys.readouterr().out

@@ -121,12 +121,25 @@ def test_a_missing_layer_is_named(layer, change):
 
 
 def test_root_must_empty_the_bounding_set_too():
-    rooted = {**PLAN, "identity": [1000, 1000], "mapping": None}
+    spaces = [name for name in PLAN["namespaces"] if name != "user"]
+    rooted = {**PLAN, "identity": [1000, 1000], "mapping": None, "namespaces": spaces}
     empty = replace(GOOD, capabilities={**GOOD.capabilities, "bnd": "0"})
     assert findings(empty, rooted) == []
     assert findings(GOOD, rooted) == ["identity"]
     shared = replace(empty, namespaces={**OWN_SPACES, "user": "user:[1]"})
     assert findings(shared, rooted) == []  # root needs no user namespace
+
+
+def test_rung_u_has_namespaces_without_an_id_map_and_the_mounts_of_the_host():
+    plan = make(rung="U")
+    mounts = (Mount("/", writable=True, kind="ext4"),)
+    spaces = {**OWN_SPACES, "mnt": "mnt:[1]", "cgroup": "cgroup:[1]"}
+    facts = replace(GOOD, uid_map=(), namespaces=spaces, mounts=mounts)
+    assert findings(facts, plan) == []
+    assert findings(replace(facts, uid_map=((0, 1000, 1),)), plan) == ["identity"]
+    assert findings(replace(facts, routes=1), plan) == ["network"]
+    shared = replace(facts, namespaces={**spaces, "user": "user:[1]"})
+    assert findings(shared, plan) == ["namespaces"]
 
 
 def test_before_stage_2_one_filter_is_right():

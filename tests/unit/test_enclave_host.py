@@ -24,7 +24,7 @@ PLAIN = replace(
 )
 ROOT = replace(PLAIN, uid=0, sys_admin=True)
 HOSTS = {
-    "plain user": (PLAIN, "B", ["A", "B"]),
+    "plain user": (PLAIN, "B", ["A", "U", "B"]),
     "root": (ROOT, "A", ["A"]),
     "STIG user": (replace(PLAIN, max_user_namespaces=0), "B", ["B"]),
     "STIG root": (replace(ROOT, max_user_namespaces=0), "A", ["A"]),
@@ -36,11 +36,13 @@ HOSTS = {
     ),
     "no Landlock": (replace(PLAIN, landlock_abi=0), "B", ["A"]),
     "automounter": (replace(PLAIN, autofs=("/net",)), "B", ["A"]),
-    "AppArmor restricts": (replace(PLAIN, apparmor_userns=1), "B", ["A", "B"]),
+    "AppArmor restricts": (replace(PLAIN, apparmor_userns=1), "B", ["A", "U", "B"]),
     "aarch64": (replace(ROOT, arch="aarch64"), "C", []),
     "the overflow uid": (replace(PLAIN, uid=65534, overflow_uid=65534), "C", []),
     "no seccomp": (replace(ROOT, seccomp_actions="kill allow"), "C", []),
-    "U means A alone": (PLAIN, "U", ["A"]),
+    "U allowed, B not": (PLAIN, "U", ["A", "U"]),
+    "root with U allowed": (ROOT, "U", ["A", "U"]),
+    "STIG root with U allowed": (replace(ROOT, max_user_namespaces=0), "U", ["A"]),
 }
 
 

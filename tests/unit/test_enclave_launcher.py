@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from enclave_plans import make
 
-from airgap.enclave import channel, entry, filters, landlock, launcher, linux, tables
+from airgap.enclave import channel, entry, filters, landlock, launcher, linux, root, tables
 from airgap.enclave.landlock import LandlockError
 from airgap.enclave.launcher import Refusal
 
@@ -28,17 +28,17 @@ MOUNTINFO = """\
 
 def test_only_mounts_below_the_new_root_are_protected():
     """A mount that the new root covers has a name like one below it."""
-    assert launcher.parse_mounts(MOUNTINFO, "/tmp") == [  # noqa: S108
+    assert root.parse_mounts(MOUNTINFO, "/tmp") == [  # noqa: S108
         ("/tmp/usr", ["ro", "nosuid", "nodev", "relatime"]),  # noqa: S108
         ("/tmp/usr/a b\\c", ["rw", "noexec", "noatime"]),  # noqa: S108
     ]
-    assert launcher.parse_mounts(MOUNTINFO, "/srv") == []
+    assert root.parse_mounts(MOUNTINFO, "/srv") == []
 
 
 def test_flags_that_a_mount_has_are_repeated():
-    assert launcher.keep_flags(["rw"]) == 0
-    assert launcher.keep_flags(["ro", "noexec"]) == linux.MS_RDONLY | linux.MS_NOEXEC
-    assert launcher.keep_flags(["relatime", "unknown"]) == linux.MS_RELATIME
+    assert root.keep_flags(["rw"]) == 0
+    assert root.keep_flags(["ro", "noexec"]) == linux.MS_RDONLY | linux.MS_NOEXEC
+    assert root.keep_flags(["relatime", "unknown"]) == linux.MS_RELATIME
 
 
 def test_a_failing_step_names_its_layer():
@@ -375,7 +375,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give i
 @needs_root
 def test_root_is_given_up_for_good():
     def check():
-        launcher.drop_identity({"identity": [61200, 61200]})
+        launcher.drop_identity({**make(), "identity": [61200, 61200]})
         assert os.getresuid() == (61200,) * 3
         assert os.getgroups() == []
         with pytest.raises(PermissionError):
@@ -386,7 +386,7 @@ def test_root_is_given_up_for_good():
 
 @needs_root
 def test_a_process_that_stays_root_is_refused():
-    assert in_child(lambda: launcher.drop_identity({"identity": None}))[0] == "identity"
+    assert in_child(lambda: launcher.drop_identity(make()))[0] == "identity"
 
 
 @needs_root
@@ -395,13 +395,14 @@ def test_a_way_back_to_root_is_refused(monkeypatch):
     monkeypatch.setattr(linux, "drop_bounding_set", lambda: None)
     monkeypatch.setattr(os, "setresuid", lambda *_: None)
     monkeypatch.setattr(os, "getresuid", lambda: (61200,) * 3)
-    assert "root again" in in_child(lambda: launcher.drop_identity({"identity": [61200, 61200]}))[1]
+    rooted = {**make(), "identity": [61200, 61200]}
+    assert "root again" in in_child(lambda: launcher.drop_identity(rooted))[1]
 
 
 def test_an_id_of_0_inside_is_refused(monkeypatch):
     monkeypatch.setattr(linux, "call", lambda *_: 0)
     with pytest.raises(Refusal) as caught:
-        launcher.enter_namespaces({"mapping": [0, 100]})
+        launcher.enter_namespaces({**make(), "mapping": [0, 100]})
     assert caught.value.layer == "identity"
 
 

@@ -29,7 +29,7 @@ def test_an_input_that_is_missing_is_refused(tmp_path):
 
 def test_a_worker_has_nothing_to_write_to():
     made = make()
-    assert {bind["mode"] for bind in made["binds"]} == {"read"}
+    assert {bind["mode"] for bind in made["binds"]} == {"read", "device"}
     assert made["limits"]["FSIZE"] == 0
     assert made["limits"]["CORE"] == 0
 
@@ -73,11 +73,18 @@ def test_root_shows_an_input_as_the_workers_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rung", "namespaces", "rules"), [("A", True, True), ("B", False, True), ("C", False, False)]
+    ("rung", "namespaces", "mapped", "rules"),
+    [
+        ("A", {"net", "ipc", "pid", "mnt", "uts", "cgroup", "user"}, True, True),
+        ("U", {"net", "ipc", "pid", "uts", "user"}, False, True),
+        ("B", set(), False, True),
+        ("C", set(), False, False),
+    ],
 )
-def test_each_rung_has_its_layers(rung, namespaces, rules):
+def test_each_rung_has_its_layers(rung, namespaces, mapped, rules):
     made = make(rung=rung)
-    assert made["namespaces"] is namespaces
+    assert set(made["namespaces"]) == namespaces
+    assert (made["mapping"] is not None) is mapped
     assert (made["landlock"] is not None) is rules
     assert made["stage1"] == filters.stage1().hex()
 
@@ -103,9 +110,10 @@ def test_the_address_space_grows_with_the_inputs(tmp_path):
 
 def test_root_of_a_namespace_without_namespaces_would_stay_root():
     facts = replace(FACTS, uid=0, uid_map=((0, 1000, 1),))
-    with pytest.raises(PlanError) as caught:
-        make(facts=facts, rung="B")
-    assert caught.value.layer == "identity"
+    for rung in "UBC":
+        with pytest.raises(PlanError) as caught:
+            make(facts=facts, rung=rung)
+        assert caught.value.layer == "identity"
 
 
 def test_the_environment_is_built_and_not_inherited(monkeypatch):
@@ -155,4 +163,4 @@ def test_site_folders_are_those_of_this_interpreter():
 
 def test_all_three_packages_are_found():
     assert set(plan.package_folders()) == {"airgap", "bundle", "policy"}
-    assert host.RUNGS == ("A", "B", "C")
+    assert host.RUNGS == tuple(plan.NAMESPACES) == ("A", "U", "B", "C")

@@ -166,7 +166,7 @@ def test_a_plan_that_is_no_plan_is_refused():
 @pytest.mark.skipif(not ROOT, reason="a user cannot stay root")
 def test_a_worker_that_would_stay_root_is_refused():
     made = plan_of("B")
-    assert refused({**made, "identity": None, "namespaces": False}) == "identity"
+    assert refused({**made, "identity": None, "namespaces": []}) == "identity"
 
 
 # -- the fixture ----------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ with fixture.Outside(folder, None, own_network=own) as outside:
 
 
 @needs_namespaces
-@pytest.mark.parametrize("rung", ["A", "C"] if ROOT else ["A", "B", "C"])
+@pytest.mark.parametrize("rung", ["A", "U", "C"] if ROOT else ["A", "U", "B", "C"])
 def test_the_fixture_reports_a_leaking_control_and_a_sealed_twin(rung):
     report = run_covered(FIXTURE, rung)
     if report.get("refused", {}).get("layer") == "files":
