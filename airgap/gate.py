@@ -316,6 +316,7 @@ class ScreenFacts:
     classes: frozenset[str]
     pack: str
     mode: str
+    target_tier: int | None = None  # of what a route is asked for; None: all that was screened
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> ScreenFacts:
@@ -325,27 +326,34 @@ class ScreenFacts:
         status = document.get("status")
         classes = [_screen_class(each) for each in named] if isinstance(named, list) else [None]
         good = status == "complete" and tier in TIERS and None not in classes
+        target = document.get("target_tier")
+        good = good and (target is None or target in TIERS)
         return cls(
             status="complete" if good else "incomplete",
             tier=TIERS.index(tier) if tier in TIERS else 0,
             classes=frozenset(each for each in classes if each is not None),
             pack=str(document.get("pack", ""))[:200],
             mode=str(document.get("mode", ""))[:200],
+            target_tier=TIERS.index(target) if target in TIERS else None,
         )
 
 
-_PARAGRAPH = re.compile(r"([123])[ab][0-9]{2}(\.listed)?")
+# Class of a screen pack: `1a03`, `1a03.listed`, `ag16.listed`, `dea_listed:1310.02.listed` of a
+# site's pack, `near.1a03` for a resemblance.
+_PARAGRAPH = re.compile(r"([123])[ab][0-9]{2}(\.listed)?|(ag)[0-9]{2}(?:\.listed)?|(near)\..+")
 
 
 def _screen_class(name: object) -> str | None:
-    """Map a class of the screen pack (`1a03`, `1a03.listed`) to the vocabulary, or None."""
+    """Map a class of a screen pack to the vocabulary, or None."""
     if not isinstance(name, str):
         return None
-    if name in SCREEN_CLASSES:
-        return name
+    if (own := name.partition(":")[0]) in SCREEN_CLASSES:
+        return own
     found = _PARAGRAPH.fullmatch(name)
     if found is None:
         return None
+    if found[3] or found[4]:
+        return "ag_precursor" if found[3] else "similarity"
     if found[1] == "1":
         return "cwc1_exact" if found[2] else "cwc1_family"
     return f"cwc{found[1]}"
@@ -471,6 +479,7 @@ def _screen_facts(screen: ScreenFacts, task: TaskFacts) -> dict[str, Fact]:
         "screen.classes": Known(screen.classes, source),
     }
     if task.modality == "retrosynthesis" and screen.status == "complete":
-        # Input and output of a retrosynthesis are the target and its precursors alike.
-        facts["screen.target_tier"] = Known(screen.tier, source)
+        # A treaty chemical among the steps of a route counts like the target itself.
+        target = screen.tier if screen.target_tier is None else screen.target_tier
+        facts["screen.target_tier"] = Known(target, source)
     return facts

@@ -363,7 +363,7 @@ def _ticking(
 def _screen(task: Task, screener: Screener, structures: Iterator[Chem.Mol]) -> dict[str, Any]:
     if task.name == "binding-site":
         return screener.nothing("output is an exact copy of the input").document()
-    return screener.screen(structures).document()
+    return screener.screen(structures, route=task.name == "retrosynthesis").document()
 
 
 def _summary(

@@ -37,6 +37,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rdkit import Chem
@@ -59,12 +60,12 @@ REPLY_LIMIT = 3 * 1024 * 1024
 
 
 def create(config: Mapping[str, Any]) -> Program:
-    """Return the program; `config` is empty, or holds `pack`, the path of another screen pack."""
+    """Return the program; `config` may hold `packs`: paths of screen packs of the site."""
     return Program(config)
 
 
 class Program:
-    """Answers requests; holds the screen pack and nothing about any run."""
+    """Answers requests; holds the screen packs and nothing about any run."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = dict(config)
@@ -77,10 +78,14 @@ class Program:
         structures.warm_up()
         drawing.warm_up()
         self._residues = molecules.residue_smiles()
-        pack = screens.load_pack()
-        self._screener = screens.Screener(pack)
+        packs = screens.load_packs(Path(path) for path in self._config.get("packs", ()))
+        self._screener = screens.Screener(*packs)
         _rehearse(self)
-        return {"pack": pack.digest, "screen": self._screener.mode}
+        return {
+            "pack": self._screener.digest,
+            "packs": {f"{pack.name}/{pack.version}": pack.digest for pack in packs},
+            "screen": self._screener.mode,
+        }
 
     def handle(self, payload: bytes, emit: Emit) -> bytes:
         """Answer one request; ProgramError for a refusal."""

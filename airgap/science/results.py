@@ -42,6 +42,7 @@ class ScreenResult(_Strict):
     mode: Line
     classes: list[Line] = Field(max_length=1_000)
     reason: Line = ""
+    target_tier: Literal["H0", "H1", "H2", "H3", "H4"] | None = None
 
 
 class Preset(_Strict):

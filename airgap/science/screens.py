@@ -1,9 +1,11 @@
-"""Hazard screen inside the sealed helper: is a molecule on a treaty list, or in a family of one?
+"""Hazard screen inside the sealed helper: is a molecule on a public list, or in a family of one?
 
 Obeys docs/design/policy.md, 11: a documented, repeatable check that holds a run for named
-reviewers. It is no claim of safety. The pack holds the Annex on Chemicals of the Chemical Weapons
-Convention as its text defines it: names become the first block of an InChIKey, and families become
-a core with the carbon counts that the paragraph allows. Nothing beyond those paragraphs is shipped.
+reviewers. It is no claim of safety. The packs hold the Annex on Chemicals of the Chemical Weapons
+Convention and the precursors of the Australia Group as their texts define them: names become the
+first block of an InChIKey, and families become a core with the carbon counts that the paragraph
+allows. Nothing beyond those paragraphs is shipped. The core of a Schedule 1 family in a molecule
+that its paragraph leaves out is a resemblance: tier H1, noted for review, never held.
 
 Every molecule is brought to one form first, because a salt, an isotope label, a mixture or a charge
 would otherwise hide it: metals cut off, charges on neighbours and acids neutralised, isotopes and
@@ -13,7 +15,9 @@ stereoisomeric forms alike. Whatever goes wrong gives `incomplete`, which holds.
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
+import re
 import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +32,29 @@ from rdkit.Chem.MolStandardize import rdMolStandardize
 
 SCHEMA = "airgap/screen/1"
 TIERS = ("H0", "H1", "H2", "H3", "H4")
-PACK_FILE = Path(__file__).parent / "screen_packs" / "cwc.toml"
+PACK_FOLDER = Path(__file__).parent / "screen_packs"
+PACK_FILE = PACK_FOLDER / "cwc.toml"
+PACKS_LIMIT = 16
 PACK_LIMIT = 1024 * 1024
 ATOM_LIMIT = 500
 FRAGMENT_LIMIT = 40
 MATCH_LIMIT = 500
 SECONDS = 60.0
 """Time for one call of the screen."""
+NEAR = "near."
+"""Begins the name of a resemblance."""
+
+# Schedule, part and number of the Annex; number of the Australia Group's list; or, in a pack of a
+# site, a class of `policy.terms.SCREEN_CLASSES` and a number of the site's own.
+_PARAGRAPH = re.compile(
+    r"[123][ab]\d\d|ag\d\d|(?:eccn_1c350|dea_listed|select_agent|toxin):[A-Za-z0-9][A-Za-z0-9.-]{0,31}"
+)
+_HEAD = frozenset(
+    {"schema", "name", "version", "source", "source_date", "author", "reviewer", "reviewed_on"}
+)
+# An output of a retrosynthesis is a step of the route: a treaty chemical there counts as a target,
+# the bulk chemicals of the Australia Group do not.
+_BULK = re.compile(r"ag\d\d(?:\.listed)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +98,18 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A screen pack; `digest` is over the bytes of its file."""
+    """A screen pack; `digest` is over the bytes of its file; `reviewed_on` None: nobody did."""
 
     name: str
     version: int
     digest: str
+    source: str
+    source_date: dt.date
+    author: str
+    reviewer: str
+    reviewed_on: dt.date | None
     listed: tuple[Listed, ...]
     families: tuple[Family, ...]
-
-    @property
-    def compositions(self) -> frozenset[str]:
-        """Atoms by element of every listed chemical: most molecules fail this cheap test."""
-        return frozenset(entry.atoms for entry in self.listed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +122,7 @@ class ScreenResult:
     mode: str
     classes: tuple[str, ...] = ()
     reason: str = ""
+    target_tier: str | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -112,6 +133,7 @@ class ScreenResult:
             "mode": self.mode,
             "classes": list(self.classes),
             "reason": self.reason,
+            "target_tier": self.target_tier,
         }
 
 
@@ -126,29 +148,71 @@ def parse_pack(raw: bytes) -> Pack:
         document = tomllib.loads(raw.decode("utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']!r:.40}, expected {SCHEMA}")
+        if strange := set(document) - _HEAD - {"listed", "family"}:
+            raise ValueError(f"the pack has an unknown field {min(strange)!r:.40}")
         pack = Pack(
-            name=str(document["name"]),
+            name=_token(document["name"]),
             version=int(document["version"]),
             digest=f"sha256:{sha256(raw).hexdigest()}",
-            listed=tuple(_listed(entry) for entry in document["listed"]),
-            families=tuple(_family(entry) for entry in document["family"]),
+            source=str(document["source"]),
+            source_date=_day(document["source_date"]),
+            author=str(document["author"]),
+            reviewer=str(document["reviewer"]),
+            reviewed_on=_day(document["reviewed_on"]) if "reviewed_on" in document else None,
+            listed=tuple(_listed(entry) for entry in document.get("listed", ())),
+            families=tuple(_family(entry) for entry in document.get("family", ())),
         )
     except (KeyError, TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"not a screen pack: {error}") from error
-    if not pack.listed or not pack.families:
+    if not pack.listed and not pack.families:
         raise ValueError("the screen pack is empty")
     return pack
 
 
 def load_pack() -> Pack:
-    """Read the pack that is shipped."""
+    """Read the pack of the Chemical Weapons Convention."""
     return parse_pack(PACK_FILE.read_bytes())
+
+
+def load_packs(paths: Iterable[Path] = ()) -> tuple[Pack, ...]:
+    """Read the packs that are shipped and those of a site, which can only add.
+
+    Raises:
+        ValueError: One is no pack, two have one name, or there are too many.
+
+    """
+    shipped = sorted(PACK_FOLDER.glob("*.toml"))
+    files = [*shipped, *itertools.islice(paths, PACKS_LIMIT + 1)]
+    if len(files) > PACKS_LIMIT:
+        raise ValueError(f"more than {PACKS_LIMIT} screen packs")
+    packs = tuple(parse_pack(path.read_bytes()) for path in files)
+    if len({pack.name for pack in packs}) != len(packs):
+        raise ValueError("two screen packs have one name")
+    return packs
+
+
+def _token(name: object) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
+        raise ValueError(f"the pack has the name {name!r:.40}, expected a-z, 0-9 and -")
+    return name
+
+
+def _day(value: object) -> dt.date:
+    if type(value) is not dt.date:
+        raise ValueError(f"the pack has {value!r:.40} where a day is wanted")
+    return value
+
+
+def _paragraph(entry: Mapping[str, Any]) -> str:
+    if not _PARAGRAPH.fullmatch(str(entry["paragraph"])):
+        raise ValueError(f"the pack has a paragraph {entry['paragraph']!r:.60} of no known form")
+    return str(entry["paragraph"])
 
 
 def _listed(entry: Mapping[str, Any]) -> Listed:
     if set(entry) != {"paragraph", "name", "tier", "block", "atoms"}:
         raise ValueError(f"entry {entry.get('name')!r:.60} has other fields than expected")
-    return Listed(str(entry["paragraph"]), _tier(entry), str(entry["block"]), str(entry["atoms"]))
+    return Listed(_paragraph(entry), _tier(entry), str(entry["block"]), str(entry["atoms"]))
 
 
 def _family(entry: Mapping[str, Any]) -> Family:
@@ -159,7 +223,7 @@ def _family(entry: Mapping[str, Any]) -> Family:
     if not cores or any(core is None for core in cores):
         raise ValueError(f"family {entry['paragraph']!r:.60} has a core that is no SMARTS")
     return Family(
-        paragraph=str(entry["paragraph"]),
+        paragraph=_paragraph(entry),
         tier=_tier(entry),
         cores=cores,
         whole=bool(entry["whole"]),
@@ -187,10 +251,16 @@ def _group(text: str) -> Group:
 
 
 class Screener:
-    """Screens molecules against one pack; a call that needs more than `seconds` is incomplete."""
+    """Screens molecules against packs; a call that needs more than `seconds` is incomplete."""
 
-    def __init__(self, pack: Pack, *, seconds: float = SECONDS) -> None:
-        self.pack = pack
+    def __init__(self, *packs: Pack, seconds: float = SECONDS) -> None:
+        if not packs:
+            raise ValueError("no screen pack: nothing could be found")
+        self.packs = packs
+        self._listed: dict[str, list[Listed]] = {}
+        for entry in (entry for pack in packs for entry in pack.listed):
+            self._listed.setdefault(entry.atoms, []).append(entry)
+        self._families = tuple(family for pack in packs for family in pack.families)
         self._seconds = seconds
         self._uncharger = rdMolStandardize.Uncharger()
         self._disconnector = rdMolStandardize.MetalDisconnector()
@@ -199,16 +269,28 @@ class Screener:
         self._tautomers.SetMaxTransforms(400)
 
     @property
+    def digest(self) -> str:
+        """What stands for the packs in records: the digest of one, or of the list of digests."""
+        if len(self.packs) == 1:
+            return self.packs[0].digest
+        joined = "\n".join(sorted(pack.digest for pack in self.packs))
+        return f"sha256:{sha256(joined.encode()).hexdigest()}"
+
+    @property
     def mode(self) -> str:
         """What this screen looks at, for records and reports."""
-        return f"{self.pack.name}/{self.pack.version}; structures only, sequences not screened"
+        names = "+".join(f"{pack.name}/{pack.version}" for pack in self.packs)
+        return f"{names:.120}; structures only, sequences not screened"
 
-    def screen(self, molecules: Iterable[Chem.Mol], *, target: bool = False) -> ScreenResult:
+    def screen(
+        self, molecules: Iterable[Chem.Mol], *, target: bool = False, route: bool = False
+    ) -> ScreenResult:
         """Screen molecules and return the highest tier.
 
         Args:
             molecules: Sanitised or not.
             target: They are products for which a route is asked: anything from H2 up counts as H3.
+            route: They are steps of such a route. What the treaty names counts as a target too.
 
         """
         deadline = time.monotonic() + self._seconds
@@ -223,24 +305,27 @@ class Screener:
             except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
                 reason = f"standardisation failed: {type(error).__name__}"
         tier = max(found.values(), default="H0")
+        steps = [found[name] for name in found if not _BULK.fullmatch(name)]
+        toward = tier if target else max(steps, default="H0") if route else None
         if target and tier == "H2":
             tier = "H3"
         return ScreenResult(
             status="incomplete" if reason else "complete",
             tier=tier,
-            pack=self.pack.digest,
+            pack=self.digest,
             mode=self.mode,
             classes=tuple(sorted(found)),
             reason=reason,
+            target_tier=toward,
         )
 
     def nothing(self, why: str) -> ScreenResult:
         """Return the result for a run that has no structure to screen; `why` goes into the mode."""
-        return ScreenResult("complete", "H0", self.pack.digest, f"{self.mode}; {why}")
+        return ScreenResult("complete", "H0", self.digest, f"{self.mode}; {why}")
 
     def incomplete(self, reason: str) -> ScreenResult:
         """Return a result that holds."""
-        return ScreenResult("incomplete", "H0", self.pack.digest, self.mode, (), reason)
+        return ScreenResult("incomplete", "H0", self.digest, self.mode, (), reason)
 
     def find_classes(self, molecule: Chem.Mol) -> dict[str, str]:
         """Return the classes that match, with tiers; ValueError for what is too large to judge."""
@@ -267,22 +352,26 @@ class Screener:
     def _needs_tautomer(self, form: Chem.Mol) -> bool:
         # Slow, so only where a listed chemical has these atoms, or a family could be hidden.
         hidden = any(atom.GetAtomicNum() in {15, 33} for atom in form.GetAtoms())
-        return (hidden or composition(form) in self.pack.compositions) and _is_clean(form)
+        return (hidden or composition(form) in self._listed) and _is_clean(form)
 
     def _match(self, form: Chem.Mol) -> dict[str, str]:
         block = ""
         found: dict[str, str] = {}
-        atoms = composition(form)
-        if atoms in self.pack.compositions:
+        if entries := self._listed.get(composition(form), ()):
             block = first_block(form)
-            for entry in self.pack.listed:
+            for entry in entries:
                 if entry.block == block:
                     found[f"{entry.paragraph}.listed"] = entry.tier
-        for family in self.pack.families:
-            if _matches(form, family):
-                if family.exempt and (block := block or first_block(form)) in family.exempt:
-                    continue
+        for family in self._families:
+            fit = _fit_family(form, family)
+            if not fit or (
+                family.exempt and (block := block or first_block(form)) in family.exempt
+            ):
+                continue
+            if fit == _INSIDE:
                 found[family.paragraph] = family.tier
+            elif family.tier == "H3":
+                found[f"{NEAR}{family.paragraph}"] = "H1"
         return found
 
 
@@ -346,17 +435,23 @@ def _neutral_pairs(molecule: Chem.Mol) -> Chem.Mol:
     return _plain(edit.GetMol())
 
 
-def _matches(form: Chem.Mol, family: Family) -> bool:
+_INSIDE, _NEAR = 2, 1
+
+
+def _fit_family(form: Chem.Mol, family: Family) -> int:
+    """Return `_INSIDE` for a member, `_NEAR` where only the core is there, 0 for neither."""
+    near = 0
     for core in family.cores:
         if not family.whole:
             if form.HasSubstructMatch(core):
-                return True
+                return _INSIDE
             continue
         numbers = [atom.GetAtomMapNum() for atom in core.GetAtoms()]
         places = form.GetSubstructMatches(core, uniquify=False, maxMatches=MATCH_LIMIT)
         if any(_is_whole(form, place, numbers, family.groups) for place in places):
-            return True
-    return False
+            return _INSIDE
+        near = near or _NEAR * bool(places)
+    return near
 
 
 def _is_whole(

@@ -99,8 +99,8 @@ class Header:
 def screen_line(assessed: Assessed) -> str:
     """Return what a user may read of the output screen; never a rule, a match or a structure."""
     screen = assessed.output_screen
-    if screen.status == "complete" and screen.tier == "H0":
-        return f"not matched; {screen.mode}; pack {short(screen.pack)}"
+    if screen.status == "complete" and screen.tier in {"H0", "H1"}:  # H1 is noted in silence
+        return f"not held; {screen.mode}; pack {short(screen.pack)}"
     return (
         "held for review" if screen.status != "complete" else f"marked; pack {short(screen.pack)}"
     )

@@ -174,7 +174,11 @@ def test_screen_line_never_names_a_class():
     held = assessed.model_copy(update={"output_screen": results.incomplete("crash: ValueError")})
     assert views.screen_line(held) == "held for review"
     _, clean, _ = run("molecule", ["CCO<MoleculeE>"])
-    assert views.screen_line(clean).startswith("not matched; cwc/1")
+    assert views.screen_line(clean).startswith("not held; ag/1+cwc/1")
+    noted = clean.model_copy(
+        update={"output_screen": clean.output_screen.model_copy(update={"tier": "H1"})}
+    )
+    assert views.screen_line(noted) == views.screen_line(clean)
 
 
 def test_small_texts():
