@@ -1,0 +1,385 @@
+"""A process behind a channel: start it, read its frames, look at it from outside, end it.
+
+Obeys docs/design/enclave.md, 3 and 7. `seal` decides what runs and when it is proven; here is what
+every sealed process has in common. Nothing that it says is believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import plan as plans
+from airgap.enclave.channel import ChannelError, Frame, Reader, Writer
+from airgap.enclave.host import HostSurvey
+from airgap.enclave.launcher import REFUSED_STATUS, SIGNAL_BASE
+from airgap.enclave.plan import Plan, PlanError
+from airgap.enclave.refused import SealRefused
+from airgap.enclave.worker import LOAD_STATUS
+from policy.errors import CODES, AirgapError, FaultError, RefusedError
+
+_SMALL = 1 << 20  # bytes of a control frame
+_GRACE_S = 2.0
+# A sealed program may answer with codes of these rooms alone: it never speaks for policy or audit.
+_PROGRAM_ROOMS = frozenset({"prompt", "model", "request", "science", "screen"})
+
+
+class Process:
+    """A launcher that was told `plan`, and what it becomes."""
+
+    def __init__(
+        self, plan: Plan, *, stderr_cap: int, deadline_s: float, leaked: tuple[int, ...] = ()
+    ) -> None:
+        self.plan = plan
+        self.deadline = time.monotonic() + deadline_s
+        self.deadline_s = deadline_s
+        self._ended: dict[str, Any] | None = None
+        self._pidfd = -1
+        self.pid = 0
+        incoming, self._to = os.pipe()
+        self._from, outgoing = os.pipe()
+        try:
+            argv = plans.launcher_argv(incoming, outgoing)
+            self._popen = _spawner().start(argv, (incoming, outgoing, *leaked))
+        except BaseException:
+            self._close_ends()  # a launcher that reads no plan ends
+            raise
+        finally:
+            os.close(incoming)
+            os.close(outgoing)
+        self.reader, self.writer = Reader(self._from), Writer(self._to)
+        self._stderr = _Drain(self._popen, stderr_cap)
+        try:
+            self.send(channel.PLAN, json.dumps(plan).encode())
+            self._meet()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _meet(self) -> None:
+        """Learn the host pid of the sealed process and take a handle that cannot be reused."""
+        frame = self.expect(channel.ALIVE)
+        pid = int(frame.payload)
+        wanted = self._popen.pid if self.plan["namespaces"] else os.getpid()
+        try:
+            handle = os.pidfd_open(pid)
+        except OSError:
+            return  # it is gone already; the next frame says why
+        found = _parent_of(pid)
+        if found == wanted:
+            self.pid, self._pidfd = pid, handle
+            return
+        os.close(handle)  # never a handle to kill by before it is known whose it is
+        if found is not None:
+            raise SealRefused("parent", f"process {pid} is a child of {found}, not of {wanted}")
+
+    def send(self, kind: bytes, payload: bytes, request: int = 0) -> None:
+        """Send a frame before the start deadline."""
+        try:
+            self.writer.write(channel.encode(kind, payload, request), deadline=self.deadline)
+        except ChannelError as error:
+            if error.kind != "closed":
+                raise self.refusal(error) from error
+
+    def expect(self, kind: bytes) -> Frame:
+        """Return the next control frame; a refusal or a failure on the other side is raised."""
+        kinds = (kind, channel.REFUSED, channel.ERROR, channel.FAULT)
+        try:
+            frame = self.reader.read(kinds, cap=_SMALL, deadline=self.deadline)
+        except ChannelError as error:
+            raise self.refusal(error) from error
+        if frame.kind == kind:
+            return frame
+        if frame.kind == channel.REFUSED:
+            found = json_object(frame.payload)
+            name = str(found.get("layer", ""))
+            known = name if f"enclave.{name}" in CODES else "start"
+            raise SealRefused(known, f"{found.get('message', '')!s:.2000}")
+        raise program_error(frame, self.words())
+
+    def refusal(self, error: ChannelError) -> AirgapError:
+        """Turn a broken channel into what it means for the caller, and end the process."""
+        end = self.kill()
+        words = self.words()
+        tail = f"; its last words: {words[-400:]!r}" if words else ""
+        if end["signal"] == signal.SIGSYS:
+            return SealRefused(
+                "incident", f"the process made a forbidden call and was killed{tail}"
+            )
+        if error.kind == "late":
+            return SealRefused("deadline", f"nothing came within {self.deadline_s:g} s{tail}")
+        if error.kind == "closed" and end["status"] == REFUSED_STATUS:
+            return SealRefused("parent", f"the waiting parent could not seal itself{tail}")
+        if error.kind == "closed":
+            return FaultError(
+                "enclave.worker",
+                f"the sealed process ended early ({how(end)}){tail}",
+                hint="run it again; if it ends again, look at the model and at the memory limit",
+            )
+        return SealRefused("channel", f"{error} ({error.kind}){tail}")
+
+    def verify(
+        self, facts: HostSurvey, *, own_filters: int, dumpable: bool | None
+    ) -> evidence.Facts:
+        """Read /proc and compare with the plan; SealRefused names the first difference."""
+        try:
+            found = self._settled()
+        except OSError as error:
+            raise SealRefused("evidence", f"the process is gone: {error}") from error
+        findings = evidence.verify(
+            found,
+            self.plan,
+            own_filters=own_filters,
+            dumpable=dumpable,
+            host=evidence.own_namespaces(),
+            uid=self.uid_seen(facts),
+        )
+        if findings:
+            raise SealRefused(findings[0].layer, "; ".join(f.message for f in findings)[:2000])
+        if found.session != self._popen.pid:
+            raise SealRefused("parent", "the process shares a session, and its terminal's signals")
+        if self.plan["namespaces"]:
+            self._verify_parent(facts)
+        return found
+
+    def _settled(self) -> evidence.Facts:
+        """Read the facts; the kernel counts a closed socket of the launcher an instant longer."""
+        until = time.monotonic() + _GRACE_S
+        while True:
+            found = evidence.read(self.pid)
+            if not self.plan["namespaces"] or not found.sockets or time.monotonic() > until:
+                return found
+            time.sleep(0.001)
+
+    def _verify_parent(self, facts: HostSurvey) -> None:
+        """Look at the process that waits outside: it seals itself, an instant later."""
+        until = time.monotonic() + _GRACE_S
+        while True:
+            try:
+                found = evidence.read(self._popen.pid)
+            except OSError as error:
+                raise SealRefused("parent", f"the waiting parent is gone: {error}") from error
+            if found.seccomp and found.filters == evidence.inherited_filters() + 1:
+                break
+            if time.monotonic() > until:
+                raise SealRefused("parent", "the waiting parent has taken no filter")
+            time.sleep(0.001)
+        whole = (found.uids[1], found.no_new_privs, found.capabilities["prm"], found.descriptors)
+        if whole[:3] != (self.uid_seen(facts), 1, "0") or whole[3]:
+            raise SealRefused("parent", f"the waiting parent is not sealed: {whole}")
+
+    def uid_seen(self, facts: HostSurvey) -> int:
+        """Return the uid that /proc shows: in a user namespace it stays the starter's."""
+        identity = self.plan["identity"]
+        return facts.uid if identity is None else identity[0]
+
+    def verify_filters(self, facts: HostSurvey, last: bytes) -> bool | None:
+        """Compare the live filters with the built ones, where the broker may look."""
+        live = evidence.live_filters(self.pid, [filters.stage1(facts.arch), last], facts)
+        if live is False:
+            raise SealRefused(
+                "stage2", "the filters of the live process are not the published ones"
+            )
+        return live
+
+    def words(self) -> str:
+        """Return what the process wrote to its error pipe, cut, control characters replaced."""
+        return re.sub(r"[^\x20-\x7e\n]", "?", self._stderr.content().decode(errors="replace"))
+
+    @property
+    def alive(self) -> bool:
+        """True while the process runs."""
+        return self._ended is None and self._popen.poll() is None
+
+    def finish(self, grace_s: float = _GRACE_S) -> dict[str, Any]:
+        """Close the channel, let the process end by itself, then kill it; returns how it ended."""
+        if self._ended is None:
+            self._close_ends()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace_s)
+        return self.kill()
+
+    def kill(self) -> dict[str, Any]:
+        """End the process now and return how it ended; later calls return the same."""
+        if self._ended is not None:
+            return self._ended
+        if self._pidfd >= 0 and self._popen.poll() is None:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(_GRACE_S)  # the waiting parent passes the end on
+        if self._popen.poll() is None:
+            self._popen.kill()
+        status = self._popen.wait()
+        self._close_ends()
+        self._stderr.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._ended = exit_of(status)
+        return self._ended
+
+    def _close_ends(self) -> None:
+        for name in ("_to", "_from"):
+            end = getattr(self, name)
+            if end >= 0:
+                os.close(end)
+                setattr(self, name, -1)
+
+
+def _parent_of(pid: int) -> int | None:
+    """Return the parent of a process, None when it is gone."""
+    try:
+        status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return None
+    return int(status["PPid"])
+
+
+def exit_of(status: int) -> dict[str, Any]:
+    """Read an exit status of the launcher: it passes a signal of the worker on as 128 + number."""
+    number = -status if status < 0 else status - SIGNAL_BASE if status > SIGNAL_BASE else None
+    return {"status": None if number else status, "signal": number}
+
+
+def how(end: dict[str, Any]) -> str:
+    """Return in words how a process ended."""
+    if end["signal"]:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(end["signal"]).name
+        return f"signal {end['signal']}"
+    if end["status"] == LOAD_STATUS:
+        return "the program did not load"
+    return f"exit status {end['status']}"
+
+
+def program_error(frame: Frame, words: str) -> AirgapError:
+    """Turn an error frame into ours: a typed refusal keeps its code, anything else is a fault."""
+    found = json_object(frame.payload)
+    code, message = str(found.get("code", "")), str(found.get("message", ""))
+    limit = channel.ERROR_TEXT_LIMIT
+    room = code.partition(".")[0]
+    if frame.kind == channel.ERROR and code in CODES and room in _PROGRAM_ROOMS:
+        return RefusedError(code, message[:limit], hint=str(found.get("hint", ""))[:limit])
+    tail = f"; its last words: {words[-400:]!r}" if words else ""
+    return FaultError(
+        "enclave.program",
+        f"the sealed program failed: {message[:limit]}{tail}",
+        hint="the request was not answered; nothing left the seal",
+    )
+
+
+def json_object(payload: bytes) -> dict[str, Any]:
+    """Read a small JSON object from the other side."""
+    try:
+        found = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise SealRefused("channel", f"a control frame is not JSON: {payload[:80]!r}") from error
+    if not isinstance(found, dict):
+        raise SealRefused("channel", f"a control frame is not an object: {payload[:80]!r}")
+    return found
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Turn a wish that cannot be met into the refusal of its layer."""
+    try:
+        yield
+    except PlanError as error:
+        raise SealRefused(error.layer, str(error)) from error
+
+
+# -- starting processes ---------------------------------------------------------------------------
+
+
+class _Drain:
+    """Reads an error pipe to its end and keeps the first bytes."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], cap: int) -> None:
+        self._popen = popen
+        self._cap = cap
+        self._kept = bytearray()
+        self._thread = threading.Thread(target=self._read, name="enclave-stderr", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        pipe = self._popen.stderr
+        if pipe is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            while part := os.read(pipe.fileno(), 1 << 16):
+                self._kept += part[: max(0, self._cap - len(self._kept))]
+
+    def content(self) -> bytes:
+        """Return what was kept so far."""
+        return bytes(self._kept)
+
+    def close(self) -> None:
+        """Wait for the end of the pipe, which comes with the end of the process."""
+        self._thread.join(_GRACE_S)
+        if self._popen.stderr is not None:
+            self._popen.stderr.close()
+
+
+class _Spawner:
+    """Starts processes from one thread that lives as long as this process.
+
+    The death signal follows the thread that started a child: a worker started by a short-lived
+    thread would be killed when that thread ends.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._wishes: queue.SimpleQueue[tuple[Callable[[], object], queue.SimpleQueue[Any]]] = (
+            queue.SimpleQueue()
+        )
+        threading.Thread(target=self._run, name="enclave-spawner", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            make, answer = self._wishes.get()
+            try:
+                answer.put((make(), None))
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
+                answer.put((None, error))
+
+    def start(self, argv: list[str], ends: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        """Start `argv` with an empty environment, null, an error pipe and `ends`."""
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def make() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=ends,
+                cwd="/",
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+            )
+
+        self._wishes.put((make, answer))
+        popen, error = answer.get()
+        if error is not None:
+            raise FaultError("enclave.worker", f"the launcher did not start: {error}") from error
+        return popen  # type: ignore[no-any-return]
+
+
+_spawners: list[_Spawner] = []
+
+
+def _spawner() -> _Spawner:
+    """Return this process's spawner; after a fork the thread of the parent is not ours."""
+    if not _spawners or _spawners[0].pid != os.getpid():
+        _spawners[:] = [_Spawner()]
+    return _spawners[0]
