@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     # -- audit log ------------------------------------------------------------------------------
     "audit.absent": "there is no audit log here",
     "audit.closed": "the audit log is closed",
+    "audit.epoch": "a key of the audit log signed records of another epoch than its own",
     "audit.full": "only the reserve is left: the audit log admits no new work",
     "audit.halted": "the audit log stopped after a fault and admits nothing",
     "audit.history": "the audit log contradicts its own signed heads",
@@ -66,10 +67,13 @@ CODES: dict[str, str] = {
     "audit.note": "a signed checkpoint is malformed or its signature does not hold",
     "audit.object": "a record cites an object that is not stored",
     "audit.order": "a record out of order: no open intent, or one that exists already",
+    "audit.policy": "a trust policy for the audit log is malformed",
     "audit.proof": "a receipt is malformed or proves something else",
+    "audit.quorum": "too few of the witnesses that the policy names have cosigned",
     "audit.record": "a record breaks the schema",
     "audit.tampered": "the audit log was changed",
     "audit.timeout": "the audit log did not become durable in time",
+    "audit.unknown": "verification cannot tell: no outside head was compared, or a file is missing",
     # -- command line -------------------------------------------------------------------------
     "usage.argument": "a command-line argument has no meaning here",
     # -- shared vocabulary ----------------------------------------------------------------------
@@ -86,7 +90,14 @@ CODES: dict[str, str] = {
     "chunk.leaf": "a chunk of the body is not the sealed one",
     "chunk.root": "the list of chunk hashes is not the sealed one",
     "bom.mismatch": "the bill of materials and the files differ",
-    "delta.base": "the release that a delta builds on is missing",
+    "delta.base": "the release that a delta builds on is missing, damaged or another one",
+    "delta.malformed": "a delta contradicts the manifest or its base",
+    "transit.key": "no key that was given opens the transit encryption",
+    "transit.malformed": "the header of a transit encryption is not of the one allowed shape",
+    "transit.tag": "an encrypted block is not the one that was encrypted there",
+    "volume.missing": "a volume of the set is not there",
+    "volume.order": "a volume lies about its place, or stands twice",
+    "volume.set": "a volume of another set",
     # -- bundle: manifest -----------------------------------------------------------------------
     "manifest.canonical": "the manifest is not canonical JSON",
     "manifest.layout": "the archive and the list of files in the manifest differ",
@@ -146,6 +157,11 @@ CODES: dict[str, str] = {
     "policy.held": "the policy holds it until named people release it",
     "policy.model": "the lineage registry holds no such model",
     "policy.request": "a request names an unregistered fact or a value of a wrong type",
+    # -- holds ----------------------------------------------------------------------------------
+    "hold.file": "a hold, or the decision that it cites, is not the file that was written",
+    "hold.key": "a key that does not open or receive what is held",
+    "hold.missing": "no hold answers to that name, or its output was not kept",
+    "hold.release": "a release is not the signed statement that it should be, or cannot be made",
     # -- site: institution facts and settings ---------------------------------------------------
     "site.exists": "a site.toml is there already",
     "site.missing": "there is no site.toml",
@@ -219,6 +235,7 @@ CODES: dict[str, str] = {
     "enclave.evidence": "the facts about the sealed process cannot be read",
     "enclave.exec": "the program could not be started inside the seal",
     "enclave.files": "the sealed process cannot read what it needs",
+    "enclave.gpu": "there is no GPU that the sealed process could use",
     "enclave.identity": "the sealed process would keep an id or a capability",
     "enclave.incident": "the sealed process made a call that its seal kills for",
     "enclave.job": "a conversion job cannot be sealed as it was asked for",

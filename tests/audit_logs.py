@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from airgap.audit import Actor, AuditLog, Clock, DecisionRef, Event, commitment, new_ulid
-from airgap.audit.checkpoint import LogKey, vkey_path
+from airgap.audit.checkpoint import COSIGNATURE, LogKey, Vkey, vkey_path
 from airgap.audit.disk import Disk
 
 ORIGIN = "lab.example/audit/0123456789abcdef"
@@ -32,6 +32,19 @@ def vkey(seed=7, origin=ORIGIN):
     return log_key(seed, origin).vkey
 
 
+def witness_vkey(seed=21, name="isso.example/w1"):
+    return Vkey.of(name, private_key(seed).public_key(), COSIGNATURE)
+
+
+def policy_text(quorum="any"):
+    """One log, two witnesses, and `any` or `all` of them."""
+    return (
+        f"# of the tests\nlog {vkey()}\nwitness w1 {witness_vkey()}\n"
+        f"witness w2 {witness_vkey(22, 'second.example/w2')} https://w2.example/\n"
+        f"group both {quorum} w1 w2\nquorum both\n"
+    )
+
+
 def write_key(path, seed=7, origin=ORIGIN):
     path.parent.mkdir(parents=True, exist_ok=True)
     pem = private_key(seed).private_bytes(
@@ -43,6 +56,9 @@ def write_key(path, seed=7, origin=ORIGIN):
     path.chmod(0o400)
     vkey_path(path).write_text(f"{vkey(seed, origin)}\n")
     return path
+
+
+POLICY = policy_text()
 
 
 class FixedClock(Clock):

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from airgap.audit.checkpoint import Vkey, parse_checkpoint
+from airgap.audit.checkpoint import Keys, parse_checkpoint
 from airgap.audit.layout import Layout, read_lines
 from airgap.audit.receipt import Receipt, parse_receipt, verify_path, verify_receipt
 from airgap.audit.record import Record, parse_line
@@ -45,7 +45,7 @@ class Checked:
         return f"{first}\nproof holds; {signed}; the log holds that record: {what}"
 
 
-def check(content: bytes, *, vkey: Vkey | None, folder: Path) -> Checked:
+def check(content: bytes, *, vkey: Keys | None, folder: Path) -> Checked:
     """Check a receipt, with the log in `folder` if there is one.
 
     Raises:

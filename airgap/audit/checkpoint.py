@@ -2,7 +2,9 @@
 
 A checkpoint is three lines (origin, size, base64 root) and at least one signature line. Parsing
 believes nothing; `verify_checkpoint` returns a `Head`, the type of what a known key has signed.
-Signatures of unknown keys are ignored, a bad one of the known key rejects the whole note.
+Signatures of unknown keys are ignored, a bad one of a known key rejects the whole note. A log that
+has changed its key has a ring of verifier keys; which of them may sign which size is the affair of
+`epochs`.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from policy.errors import FaultError, RefusedError
 
 MAX_NOTE: Final = 131_072  # 16 signatures of 5 kB must pass, says signed-note
 MAX_SIGNATURES: Final = 24
-MAX_KEY_FILE: Final = 4_096
+MAX_KEY_FILE: Final = 16_384
 HASH_BYTES: Final = 32
 _MAX_SIZE: Final = 2**53 - 1
-_ED25519: Final = 1  # signature type
+ED25519: Final = 1  # types of signature in C2SP signed-note
+COSIGNATURE: Final = 4
+MAX_RING: Final = 64
 _EM_DASH: Final = "\u2014"
 _SIZE: Final = re.compile("0|[1-9][0-9]{0,15}")
 _NAME: Final = re.compile(r"[^\s+\x00-\x20\x7f]{1,200}")
@@ -42,10 +46,44 @@ class Vkey:
     name: str
     key_id: bytes
     public: Ed25519PublicKey
+    kind: int = ED25519  # or COSIGNATURE, for a witness
+
+    @classmethod
+    def of(cls, name: str, public: Ed25519PublicKey, kind: int = ED25519) -> Self:
+        """Bind a public key to a name."""
+        return cls(name, _key_id(name, public.public_bytes_raw(), kind), public, kind)
 
     def __str__(self) -> str:
-        body = bytes([_ED25519]) + self.public.public_bytes_raw()
+        body = bytes([self.kind]) + self.public.public_bytes_raw()
         return f"{self.name}+{self.key_id.hex()}+{base64.b64encode(body).decode()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """The verifier keys of one log, oldest first: one for each key that it has had."""
+
+    keys: tuple[Vkey, ...]  # at least one, all of one name
+
+    @property
+    def name(self) -> str:
+        """The origin of the log."""
+        return self.keys[0].name
+
+    @property
+    def newest(self) -> Vkey:
+        """The key that signs now, as far as this ring knows."""
+        return self.keys[-1]
+
+    def __str__(self) -> str:
+        return "".join(f"{key}\n" for key in self.keys)
+
+
+Keys = Vkey | Ring
+
+
+def ring_of(keys: Keys) -> Ring:
+    """Return a ring of one key as it is, or a ring of a single key."""
+    return keys if isinstance(keys, Ring) else Ring((keys,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +92,13 @@ class LogKey:
 
     vkey: Vkey
     private: Ed25519PrivateKey
+    ring: Ring
 
     @classmethod
-    def of(cls, origin: str, private: Ed25519PrivateKey) -> Self:
-        """Bind a private key to an origin."""
-        public = private.public_key()
-        return cls(Vkey(origin, _key_id(origin, public.public_bytes_raw()), public), private)
+    def of(cls, origin: str, private: Ed25519PrivateKey, older: tuple[Vkey, ...] = ()) -> Self:
+        """Bind a private key to an origin; `older` are the keys that the log had before."""
+        vkey = Vkey.of(origin, private.public_key())
+        return cls(vkey, private, Ring((*older, vkey)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +121,7 @@ class Head:
     size: int
     root: bytes
     note: str
+    signers: tuple[bytes, ...] = ()  # key ids of known keys whose signature holds
 
 
 def create_log_key(path: Path, *, site: str) -> str:
@@ -104,15 +144,19 @@ def create_log_key(path: Path, *, site: str) -> str:
     public = private.public_key().public_bytes_raw()
     origin = f"{site}/audit/{hashlib.sha256(public).hexdigest()[:16]}"
     key = LogKey.of(origin, private)
-    pem = private.private_bytes(
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_new(vkey_path(path), str(key.ring).encode(), 0o444)
+    write_new(path, private_pem(private), 0o400)
+    return str(key.vkey)
+
+
+def private_pem(private: Ed25519PrivateKey) -> bytes:
+    """Return a private key as PKCS#8, not encrypted."""
+    return private.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _write_new(vkey_path(path), f"{key.vkey}\n".encode(), 0o444)
-    _write_new(path, pem, 0o400)
-    return str(key.vkey)
 
 
 def vkey_path(key: Path) -> Path:
@@ -126,13 +170,23 @@ def site_name(text: str) -> str:
 
 
 def load_log_key(path: Path) -> LogKey:
-    """Read a log key and the vkey beside it.
+    """Read a log key and the verifier keys beside it, of which it is the newest.
 
     Raises:
         RefusedError: `audit.key`; not an Ed25519 key, open to others, or not the vkey's key.
         FaultError: `audit.key`; a file is missing or unreadable.
 
     """
+    private = load_private(path)
+    known = load_ring(vkey_path(path))
+    key = LogKey.of(known.name, private, known.keys[:-1])
+    if key.vkey.key_id != known.newest.key_id:
+        raise RefusedError("audit.key", f"{path} is not the key of {vkey_path(path)}")
+    return key
+
+
+def load_private(path: Path) -> Ed25519PrivateKey:
+    """Read an Ed25519 key that nobody but its owner can read; raises as `load_log_key`."""
     pem = _read_small(path)
     if path.stat().st_mode & 0o077:
         raise RefusedError(
@@ -146,19 +200,31 @@ def load_log_key(path: Path) -> LogKey:
         raise RefusedError("audit.key", f"{path} is not a PEM private key") from None
     if not isinstance(private, Ed25519PrivateKey):
         raise RefusedError("audit.key", f"{path} is not an Ed25519 key")
-    known = parse_vkey(_read_small(vkey_path(path)))
-    key = LogKey.of(known.name, private)
-    if key.vkey.key_id != known.key_id:
-        raise RefusedError("audit.key", f"{path} is not the key of {vkey_path(path)}")
-    return key
+    return private
 
 
 def load_vkey(path: Path) -> Vkey:
-    """Read a file with one vkey; FaultError when unreadable, RefusedError when not one."""
-    return parse_vkey(_read_small(path))
+    """Read the newest vkey of a file; FaultError when unreadable, RefusedError when not one."""
+    return load_ring(path).newest
 
 
-def parse_vkey(content: bytes) -> Vkey:
+def load_ring(path: Path) -> Ring:
+    """Read a file of verifier keys, one a line; raises as `load_vkey`."""
+    return parse_ring(_read_small(path))
+
+
+def parse_ring(content: bytes) -> Ring:
+    """Return the verifier keys of a log, one a line, oldest first; RefusedError `audit.key`."""
+    lines = content.removesuffix(b"\n").split(b"\n")
+    if len(lines) > MAX_RING:
+        raise RefusedError("audit.key", f"more than {MAX_RING} verifier keys")
+    keys = tuple(parse_vkey(line) for line in lines)
+    if len({key.name for key in keys}) > 1 or len({key.key_id for key in keys}) < len(keys):
+        raise RefusedError("audit.key", "verifier keys of several logs, or one key twice")
+    return Ring(keys)
+
+
+def parse_vkey(content: bytes, kind: int = ED25519) -> Vkey:
     """Return the verifier key of `<name>+<8 hex>+<base64 of type and key>`.
 
     Raises:
@@ -176,18 +242,27 @@ def parse_vkey(content: bytes) -> Vkey:
         raise RefusedError(
             "audit.key", "expected <name>+<key id>+<base64> with an Ed25519 key"
         ) from None
-    good = _NAME.fullmatch(name) and raw[0] == _ED25519
-    if not good or key_id != found.hex() or found != _key_id(name, raw[1:]):
+    good = _NAME.fullmatch(name) and raw[0] == kind
+    if not good or key_id != found.hex() or found != _key_id(name, raw[1:], kind):
         raise RefusedError("audit.key", f"key name or key id of {name!r:.80} do not fit the key")
-    return Vkey(name, found, public)
+    return Vkey(name, found, public, kind)
 
 
-def sign_checkpoint(key: LogKey, size: int, root: bytes) -> Head:
-    """Sign the head of `size` leaves."""
+def sign_checkpoint(key: LogKey, size: int, root: bytes, *, also: LogKey | None = None) -> Head:
+    """Sign the head of `size` leaves; the next key signs the last head of an epoch `also`."""
     origin = key.vkey.name
     text = f"{origin}\n{size}\n{base64.b64encode(root).decode()}\n"
-    signature = base64.b64encode(key.vkey.key_id + key.private.sign(text.encode())).decode()
-    return Head(origin, size, root, f"{text}\n{_EM_DASH} {origin} {signature}\n")
+    note = f"{text}\n"
+    signers = []
+    for signer in (key,) if also is None else (key, also):
+        note += signature_line(signer.vkey, signer.private.sign(text.encode()))
+        signers.append(signer.vkey.key_id)
+    return Head(origin, size, root, note, tuple(signers))
+
+
+def signature_line(vkey: Vkey, signature: bytes) -> str:
+    """Return the line of a signature (for a cosignature: with its time) below a note."""
+    return f"{_EM_DASH} {vkey.name} {base64.b64encode(vkey.key_id + signature).decode()}\n"
 
 
 def parse_checkpoint(content: bytes) -> Checkpoint:
@@ -227,28 +302,36 @@ def parse_checkpoint(content: bytes) -> Checkpoint:
     return Checkpoint(origin, int(size), raw, f"{text}\n".encode(), signatures, note)
 
 
-def verify_checkpoint(checkpoint: Checkpoint, vkey: Vkey) -> Head:
-    """Return the head if the known key signed it and the origin is the key's name.
+def verify_checkpoint(checkpoint: Checkpoint, keys: Keys) -> Head:
+    """Return the head if a known key signed it and the origin is the keys' name.
+
+    Whether that key may sign a head of this size is not asked here: see `epochs`.
 
     Raises:
-        RefusedError: `audit.note`; another origin, no signature by the key, or one that is bad.
+        RefusedError: `audit.note`; another origin, no signature by a key, or one that is bad.
 
     """
-    if checkpoint.origin != vkey.name:
-        raise _bad(f"origin {checkpoint.origin!r:.80}, expected {vkey.name!r:.80}")
-    signed = False
+    known = {key.key_id: key for key in ring_of(keys).keys}
+    origin = ring_of(keys).name
+    if checkpoint.origin != origin:
+        raise _bad(f"origin {checkpoint.origin!r:.80}, expected {origin!r:.80}")
+    signers = []
     for name, blob in checkpoint.signatures:
-        if name != vkey.name or blob[:4] != vkey.key_id:
+        key = known.get(blob[:4])
+        if key is None or name != key.name:
             continue  # Of a key that we do not know: says nothing, for or against.
         try:
-            vkey.public.verify(blob[4:], checkpoint.text)
+            key.public.verify(blob[4:], checkpoint.text)
         except InvalidSignature:
-            raise _bad(f"the signature of key {vkey.key_id.hex()} does not hold") from None
-        signed = True
-    if not signed:
+            raise _bad(f"the signature of key {key.key_id.hex()} does not hold") from None
+        signers.append(key.key_id)
+    if not signers:
         ids = sorted({blob[:4].hex() for _, blob in checkpoint.signatures})
-        raise _bad(f"no signature by key {vkey.key_id.hex()}; signed by {', '.join(ids):.80}")
-    return Head(checkpoint.origin, checkpoint.size, checkpoint.root, checkpoint.note)
+        expected = ", ".join(sorted(key.hex() for key in known))
+        raise _bad(f"no signature by key {expected:.60}; signed by {', '.join(ids):.80}")
+    return Head(
+        checkpoint.origin, checkpoint.size, checkpoint.root, checkpoint.note, tuple(signers)
+    )
 
 
 def strict_hash(text: str) -> bytes:
@@ -280,11 +363,12 @@ def _strict_base64(text: str) -> bytes:
     return raw
 
 
-def _key_id(name: str, public: bytes) -> bytes:
-    return hashlib.sha256(name.encode() + b"\n" + bytes([_ED25519]) + public).digest()[:4]
+def _key_id(name: str, public: bytes, kind: int) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + bytes([kind]) + public).digest()[:4]
 
 
-def _write_new(path: Path, content: bytes, mode: int) -> None:
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a key file durably; RefusedError `audit.key` when it exists."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     except FileExistsError:

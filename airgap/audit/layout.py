@@ -15,11 +15,13 @@ from typing import Final
 
 from airgap.audit.checkpoint import MAX_NOTE, Checkpoint, parse_checkpoint
 from airgap.audit.disk import open_plain
+from airgap.audit.tiles import SEGMENT, WIDTH, tile_name
 from policy.errors import RefusedError
 
 MAX_JOURNAL_LINE: Final = MAX_NOTE * 2
 _MIN_JOURNAL_LINE: Final = 64  # less holds no root; millions of such lines end soon
 _SEGMENT_NAME: Final = re.compile(r"[0-9]{8}\.jsonl")
+_SEQ: Final = re.compile(rb'"seq":([0-9]{1,16}),')
 _BLOCK: Final = 1 << 20
 
 
@@ -49,6 +51,11 @@ class Layout:
     def reserve(self) -> Path:
         """Blocks kept for recovery on a full disk."""
         return self.folder / "reserve"
+
+    @property
+    def exported(self) -> Path:
+        """When this host last exported, and how far; no evidence."""
+        return self.folder / "exported.json"
 
     @property
     def manifest(self) -> Path:
@@ -83,13 +90,34 @@ class Layout:
         return self.log / "checkpoints.jsonl"
 
     @property
+    def kept(self) -> Path:
+        """Lines of pruned segments that verification still needs: key changes and prunings."""
+        return self.log / "kept.jsonl"
+
+    @property
+    def sealed(self) -> Path:
+        """Encrypted payloads."""
+        return self.log / "sealed"
+
+    def payload(self, digest_hex: str) -> Path:
+        """One encrypted payload, by its SHA-256."""
+        return self.sealed / digest_hex[:2] / digest_hex
+
+    @property
+    def policy(self) -> Path:
+        """The trust policy of this site, for its own status; no verifier believes it."""
+        return self.log / "policy.tlog"
+
+    @property
     def anchors(self) -> Path:
         """Heads that others kept and handed back."""
         return self.log / "anchors"
 
 
-def segment_count(layout: Layout) -> int:
-    """Return how many segments there are.
+def segment_range(layout: Layout) -> range:
+    """Return the indices of the segments that are there; it begins later where a log was pruned.
+
+    Whether the missing beginning was pruned or stolen is for the caller to find out.
 
     Raises:
         RefusedError: `audit.history`; one is missing or a name does not belong there.
@@ -97,14 +125,47 @@ def segment_count(layout: Layout) -> int:
     """
     folder = layout.log / "seg"
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    for index, name in enumerate(names):
+    first = int(names[0][:8]) if names and _SEGMENT_NAME.fullmatch(names[0]) else 0
+    for index, name in enumerate(names, first):
         if not _SEGMENT_NAME.fullmatch(name) or int(name[:8]) != index:
             raise RefusedError(
                 "audit.history",
                 f"expected segment {index:08d}.jsonl, found {name!r:.60}",
                 hint="a segment was removed or added; keep the folder as evidence",
             )
-    return len(names)
+    return range(first, first + len(names))
+
+
+def segment_count(layout: Layout) -> int:
+    """Return how many segments the log has had, those included that were pruned."""
+    return segment_range(layout).stop
+
+
+def read_kept(layout: Layout) -> dict[int, bytes]:
+    """Return the lines that outlive a pruning, by the number on them; nothing here is verified."""
+    found = {}
+    if layout.kept.is_file():
+        for raw in read_lines(layout.kept):
+            number = _SEQ.search(raw)
+            if number is not None and raw.endswith(b"\n"):
+                found[int(number[1])] = raw[:-1]
+    return found
+
+
+def pruned_leaves(layout: Layout, index: int) -> Iterator[bytes]:
+    """Yield the leaf hashes of a segment from its level-0 tiles.
+
+    Raises:
+        OSError: A tile is missing.
+        RefusedError: `audit.history`; a tile has another length.
+
+    """
+    for number in range(index * (SEGMENT // WIDTH), (index + 1) * (SEGMENT // WIDTH)):
+        with open_plain(layout.tiles / tile_name(0, number)) as file:
+            content = file.read(32 * WIDTH + 1)
+        if len(content) != 32 * WIDTH:
+            raise RefusedError("audit.history", f"tile {tile_name(0, number)} is not whole")
+        yield from (content[at : at + 32] for at in range(0, len(content), 32))
 
 
 def read_lines(path: Path, limit: int = MAX_JOURNAL_LINE) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from airgap.audit.checkpoint import (
     MAX_NOTE,
     Checkpoint,
     Head,
-    Vkey,
+    Keys,
     parse_checkpoint,
     strict_hash,
     verify_checkpoint,
@@ -91,14 +91,14 @@ def parse_receipt(content: bytes) -> Receipt:
     return Receipt(int(index[1]), checkpoint.size, leaf, proof, checkpoint.note)
 
 
-def verify_receipt(receipt: Receipt, vkey: Vkey) -> Head:
-    """Return the head if the known key signed it and it holds the leaf at that index.
+def verify_receipt(receipt: Receipt, keys: Keys) -> Head:
+    """Return the head if a known key signed it and it holds the leaf at that index.
 
     Raises:
         RefusedError: `audit.note`, or `audit.proof` when the inclusion proof does not hold.
 
     """
-    head = verify_checkpoint(parse_checkpoint(receipt.note.encode()), vkey)
+    head = verify_checkpoint(parse_checkpoint(receipt.note.encode()), keys)
     verify_path(receipt, head)
     return head
 

@@ -169,7 +169,8 @@ RULES: Final[dict[str, _Rule]] = {
         "bytes": int, "sha256": str, "file": str, "signed": int, "found": int, "reason": str,
     }),
     "heartbeat": _Rule(_EVENT_ONLY, {
-        "anchored": int, "anchor_age_s": int, "free": int, "export_age_s": int,
+        "anchored": int, "anchor_age_s": int, "free": int, "export_age_s": int, "state": str,
+        "used_percent": int,
     }),
     "clock.step": _Rule(_EVENT_ONLY, {"drift_ms": int}),
     "admission": _Rule(_EVENT_ONLY, {"bundle": str, "result": str, "obligations": list}),
@@ -193,10 +194,13 @@ RULES: Final[dict[str, _Rule]] = {
     "egress.probe": _Rule(_TWO, {"probe": str, "result": str}),
     "policy.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
     "model.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
-    "key.rotate": _Rule(_EVENT_ONLY, {"use": str, "next": str, "epoch": int}),
+    "key.rotate": _Rule(_EVENT_ONLY, {"use": str, "next": str, "epoch": int}, person=True),
     "export": _Rule(_TWO, _RANGE, person=True),
-    "prune": _Rule(_TWO, _RANGE, person=True),
-    "spill.purge": _Rule(_TWO, _RANGE, person=True),
+    "prune": _Rule(_TWO, _RANGE | {"profile": str}, person=True),
+    "spill.purge": _Rule(_TWO, {
+        "payload": str, "record": int, "reason": str, "person_1": str, "person_2": str,
+        "result": str,
+    }, person=True),
     "import.cosign": _Rule(_EVENT_ONLY, {
         "witness": str, "size": int, "time": str, "cosignature": str,
     }),
@@ -374,6 +378,11 @@ def citations(record: Mapping[str, Any]) -> list[str]:
     if data and not OBJECT_KEYS.isdisjoint(data):
         cited += [data[key] for key in sorted(OBJECT_KEYS & data.keys())]
     return cited
+
+
+def sealed_payloads(record: Mapping[str, Any]) -> list[str]:
+    """Return the digests (`sha256:<hex>`) of the encrypted payloads that a record names."""
+    return [record[side]["sealed"] for side in ("in", "out") if "sealed" in record.get(side, ())]
 
 
 def commitment(payload: bytes, nonce: bytes) -> Commit:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -18,18 +19,31 @@ from typing import Final
 
 import orjson
 
+from airgap.audit.anchors import parse_anchor
 from airgap.audit.checkpoint import (
     MAX_NOTE,
     Checkpoint,
     Head,
+    Keys,
+    Ring,
     Vkey,
     parse_checkpoint,
+    parse_vkey,
     verify_checkpoint,
 )
 from airgap.audit.disk import Disk, open_plain
-from airgap.audit.layout import Layout, journal_line, last_checkpoint, segment_count
-from airgap.audit.receipt import MAX_RECEIPT, parse_receipt, verify_receipt
-from airgap.audit.record import parse_line
+from airgap.audit.epochs import Rotation, align, find_rotation
+from airgap.audit.layout import (
+    Layout,
+    journal_line,
+    last_checkpoint,
+    pruned_leaves,
+    read_kept,
+    read_lines,
+    segment_range,
+)
+from airgap.audit.receipt import MAX_RECEIPT
+from airgap.audit.record import Record, parse_line
 from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles, tile_name
 from policy.errors import RefusedError
 
@@ -38,6 +52,8 @@ _CHUNK: Final = 4_096  # lines between writes of tiles
 _EVENT: Final = b'"phase":"event"'
 _OUTCOME: Final = b'"phase":"outcome"'
 _REQ: Final = b'"req":"'
+_ROTATE: Final = b'"kind":"key.rotate"'
+_HINT: Final = "keep the folder as evidence, run `airgap audit verify`, tell the security officer"
 
 OpenIntents = dict[str, tuple[str, str]]  # req -> (kind, project)
 
@@ -52,7 +68,10 @@ class Recovered:
     intents: OpenIntents
     segments: list[bytes]  # roots of the whole segments
     tiles: Tiles
+    rotations: list[Rotation] = field(default_factory=list)
+    closing_root: bytes = b""  # at the newest rotation
     anchored: int = 0
+    anchored_at: int = 0  # when that anchor came back, seconds since 1970
     found: int = 0  # records in the files before anything was cut
     torn: list[tuple[str, int, str]] = field(default_factory=list)  # (file, bytes, sha256)
 
@@ -64,14 +83,16 @@ class Frontier:
     segments: list[bytes]
     last_leaf: str
     intents: OpenIntents
+    rotations: list[Rotation]
     head: Head
 
 
 def recover(
     layout: Layout,
-    vkey: Vkey,
+    ring: Ring,
     disk: Disk,
     *,
+    following: Vkey | None = None,
     put_tile: Callable[[str, bytes], None],
     suspect: bool,
 ) -> Recovered:
@@ -79,29 +100,38 @@ def recover(
 
     Args:
         layout: An existing log, locked by the caller.
-        vkey: The log's own key.
+        ring: The log's own keys.
         disk: Where writes go.
+        following: The next key, while one is being replaced.
         put_tile: Writes a tile unless it is already there with that content.
         suspect: The last writer met an I/O error: keep a copy of the unsigned tail as evidence.
 
     Raises:
-        RefusedError: `audit.history`, or `audit.note` for a head whose signature does not hold.
+        RefusedError: `audit.history`; `audit.note` for a head whose signature does not hold, or
+            `audit.epoch` for one that another epoch's key has signed.
 
     """
-    count = segment_count(layout)
-    frontier = _last_frontier(layout, vkey, count)
-    head = _last_head(layout, vkey, frontier, disk)
+    there = segment_range(layout)
+    count = there.stop
+    known = ring if following is None else Ring((*ring.keys, following))
+    frontier = _last_frontier(layout, known, count)
+    head = _last_head(layout, known, frontier, disk)
     if head is None or count == 0:
         raise _refused("there are records without any signed head, or heads without records")
     if frontier is not None and not _tiles_complete(layout, len(frontier.segments)):
         frontier = None  # Derived files are gone: hash everything once and write them again.
     state = _start(head, frontier, put_tile)
-    anchors = dict(_anchors(layout, vkey))
+    anchors = _anchors(layout, known)
     state.anchored = max(anchors, default=0)
-    expected = {size: root for size, root in anchors.items() if size > state.edge.size}
+    state.anchored_at = anchors[state.anchored][1] if anchors else 0
+    expected = {size: root for size, (root, _) in anchors.items() if size > state.edge.size}
     if expected.get(head.size, head.root) != head.root:
         raise _refused(f"an anchor of size {head.size} has another root")
     expected[head.size] = head.root
+    if there.start:
+        _require_pruned(layout, there)
+    for index in range(len(state.segments), there.start):
+        _replay_pruned(layout, index, state, expected)
     for index in range(len(state.segments), count):
         last = index == count - 1
         _replay(layout, index, state, disk, last=last, expected=expected, suspect=suspect)
@@ -111,10 +141,14 @@ def recover(
     beyond = [size for size in expected if size > state.edge.size]
     if beyond:
         raise _refused(f"anchored to size {max(beyond)}, found {state.edge.size} records")
+    epochs, problem = align(ring, [each for each in state.rotations if each.size <= head.size])
+    if problem:
+        raise RefusedError("audit.epoch", f"this log's keys: expected {problem}", hint=_HINT)
+    epochs.require(head)
     return state
 
 
-def load_frontier(path: Path, vkey: Vkey) -> Frontier | None:
+def load_frontier(path: Path, keys: Keys) -> Frontier | None:
     """Return the frontier of a file, or None when it is not one that a signed head confirms."""
     try:
         if path.stat().st_size > MAX_FRONTIER:
@@ -122,24 +156,33 @@ def load_frontier(path: Path, vkey: Vkey) -> Frontier | None:
         entry = json.loads(path.read_bytes())
         segments = [bytes.fromhex(text) for text in entry["segments"]]
         intents = {req: (kind, project) for req, kind, project in entry["open"]}
-        head = verify_checkpoint(parse_checkpoint(entry["note"].encode()), vkey)
+        head = verify_checkpoint(parse_checkpoint(entry["note"].encode()), keys)
         last = str(entry["last"])
+        rotations = [
+            Rotation(int(size), parse_vkey(str(text).encode()))
+            for size, text in entry.get("rotations", ())
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RefusedError):
         return None
     edge = Edge.of_segments(segments)
     if edge.size != head.size or edge.root() != head.root or any(len(s) != 32 for s in segments):  # noqa: PLR2004
         return None
-    return Frontier(segments, last, intents, head)
+    return Frontier(segments, last, intents, rotations, head)
 
 
 def frontier_content(
-    segments: Iterable[bytes], last_leaf: str, intents: OpenIntents, head: Head
+    segments: Iterable[bytes],
+    last_leaf: str,
+    intents: OpenIntents,
+    rotations: Iterable[tuple[int, str]],
+    head: Head,
 ) -> bytes:
     """Return the content of a frontier file."""
     entry = {
         "last": last_leaf,
         "note": head.note,
         "open": [[req, *rest] for req, rest in intents.items()],
+        "rotations": [list(each) for each in rotations],
         "segments": [root.hex() for root in segments],
     }
     return json.dumps(entry).encode() + b"\n"
@@ -163,7 +206,13 @@ def _start(
     tiles.start(frontier.segments)
     edge = Edge.of_segments(frontier.segments)
     return Recovered(
-        head, edge, frontier.last_leaf, dict(frontier.intents), list(frontier.segments), tiles
+        head,
+        edge,
+        frontier.last_leaf,
+        dict(frontier.intents),
+        list(frontier.segments),
+        tiles,
+        list(frontier.rotations),
     )
 
 
@@ -192,8 +241,7 @@ def _replay(
         leaf = hashlib.sha256(b"\0" + line).digest()
         edge.append(leaf, made)
         state.prev = leaf.hex()
-        if _EVENT not in line:
-            _follow(state.intents, line)
+        _follow(state, line)
         offset = end + 1
         if edge.size in expected and edge.root() != expected[edge.size]:
             raise _refused(f"the root at size {edge.size} differs from the signed one")
@@ -219,6 +267,69 @@ def _replay(
             good_end=offset,
             suspect=suspect,
         )
+
+
+def _replay_pruned(
+    layout: Layout, index: int, state: Recovered, expected: dict[int, bytes]
+) -> None:
+    """Hash a pruned segment into the state from its tiles, and obey the lines that were kept."""
+    kept = read_kept(layout)
+    made: dict[Node, bytes] = {}
+    for leaf in pruned_leaves(layout, index):
+        line = kept.get(state.edge.size, b"")
+        state.edge.append(leaf, made)
+        state.prev = leaf.hex()
+        if line and hashlib.sha256(b"\0" + line).digest() == leaf:
+            _follow_keys(state, line)
+        size = state.edge.size
+        if size in expected and state.edge.root() != expected[size]:
+            raise _refused(f"the root at size {size} differs from the signed one")
+    state.tiles.add(made)
+    _remember(state, made)
+
+
+def _require_pruned(layout: Layout, there: range) -> None:
+    """Return if a pruning is on record that explains where the log begins; refuse if not.
+
+    The record was kept aside when the lines went; it counts if the tree has its leaf in its place.
+    """
+    for seq, line in read_kept(layout).items():
+        record = _fitting(line, seq)
+        if record is None or record["kind"] != "prune" or record["phase"] != "intent":
+            continue
+        covers = int(record.get("data", {}).get("last", -1)) + 1 >= there.start * SEGMENT
+        if covers and _leaf_at(layout, seq, there) == hashlib.sha256(b"\0" + line).digest():
+            return
+    raise _refused(
+        f"the log begins with segment {there.start:08d}.jsonl and no pruning is on record"
+    )
+
+
+def _leaf_at(layout: Layout, seq: int, there: range) -> bytes:
+    """Return the leaf hash at a place, from its line or, where that is gone, from its tile."""
+    index = seq // SEGMENT
+    if index < there.start:
+        return next(itertools.islice(pruned_leaves(layout, index), seq % SEGMENT, None), b"")
+    if index not in there:
+        return b""
+    line = next(itertools.islice(read_lines(layout.segment(index)), seq % SEGMENT, None), b"\n")
+    return hashlib.sha256(b"\0" + line[:-1]).digest()
+
+
+def _fitting(line: bytes, seq: int) -> Record | None:
+    with contextlib.suppress(RefusedError):
+        record = parse_line(line)
+        return record if record["seq"] == seq else None
+    return None
+
+
+def _follow_keys(state: Recovered, line: bytes) -> None:
+    """Note a change of the log's key."""
+    with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+        rotation = find_rotation(orjson.loads(line), state.head.origin)
+        if rotation is not None:
+            state.rotations.append(rotation)
+            state.closing_root = state.edge.root()
 
 
 def _mend_tail(
@@ -271,14 +382,21 @@ def _fits(line: bytes, seq: int, prev: str) -> bool:
     return bool(record["seq"] == seq and record["prev"] == prev)
 
 
-def _follow(intents: OpenIntents, line: bytes) -> None:
-    """Note an intent or outcome; a quote inside a text is escaped, so these bytes are the keys."""
+def _follow(state: Recovered, line: bytes) -> None:
+    """Note an intent, an outcome or a change of the key.
+
+    A quote inside a text is escaped, so these bytes are keys and values of the record itself.
+    """
+    if _EVENT in line:
+        if _ROTATE in line:
+            _follow_keys(state, line)
+        return
     if _OUTCOME in line:
         at = line.find(_REQ) + len(_REQ)
-        intents.pop(line[at : at + 26].decode("ascii", "replace"), None)
+        state.intents.pop(line[at : at + 26].decode("ascii", "replace"), None)
         return
     with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
-        note_intent(intents, orjson.loads(line))
+        note_intent(state.intents, orjson.loads(line))
 
 
 def _remember(state: Recovered, made: dict[Node, bytes]) -> None:
@@ -287,21 +405,21 @@ def _remember(state: Recovered, made: dict[Node, bytes]) -> None:
     state.segments += [value for (level, _), value in made.items() if level == height]
 
 
-def _last_frontier(layout: Layout, vkey: Vkey, count: int) -> Frontier | None:
+def _last_frontier(layout: Layout, ring: Ring, count: int) -> Frontier | None:
     for index in range(count - 1, -1, -1):
-        frontier = load_frontier(layout.frontier(index), vkey)
+        frontier = load_frontier(layout.frontier(index), ring)
         if frontier is not None and len(frontier.segments) == index + 1:
             return frontier
     return None
 
 
-def _last_head(layout: Layout, vkey: Vkey, frontier: Frontier | None, disk: Disk) -> Head | None:
+def _last_head(layout: Layout, ring: Ring, frontier: Frontier | None, disk: Disk) -> Head | None:
     """Return the newest signed head of journal, checkpoint and frontier; mend the journal."""
     found = last_checkpoint(layout.journal)
-    heads = [] if found is None else [verify_checkpoint(found[0], vkey)]
+    heads = [] if found is None else [verify_checkpoint(found[0], ring)]
     current = _current(layout)
     if current is not None:
-        heads.append(verify_checkpoint(current, vkey))
+        heads.append(verify_checkpoint(current, ring))
     if frontier is not None:
         heads.append(frontier.head)
     if not heads:
@@ -343,17 +461,22 @@ def _current(layout: Layout) -> Checkpoint | None:
     return parse_checkpoint(content) if content.strip(b"\0") else None
 
 
-def _anchors(layout: Layout, vkey: Vkey) -> Iterable[tuple[int, bytes]]:
-    """Yield size and root of each anchor of this log that was handed back to the host."""
+def _anchors(layout: Layout, ring: Ring) -> dict[int, tuple[bytes, int]]:
+    """Return root and time of arrival, by size, of each anchor that was handed back to the host."""
+    found: dict[int, tuple[bytes, int]] = {}
     for path in sorted(layout.anchors.iterdir()) if layout.anchors.is_dir() else ():
         with open_plain(path) as file:
             content = file.read(MAX_RECEIPT + 1)
-        with contextlib.suppress(RefusedError):  # Not one of ours: `audit verify` reports it.
-            if content.startswith(b"c2sp.org/"):
-                head = verify_receipt(parse_receipt(content), vkey)
-            else:
-                head = verify_checkpoint(parse_checkpoint(content), vkey)
-            yield head.size, head.root
+            arrived = int(os.fstat(file.fileno()).st_mtime)
+        try:
+            head = parse_anchor(content, path.name).verify(ring, None)
+        except RefusedError:
+            continue  # Not one of ours: `audit verify` reports it.
+        else:
+            if found.get(head.size, (head.root, 0))[0] != head.root:
+                raise _refused(f"two anchors of size {head.size} have different roots")
+            found[head.size] = (head.root, arrived)
+    return found
 
 
 def _tiles_complete(layout: Layout, segments: int) -> bool:
@@ -365,8 +488,4 @@ def _tiles_complete(layout: Layout, segments: int) -> bool:
 
 
 def _refused(message: str) -> RefusedError:
-    return RefusedError(
-        "audit.history",
-        message,
-        hint="keep the folder as evidence, run `airgap audit verify`, tell the security officer",
-    )
+    return RefusedError("audit.history", message, hint=_HINT)

@@ -1,8 +1,8 @@
 """Verification of a log with public keys alone (docs/design/audit.md, 9).
 
 `verify_log` reads the folder once, believes nothing in it, and returns a verdict: *good* only if an
-outside anchor was compared, *tampered* if anything contradicts, *cannot tell* otherwise. Key and
-anchors come from whoever verifies, never from the folder under test.
+outside anchor was compared, *tampered* if anything contradicts, *cannot tell* otherwise. Keys,
+policy and anchors come from whoever verifies, never from the folder under test.
 """
 
 from __future__ import annotations
@@ -11,154 +11,74 @@ import base64
 import fcntl
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from airgap.audit.anchors import Anchor, read_anchors
 from airgap.audit.checkpoint import (
     MAX_NOTE,
     Checkpoint,
-    Vkey,
+    Keys,
+    Ring,
     parse_checkpoint,
+    ring_of,
     verify_checkpoint,
 )
 from airgap.audit.disk import open_plain
-from airgap.audit.layout import (
-    Layout,
-    journal_line,
-    last_checkpoint,
-    read_lines,
-    segment_count,
-)
-from airgap.audit.receipt import HEADER, MAX_RECEIPT, Receipt, parse_receipt, verify_receipt
-from airgap.audit.record import FIRST_PREV, MAX_LINE, Record, citations, parse_line
-from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles
-from policy.errors import FaultError, RefusedError
+from airgap.audit.epochs import Epochs, Rotation, align
+from airgap.audit.findings import GOOD, NOTE, TAMPERED, UNKNOWN, Finding, Findings, Verdict
+from airgap.audit.layout import Layout, last_checkpoint, parse_journal_line
+from airgap.audit.quorum import Policy
+from airgap.audit.stream import SIGNER_PREFIX, Collected, Progress, Question, Stream
+from policy.errors import RefusedError
 
-MAX_FINDINGS: Final = 50
-# The writer beats every 1,000 records and every 60 s; one batch may come in between.
-HEARTBEAT_GAP_RECORDS: Final = 2_048
-HEARTBEAT_GAP_NS: Final = 180 * 10**9
-_CHUNK: Final = 1_024
-_JOURNAL_SIZE: Final = re.compile(rb'\{"note": "[^"\\]{1,200}\\n([0-9]{1,16})\\n')
+__all__ = ["NOTE", "TAMPERED", "UNKNOWN", "Finding", "Verdict", "verify_log"]
 
-TAMPERED: Final = "tampered"
-UNKNOWN: Final = "cannot tell"
-NOTE: Final = "note"
-GOOD: Final = "good"
 _JOURNAL: Final = "log/checkpoints.jsonl"
 _CURRENT: Final = "log/checkpoint"
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that does not fit, or that the reader should know (`note`)."""
-
-    level: str  # TAMPERED, UNKNOWN or NOTE
-    check: str
-    place: str  # file below the folder, or the anchor's name
-    seq: int | None = None
-    expected: str = ""
-    found: str = ""
-
-    def __str__(self) -> str:
-        at = "" if self.seq is None else f" record {self.seq}"
-        what = f": expected {self.expected}" if self.expected else ""
-        return f"{self.level}: {self.check}, {self.place}{at}{what}" + (
-            f"{',' if what else ':'} found {self.found}" if self.found else ""
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What verification came to. `exit` is 0 good, 1 tampered, 3 cannot tell."""
-
-    exit: int
-    verdict: str
-    origin: str
-    size: int  # records under the newest signed head
-    records: int  # records that were read
-    anchored_size: int  # the largest outside anchor that agrees
-    anchors: int  # how many agree
-    root: str
-    findings: tuple[Finding, ...]
-
-    def as_document(self) -> dict[str, Any]:
-        """Return the verdict for JSON output."""
-        rows = [
-            {
-                "level": f.level,
-                "check": f.check,
-                "place": f.place,
-                "seq": f.seq,
-                "expected": f.expected,
-                "found": f.found,
-            }
-            for f in self.findings
-        ]
-        return {
-            "verdict": self.verdict,
-            "exit": self.exit,
-            "origin": self.origin,
-            "size": self.size,
-            "records": self.records,
-            "anchored_size": self.anchored_size,
-            "unanchored": self.size - self.anchored_size,
-            "anchors": self.anchors,
-            "root": self.root,
-            "findings": rows,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Anchor:
-    """A head from outside that the log's key has signed, and the record it proves, if any."""
-
-    name: str
-    size: int
-    root: bytes
-    receipt: Receipt | None
 
 
 def verify_log(
     folder: Path,
     *,
-    vkey: Vkey | None,
+    vkey: Keys | None,
     anchors: Sequence[Path] = (),
+    policy: Policy | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Check everything in `folder` that a public key and outside anchors can show.
+    """Check everything in `folder` that public keys and outside anchors can show.
 
     Args:
         folder: Holds `log/`; with a `manifest.json` it is an export, where nothing may be unsigned.
-        vkey: The log's verifier key; without it the best verdict is *cannot tell*.
+        vkey: The log's verifier keys; without any the best verdict is *cannot tell*.
         anchors: Receipts (`.tlog-proof`) and checkpoints kept elsewhere, or folders of them.
+        policy: Which witnesses must stand behind a checkpoint that is used as an anchor; its log
+            keys serve where `vkey` is not given.
         progress: Called with bytes read and bytes in all.
 
     """
-    layout = Layout(folder)
-    findings = _Findings()
+    layout, findings = Layout(folder), Findings()
     live = not layout.manifest.exists()
-    kept = list(_load_anchors(anchors, vkey, findings))
-    if vkey is None:
+    kept = read_anchors(anchors, findings)
+    ring = _trusted(vkey, policy)
+    if ring is None:
         findings.add(UNKNOWN, "signature", _CURRENT, found="no verifier key was given")
-    held = _Held.look(layout, live=live)
+    writer = _is_held(layout, live=live)
     try:
         special = next(_special_files(layout), None)
         if special is not None:
             findings.add(TAMPERED, "files", special, found="a pipe or device")
-            return _verdict(findings, None, kept, 0, 0)
-        heads = _find_heads(layout, vkey, findings, live=live)
-        head = heads.newest
-        stream = _Stream(layout, heads, kept, findings, live=live, writer=held.now)
-        stream.run(progress)
-        if held.now and stream.edge.size > stream.signed:
-            # A writer is at work: what came since is under a newer head by now.
-            findings.add(NOTE, "tail", "log/seg", found="records of a writer that is running")
+            return _verdict(findings, None, Collected(), [], 0)
+        heads = _find_heads(layout, findings, live=live)
+        question = _question(heads, kept, live=live, writer=writer)
+        found = Stream(layout, question, findings).run(progress)
+        judge = _Judge(layout, ring, policy, found, findings, live=live, writer=writer)
+        head = judge.heads(heads)
+        matched = judge.anchors(kept)
+        judge.beginning()
+        judge.payloads()
         if not live:
             from airgap.audit.export.manifest import check_export  # noqa: PLC0415 - it needs us
 
@@ -167,107 +87,76 @@ def verify_log(
     except OSError as error:
         name = str(error.filename or folder)
         findings.add(UNKNOWN, "read", name, found=error.strerror or str(error))
-        return _verdict(findings, None, kept, 0, 0)
-    return _verdict(findings, head, kept, stream.edge.size, stream.anchored)
+        return _verdict(findings, None, Collected(), [], len(kept))
+    return _verdict(findings, head, found, matched, len(kept))
 
 
-class _Findings:
-    """Collected in order; the first of a kind tells, thousands of followers do not."""
-
-    def __init__(self) -> None:
-        self.all: list[Finding] = []
-        self._levels: set[str] = set()
-
-    def add(
-        self,
-        level: str,
-        check: str,
-        place: str,
-        seq: int | None = None,
-        *,
-        expected: str = "",
-        found: str = "",
-    ) -> None:
-        self.keep(Finding(level, check, place, seq, expected[:160], found[:160]))
-
-    def keep(self, finding: Finding) -> None:
-        if len(self.all) < MAX_FINDINGS or finding.level not in self._levels:
-            self._levels.add(finding.level)
-            self.all.append(finding)
-
-    def has(self, level: str) -> bool:
-        return level in self._levels
+def _trusted(vkey: Keys | None, policy: Policy | None) -> Ring | None:
+    if vkey is not None:
+        return ring_of(vkey)
+    return Ring(policy.logs) if policy is not None and policy.logs else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+def _is_held(layout: Layout, *, live: bool) -> bool:
     """Whether a writer holds the log at this moment."""
-
-    now: bool
-
-    @classmethod
-    def look(cls, layout: Layout, *, live: bool) -> _Held:
-        if not live:
-            return cls(now=False)
-        try:
-            fd = os.open(layout.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
-            return cls(now=False)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return cls(now=True)
-        finally:
-            os.close(fd)
-        return cls(now=False)
+    if not live:
+        return False
+    try:
+        fd = os.open(layout.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _verdict(
-    findings: _Findings, head: Checkpoint | None, kept: list[_Anchor], records: int, anchored: int
+    findings: Findings, head: Checkpoint | None, found: Collected, matched: list[int], kept: int
 ) -> Verdict:
-    matched = [anchor for anchor in kept if 0 < anchor.size <= anchored]
     if findings.has(TAMPERED):
-        code, word = 1, TAMPERED
+        word = TAMPERED
     elif findings.has(UNKNOWN) or not matched:
-        code, word = 3, UNKNOWN
+        word = UNKNOWN
         if not kept:
             findings.add(
                 UNKNOWN, "anchor", "--anchors", found="no outside head to compare this log with"
             )
     else:
-        code, word = 0, GOOD
-    order = [TAMPERED, UNKNOWN, NOTE]  # within a level, what names a record comes first
-    told = sorted(findings.all, key=lambda f: (order.index(f.level), f.seq is None))
+        word = GOOD
     return Verdict(
-        code,
-        word,
-        head.origin if head else "",
-        head.size if head else 0,
-        records,
-        anchored,
-        len(matched),
-        base64.b64encode(head.root).decode() if head else "",
-        tuple(told),
+        verdict=word,
+        origin=head.origin if head else "",
+        size=head.size if head else 0,
+        records=found.size,
+        first=found.first,
+        anchored_size=max(matched, default=0),
+        anchors=len(matched),
+        root=base64.b64encode(head.root).decode() if head else "",
+        findings=findings.in_order(),
     )
 
 
-# -- heads and anchors -------------------------------------------------------------------------
+# -- heads -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """The heads in the folder whose signature holds, by place, and where the journal ends."""
+    """The newest heads in the folder by place, not verified, and where the journal ends."""
 
-    good: dict[str, Checkpoint]
+    found: dict[str, Checkpoint]
     journal_end: int
 
     @property
     def newest(self) -> Checkpoint | None:
-        return max(self.good.values(), key=lambda c: c.size, default=None)
+        return max(self.found.values(), key=lambda c: c.size, default=None)
 
 
-def _find_heads(layout: Layout, vkey: Vkey | None, findings: _Findings, *, live: bool) -> _Heads:
-    """Return the signed heads; findings say what is wrong with others."""
+def _find_heads(layout: Layout, findings: Findings, *, live: bool) -> _Heads:
+    """Return the newest heads; findings say what is wrong with the files that hold them."""
     found: dict[str, Checkpoint] = {}
     end = 0
     journal = last_checkpoint(layout.journal)
@@ -281,391 +170,139 @@ def _find_heads(layout: Layout, vkey: Vkey | None, findings: _Findings, *, live:
         found[_CURRENT] = current
         if journal is None or journal[0].size < current.size:
             findings.add(crash, "head journal", _JOURNAL, found="behind the checkpoint")
-    good = {}
-    for place, checkpoint in found.items():
-        try:
-            if vkey is not None:
-                verify_checkpoint(checkpoint, vkey)
-        except RefusedError as error:
-            findings.add(TAMPERED, "signature", place, found=error.message)
-        else:
-            good[place] = checkpoint
-    if len({checkpoint.origin for checkpoint in good.values()}) > 1:
+    if len({checkpoint.origin for checkpoint in found.values()}) > 1:
         findings.add(TAMPERED, "fork", _CURRENT, found="checkpoint and journal of two logs")
-    return _Heads(good, end)
+    return _Heads(found, end)
 
 
-def _read_current(layout: Layout, findings: _Findings, *, live: bool) -> Checkpoint | None:
+def _read_current(layout: Layout, findings: Findings, *, live: bool) -> Checkpoint | None:
     try:
         with open_plain(layout.checkpoint) as file:
             content = file.read(MAX_NOTE + 1)
     except FileNotFoundError:
         if not live:
-            findings.add(TAMPERED, "checkpoint", "log/checkpoint", found="nothing")
+            findings.add(TAMPERED, "checkpoint", _CURRENT, found="nothing")
         return None
     if live and not content.strip(b"\0"):
-        findings.add(NOTE, "checkpoint", "log/checkpoint", found="empty, as a crash may leave it")
+        findings.add(NOTE, "checkpoint", _CURRENT, found="empty, as a crash may leave it")
         return None
     try:
         return parse_checkpoint(content)
     except RefusedError as error:
-        findings.add(TAMPERED, "checkpoint", "log/checkpoint", found=error.message)
+        findings.add(TAMPERED, "checkpoint", _CURRENT, found=error.message)
         return None
 
 
-def load_anchor(content: bytes) -> tuple[Checkpoint, Receipt | None]:
-    """Return the checkpoint of a receipt or of a bare signed note; RefusedError when neither."""
-    if content.startswith(HEADER.encode()):
-        receipt = parse_receipt(content)
-        return parse_checkpoint(receipt.note.encode()), receipt
-    return parse_checkpoint(content), None
+def _question(heads: _Heads, kept: list[Anchor], *, live: bool, writer: bool) -> Question:
+    newest = heads.newest
+    sizes = {head.size for head in heads.found.values()} | {anchor.size for anchor in kept}
+    return Question(
+        origin=newest.origin if newest else "",
+        signed=newest.size if newest else 0,
+        journal_end=heads.journal_end,
+        sizes=frozenset(sizes),
+        leaves=frozenset(anchor.receipt.seq for anchor in kept if anchor.receipt),
+        live=live,
+        writer=writer,
+    )
 
 
-def _load_anchors(
-    paths: Sequence[Path], vkey: Vkey | None, findings: _Findings
-) -> Iterator[_Anchor]:
-    """Yield the usable anchors; one that cannot be used is a reason for *cannot tell*."""
-    for path in _anchor_files(paths):
-        try:
-            with open_plain(path) as file:
-                checkpoint, receipt = load_anchor(file.read(MAX_RECEIPT + 1))
-            if vkey is None:
-                continue
-            if receipt is not None:
-                head = verify_receipt(receipt, vkey)
-            else:
-                head = verify_checkpoint(checkpoint, vkey)
-        except (RefusedError, OSError) as error:
-            findings.add(UNKNOWN, "anchor", path.name, found=str(error))
-            continue
-        yield _Anchor(path.name, head.size, head.root, receipt)
+# -- what the pass collected, against keys and anchors -------------------------------------------
 
 
-def _anchor_files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(p for p in path.iterdir() if p.is_file())
-        elif path.exists():
-            yield path
-        else:
-            raise FaultError("host.io", f"no anchor at {path}", hint="check the path")
-
-
-# -- records -----------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Beat:
-    """When the present writer last showed that it lives."""
-
-    inst: str = ""
-    mono_ns: int = 0
-    seq: int = 0
-
-
-class _Stream:
-    """One pass over all records: lines, chain, tree, tiles, pairs, objects, heads, anchors."""
+class _Judge:
+    """Holds what the pass learned against the keys, the policy and the anchors."""
 
     def __init__(
         self,
         layout: Layout,
-        heads: _Heads,
-        anchors: list[_Anchor],
-        findings: _Findings,
+        ring: Ring | None,
+        policy: Policy | None,
+        found: Collected,
+        findings: Findings,
         *,
         live: bool,
         writer: bool,
     ) -> None:
-        self.layout, self.findings, self.live, self.writer = layout, findings, live, writer
-        self.head = head = heads.newest
-        self.signed = head.size if head else 0
-        self._journal_end = heads.journal_end
-        self.anchors = anchors
-        self.anchored = 0
-        self.edge = Edge()
-        self._prev = FIRST_PREV
-        self._place = ""
-        self._broken = False  # the chain broke: later lines are hashed, not judged
-        self._beat = _Beat()
-        self._intents: dict[str, tuple[str, int]] = {}  # by request: kind and record
-        self._objects: set[str] = set()
-        self._made: dict[Node, bytes] = {}
-        self._tiles = Tiles(self._compare_tile)
-        self._partial = _partial_tiles(layout)
-        self._missing_tiles = 0
-        self._roots: dict[int, list[tuple[str, bytes]]] = {}  # by size: place, expected root
-        self._differs = False  # a root differed: that all later ones do says nothing new
-        for place, checkpoint in heads.good.items():
-            self._roots.setdefault(checkpoint.size, []).append((place, checkpoint.root))
-        self._leaves: dict[int, list[_Anchor]] = {}
-        for anchor in anchors:
-            self._roots.setdefault(anchor.size, []).append((f"anchor {anchor.name}", anchor.root))
-            if anchor.receipt is not None:
-                self._leaves.setdefault(anchor.receipt.seq, []).append(anchor)
+        self._layout, self._policy, self._found, self._findings = layout, policy, found, findings
+        self._live, self._writer = live, writer
+        self._epochs = Epochs(None)
+        self._ring = ring
 
-    def run(self, progress: Progress | None) -> None:
-        """Read every segment, then say what is missing."""
-        paths = self._segments()
-        total = sum(path.stat().st_size for path in paths) or 1
-        done = 0
-        heads = _journal_sizes(self.layout.journal, self._journal_end)
-        next_head = next(heads, None)
-        edge, made = self.edge, self._made
-        for index, path in enumerate(paths):
-            self._place = f"log/seg/{path.name}"
-            for line in read_lines(path):
-                done += len(line)
-                if not self._line(line, last=index == len(paths) - 1):
-                    break
-                if edge.size in self._roots:
-                    self._compare_roots()
-                while next_head is not None and next_head[0] <= edge.size:
-                    self._compare_head(*next_head)
-                    next_head = next(heads, None)
-                if edge.size % _CHUNK == 0:
-                    self._tiles.add(made)
-                    made.clear()
-                    if progress is not None:
-                        progress(done, total)
-            else:
-                if index < len(paths) - 1 and edge.size != (index + 1) * SEGMENT:
-                    self.findings.add(
-                        TAMPERED, "segment", self._place, expected=f"{SEGMENT} records",
-                        found=f"{edge.size - index * SEGMENT}",
-                    )  # fmt: skip
-                continue
-            break
-        self._tiles.add(made)
-        for name, content in self._tiles.partial():
-            self._compare_partial(name.rsplit(".p/", 1)[0], content)
-        self._finish()
+    def heads(self, heads: _Heads) -> Checkpoint | None:
+        """Judge the heads in the folder and return the newest that is signed as it must be."""
+        findings, newest = self._findings, heads.newest
+        signed = newest.size if newest else 0
+        rotations = [each for each in self._found.rotations if each.size <= signed]
+        if self._ring is not None:
+            self._epochs, problem = align(self._ring, rotations)
+            if problem and newest is not None:
+                findings.add(TAMPERED, "key epoch", "log/seg", expected=problem)
+            for rotation in rotations:
+                self._closing(rotation)
+            self._signers()
+        good = {place: head for place, head in heads.found.items() if self._signed(place, head)}
+        for place, head in good.items():
+            self._compare_root(place, head)
+        best = max(good.values(), key=lambda c: c.size, default=None)
+        self._size(best)
+        return best
 
-    def _segments(self) -> list[Path]:
+    def _signed(self, place: str, checkpoint: Checkpoint) -> bool:
+        keys = self._epochs.ring
+        if self._ring is None or keys is None:
+            return True
         try:
-            count = segment_count(self.layout)
+            self._epochs.require(verify_checkpoint(checkpoint, keys))
         except RefusedError as error:
-            self.findings.add(TAMPERED, "segment", "log/seg", found=error.message)
-            count = 0
-            while self.layout.segment(count).exists():
-                count += 1
-        return [self.layout.segment(index) for index in range(count)]
-
-    def _line(self, raw: bytes, *, last: bool) -> bool:
-        """Judge one line and add it to the tree; False when nothing after it can be read."""
-        seq = self.edge.size
-        if not raw.endswith(b"\n"):
-            self._tail(seq, "a record that is not ended by a newline", last=last)
+            check = "key epoch" if error.code == "audit.epoch" else "signature"
+            self._findings.add(TAMPERED, check, place, found=error.message)
             return False
-        line = raw[:-1]
-        leaf = hashlib.sha256(b"\0" + line).digest()
-        if not self._broken:
-            try:
-                record = parse_line(line)
-            except RefusedError as error:
-                if seq >= self.signed and last:
-                    self._tail(seq, error.message, last=last)
-                    return False
-                self.findings.add(TAMPERED, "record", self._place, seq, found=error.message)
-                if len(line) > MAX_LINE:
-                    return False
-                self._broken = True
-            else:
-                self._judge(record, seq)
-        self._prev = leaf.hex()
-        self.edge.append(leaf, self._made)
-        if seq in self._leaves:
-            self._compare_leaf(seq, leaf)
         return True
 
-    def _judge(self, record: Record, seq: int) -> None:
-        if record["seq"] != seq:
-            self._broken = True
-            self.findings.add(
-                TAMPERED, "sequence", self._place, seq, expected=str(seq), found=str(record["seq"])
-            )
-        if record["prev"] != self._prev:
-            self._broken = True
-            self.findings.add(
-                TAMPERED, "chain", self._place, max(0, seq - 1),
-                expected=f"leaf hash {record['prev']} (by the record after it)", found=self._prev,
-            )  # fmt: skip
-        kind = record["kind"]
-        if record["phase"] != "event":
-            self._pair(record, seq)
-        if kind in {"heartbeat", "boot"} or record["inst"] != self._beat.inst:
-            self._beats(record, seq)
-        if "decision" in record or "data" in record:
-            for digest in citations(record):
-                if digest not in self._objects:
-                    self._object(digest, seq)
-
-    def _pair(self, record: Record, seq: int) -> None:
-        req, phase, kind = record["req"], record["phase"], record["kind"]
-        known = self._intents.get(req)
-        if phase == "intent":
-            if known is not None:
-                self.findings.add(
-                    TAMPERED, "pairing", self._place, seq, found=f"a second intent of {req}"
-                )
-            self._intents[req] = (kind, seq)
+    def _closing(self, rotation: Rotation) -> None:
+        """The last head of an epoch bears the signatures of the old key and of the next."""
+        line = self._found.closing.get(rotation.size)
+        expected = f"the head of size {rotation.size}, signed by the old key and the next"
+        keys = self._epochs.ring
+        if line is None or keys is None:
+            self._findings.add(TAMPERED, "key epoch", _JOURNAL, expected=expected, found="nothing")
             return
-        if known is None or known[0] != kind:
-            self.findings.add(
-                TAMPERED, "pairing", self._place, seq, found=f"{kind} {phase} without its intent"
-            )
-        if phase == "outcome":
-            self._intents.pop(req, None)
-
-    def _beats(self, record: Record, seq: int) -> None:
-        beat, now = self._beat, int(record["mono_ns"])
-        if record["inst"] == beat.inst:
-            gap = now - beat.mono_ns
-            if gap > HEARTBEAT_GAP_NS or seq - beat.seq > HEARTBEAT_GAP_RECORDS:
-                self.findings.add(
-                    NOTE, "heartbeat gap", self._place, seq,
-                    found=f"{gap // 10**9} s and {seq - beat.seq} records without a heartbeat",
-                )  # fmt: skip
-        beat.inst, beat.mono_ns, beat.seq = record["inst"], now, seq
-
-    def _object(self, digest: str, seq: int) -> None:
-        """Compare a cited object with its name, once."""
-        self._objects.add(digest)
-        path = self.layout.object(digest[7:])
         try:
-            with open_plain(path) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            self.findings.add(
-                TAMPERED, "object", f"log/objects/{digest[7:9]}/{digest[7:]}", seq,
-                expected="the object that the record cites", found="nothing",
-            )  # fmt: skip
+            head = verify_checkpoint(parse_journal_line(line), keys)
+            self._epochs.require(head)
+        except RefusedError as error:
+            self._findings.add(
+                TAMPERED, "key epoch", _JOURNAL, expected=expected, found=error.message
+            )
             return
-        if found != digest[7:]:
-            self.findings.add(
-                TAMPERED, "object", f"log/objects/{digest[7:9]}/{digest[7:]}", seq,
-                expected=digest, found=f"sha256:{found}",
-            )  # fmt: skip
+        if rotation.vkey.key_id not in head.signers:
+            self._findings.add(
+                TAMPERED, "key epoch", _JOURNAL, expected=expected, found="the old key alone"
+            )
 
-    def _tail(self, seq: int, what: str, *, last: bool) -> None:
-        """A bad line: past the signed head of a live log a crash explains it, else nothing does."""
-        if seq >= self.signed and last and self.live:
-            level = NOTE if self.writer else UNKNOWN
-            self.findings.add(level, "unrecovered tail", self._place, seq, found=what)
-        else:
-            self.findings.add(TAMPERED, "record", self._place, seq, found=what)
-
-    # -- against the tree ----------------------------------------------------------------------
-
-    def _compare_roots(self) -> None:
-        size, root = self.edge.size, self.edge.root()
-        for place, expected in self._roots[size]:
-            if expected != root:
-                self.findings.add(
-                    TAMPERED, "root", place, expected=f"root {expected.hex()} at size {size}",
-                    found=root.hex(),
-                )  # fmt: skip
-            elif place.startswith("anchor "):
-                self.anchored = max(self.anchored, size)
-
-    def _compare_leaf(self, seq: int, leaf: bytes) -> None:
-        for anchor in self._leaves[seq]:
-            expected = anchor.receipt.leaf if anchor.receipt else b""
-            if expected != leaf:
-                self.findings.add(
-                    TAMPERED, "receipt", f"anchor {anchor.name}", seq,
-                    expected=f"leaf hash {expected.hex()}", found=leaf.hex(),
+    def _signers(self) -> None:
+        """Whoever a head of the journal names as its signer must be the key of that epoch."""
+        keys = [self._epochs.holder(1), *(each.vkey for each in self._epochs.rotations)]
+        for (epoch, prefix), size in sorted(self._found.signers.items()):
+            holder = keys[epoch] if epoch < len(keys) else None
+            if holder is not None and prefix != _signer_prefix(holder.key_id):
+                self._findings.add(
+                    TAMPERED, "key epoch", _JOURNAL,
+                    expected=f"key {holder.key_id.hex()} to sign size {size}",
+                    found="a signature in the name of another key",
                 )  # fmt: skip
 
-    def _compare_head(self, size: int, line: bytes) -> None:
-        """Compare one line of the journal with the tree as it stood at that size."""
-        if self.head is None or self._differs:
-            return
-        root = base64.b64encode(self.edge.root()).decode()
-        expected = journal_line(f"{self.head.origin}\n{size}\n{root}\n\n")[:-3]
-        if size != self.edge.size or not line.startswith(expected):
-            self._differs = True
-            self.findings.add(
-                TAMPERED, "head journal", _JOURNAL, expected=f"a signed head as in {line[:120]!r}",
-                found=f"root {root} at size {self.edge.size}",
+    def _compare_root(self, place: str, head: Checkpoint) -> None:
+        root = self._found.roots.get(head.size)
+        if root is not None and root != head.root:
+            self._findings.add(
+                TAMPERED, "root", place, expected=f"root {head.root.hex()} at size {head.size}",
+                found=root.hex(),
             )  # fmt: skip
 
-    def _compare_tile(self, name: str, content: bytes) -> None:
-        path = self.layout.tiles / name
-        self._compare_partial(name, content)
-        try:
-            found = _read(path, len(content) + 1)
-        except FileNotFoundError:
-            self._missing_tiles += 1
-            return
-        if found != content:
-            self._tile_differs(name, content, found)
-
-    def _compare_partial(self, name: str, content: bytes) -> None:
-        """Compare the published partial tiles of this place, each a beginning of `content`."""
-        for width, path in self._partial.pop(name, ()):
-            try:
-                found = _read(path, 32 * width + 1)
-            except FileNotFoundError:
-                continue  # A writer replaced it by a wider one.
-            if found != content[: 32 * width]:
-                self._tile_differs(f"{name}.p/{width}", content[: 32 * width], found)
-
-    def _tile_differs(self, name: str, content: bytes, found: bytes) -> None:
-        """Tell which hash of a tile differs; in the live segment a crash may have cut the file."""
-        cut = len(found) != len(content) or not found.strip(b"\0")
-        recent = self.edge.size // SEGMENT * SEGMENT == 0 or self._is_recent(name)
-        level = UNKNOWN if cut and self.live and recent else TAMPERED
-        first = next(
-            (i for i in range(0, len(content), 32) if content[i : i + 32] != found[i : i + 32]), 0
-        )
-        tile_level, _, rest = name.partition("/")
-        index = _tile_index(rest)
-        seq = (index * WIDTH + first // 32) if tile_level == "0" else None
-        self.findings.add(
-            level, "tile", f"log/tile/{name}", seq,
-            expected=f"{content[first : first + 32].hex()} (from the records)",
-            found=found[first : first + 32].hex() or "nothing",
-        )  # fmt: skip
-
-    def _is_recent(self, name: str) -> bool:
-        level, _, rest = name.partition("/")
-        span: int = WIDTH ** (int(level) + 1)
-        return (_tile_index(rest) + 1) * span > self.edge.size // SEGMENT * SEGMENT
-
-    # -- at the end ----------------------------------------------------------------------------
-
-    def _finish(self) -> None:
-        size, findings = self.edge.size, self.findings
-        self._finish_size(size)
-        for anchor in self.anchors:
-            if anchor.size > size:
-                findings.add(
-                    TAMPERED, "rollback", f"anchor {anchor.name}",
-                    expected=f"at least {anchor.size} records", found=f"{size}",
-                )  # fmt: skip
-        if self._missing_tiles:
-            findings.add(
-                NOTE if self.live else TAMPERED, "tile", "log/tile",
-                found=f"{self._missing_tiles} full tiles are missing; they derive from the records",
-            )  # fmt: skip
-        for name, partial in self._partial.items():
-            findings.add(
-                UNKNOWN if self.live else TAMPERED, "tile", f"log/tile/{name}.p/{partial[0][0]}",
-                found="a tile of records that are not there",
-            )  # fmt: skip
-        if self._intents:
-            findings.add(NOTE, "open intents", "log/seg", found=self._open_words(size))
-
-    def _open_words(self, size: int) -> str:
-        """Count the open intents; an export ends with its own, which is on record before it."""
-        count = len(self._intents)
-        words = f"{count} without an outcome"
-        if self.live or ("export", size - 1) not in self._intents.values():
-            return words
-        return f"{words}{': ' if count == 1 else ', among them '}the export itself"
-
-    def _finish_size(self, size: int) -> None:
-        head, findings = self.head, self.findings
+    def _size(self, head: Checkpoint | None) -> None:
+        size, findings = self._found.size, self._findings
         if head is None and size:
             findings.add(TAMPERED, "head", "log", found=f"{size} records without a signed head")
         elif head is None:
@@ -678,36 +315,104 @@ class _Stream:
             self._past_head(size, head.size)
 
     def _past_head(self, size: int, signed: int) -> None:
-        if not self.live:
-            self.findings.add(
+        if not self._live:
+            self._findings.add(
                 TAMPERED, "size", "log/seg", expected=f"{signed} signed records", found=f"{size}"
             )
-        elif not self.writer:
-            self.findings.add(
+        elif self._writer:
+            # A writer is at work: what came since is under a newer head by now.
+            self._findings.add(NOTE, "tail", "log/seg", found="records of a writer that is running")
+        else:
+            self._findings.add(
                 UNKNOWN, "unrecovered tail", "log/seg", signed,
                 found=f"{size - signed} records after the newest head; the next open signs them",
             )  # fmt: skip
 
+    # -- anchors and what is missing -----------------------------------------------------------
 
-def _journal_sizes(journal: Path, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yield size and line of each head up to offset `end`; -1 for a line that is none."""
-    offset = 0
-    for line in read_lines(journal) if end else ():
-        offset += len(line)
-        if offset > end:
+    def anchors(self, kept: list[Anchor]) -> list[int]:
+        """Compare each outside head with this log and return the sizes of those that agree."""
+        keys = self._epochs.ring
+        return [
+            anchor.size
+            for anchor in kept
+            if self._ring is not None and keys is not None and self._agrees(anchor, keys)
+        ]
+
+    def _agrees(self, anchor: Anchor, keys: Ring) -> bool:
+        place, size = f"anchor {anchor.name}", self._found.size
+        try:
+            self._epochs.require(anchor.verify(keys, self._policy))
+        except RefusedError as error:
+            level = TAMPERED if error.code == "audit.epoch" else UNKNOWN
+            check = "key epoch" if error.code == "audit.epoch" else "anchor"
+            self._findings.add(level, check, place, found=error.message)
+            return False
+        if anchor.size > size:
+            self._findings.add(
+                TAMPERED, "rollback", place, expected=f"at least {anchor.size} records",
+                found=f"{size}",
+            )  # fmt: skip
+            return False
+        root = self._found.roots.get(anchor.size)
+        if root != anchor.checkpoint.root:
+            self._findings.add(
+                TAMPERED, "root", place,
+                expected=f"root {anchor.checkpoint.root.hex()} at size {anchor.size}",
+                found=root.hex() if root else "nothing",
+            )  # fmt: skip
+        if anchor.receipt is not None:
+            leaf = self._found.leaves.get(anchor.receipt.seq)
+            if leaf != anchor.receipt.leaf:
+                self._findings.add(
+                    TAMPERED, "receipt", place, anchor.receipt.seq,
+                    expected=f"leaf hash {anchor.receipt.leaf.hex()}",
+                    found=leaf.hex() if leaf else "nothing",
+                )  # fmt: skip
+        return root == anchor.checkpoint.root and anchor.size > 0
+
+    def beginning(self) -> None:
+        """A log that begins later was pruned on record; an export says that it is partial."""
+        first = self._found.first
+        if not first or not self._live:
             return
-        found = _JOURNAL_SIZE.match(line)
-        yield (int(found[1]) if found else -1), line
+        if any(int(each["data"]["last"]) + 1 >= first for each in self._found.prunings):
+            self._findings.add(
+                NOTE, "pruned", "log/seg", found=f"records before {first} are there by hash alone"
+            )
+        else:
+            self._findings.add(
+                TAMPERED, "segment", "log/seg", expected="record 0, or a pruning on record",
+                found=f"a log that begins with record {first}",
+            )  # fmt: skip
+
+    def payloads(self) -> None:
+        """Each encrypted payload that a record names is there, or was purged on record."""
+        left_out = not self._live and not self._layout.sealed.is_dir()
+        for digest, seq in self._found.sealed.items():
+            name = digest[7:].decode()
+            place = f"log/sealed/{name[:2]}/{name}"
+            try:
+                with open_plain(self._layout.payload(name)) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                if digest not in self._found.purged and not left_out:
+                    self._findings.add(
+                        TAMPERED, "payload", place, seq, found="nothing",
+                        expected="the encrypted payload, or a purge on record",
+                    )  # fmt: skip
+                continue
+            if found != name:
+                self._findings.add(
+                    TAMPERED, "payload", place, seq, expected=digest.decode(),
+                    found=f"sha256:{found}",
+                )  # fmt: skip
+        if left_out and self._found.sealed:
+            self._findings.add(NOTE, "payload", "log/sealed", found="left out of this export")
 
 
-def _partial_tiles(layout: Layout) -> dict[str, list[tuple[int, Path]]]:
-    """Return the partial tiles on disk by the name of their full tile."""
-    found: dict[str, list[tuple[int, Path]]] = {}
-    for path in layout.tiles.glob("**/*.p/*"):
-        name = str(path.parent.relative_to(layout.tiles)).removesuffix(".p")
-        if path.name.isascii() and path.name.isdecimal() and 0 < int(path.name) < WIDTH:
-            found.setdefault(name, []).append((int(path.name), path))
-    return found
+def _signer_prefix(key_id: bytes) -> bytes:
+    return base64.b64encode(key_id)[:SIGNER_PREFIX]
 
 
 def _special_files(layout: Layout) -> Iterator[str]:
@@ -717,14 +422,3 @@ def _special_files(layout: Layout) -> Iterator[str]:
             path = Path(place) / name
             if path.exists() and not (path.is_file() or path.is_dir()):
                 yield path.relative_to(layout.folder).as_posix()
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """Return at most `limit` bytes of a plain file."""
-    with open_plain(path) as file:
-        return file.read(limit)
-
-
-def _tile_index(rest: str) -> int:
-    """Return the index of a tile from the part of its name after the level."""
-    return int(rest.partition(".p")[0].replace("x", "").replace("/", ""))

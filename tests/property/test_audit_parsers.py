@@ -14,18 +14,30 @@ from hypothesis import strategies as st
 from airgap.audit import Actor, Commit, DecisionRef, Event, new_ulid
 from airgap.audit.checkpoint import (
     parse_checkpoint,
+    parse_ring,
     parse_vkey,
     sign_checkpoint,
     verify_checkpoint,
 )
+from airgap.audit.anchors import parse_anchor
 from airgap.audit.export.manifest import parse_manifest
 from airgap.audit.export.rows import FORMATS, guard
+from airgap.audit.grammar import read_line
 from airgap.audit.layout import journal_line, last_checkpoint, parse_journal_line
+from airgap.audit.quorum import parse_policy
 from airgap.audit.receipt import Receipt, parse_receipt, verify_receipt
-from airgap.audit.record import KINDS, RULES, encode, parse_line, timestamp
+from airgap.audit.record import (
+    KINDS,
+    RULES,
+    citations,
+    encode,
+    parse_line,
+    sealed_payloads,
+    timestamp,
+)
 from airgap.audit.recovery import load_frontier
+from airgap.audit.stream import _tile_index
 from airgap.audit.tiles import Edge, inclusion_path, tile_name
-from airgap.audit.verify import _tile_index, load_anchor
 from bundle import merkle
 from policy.errors import AirgapError
 
@@ -50,10 +62,12 @@ MANIFEST = (
 PARSERS = {
     "checkpoint": (parse_checkpoint, NOTE),
     "vkey": (parse_vkey, str(KEY.vkey).encode()),
+    "ring": (parse_ring, f"{KEY.vkey}\n{logs.vkey(9)}\n".encode()),
+    "trust policy": (parse_policy, logs.POLICY.encode()),
     "receipt": (parse_receipt, RECEIPT.as_proof().encode()),
     "record": (parse_line, LINE),
     "journal line": (parse_journal_line, journal_line(NOTE.decode())),
-    "anchor": (load_anchor, RECEIPT.as_proof().encode()),
+    "anchor": (lambda content: parse_anchor(content, "x"), RECEIPT.as_proof().encode()),
     "manifest": (parse_manifest, MANIFEST),
 }
 
@@ -205,3 +219,91 @@ def test_a_tile_name_leads_back_to_its_index(index):
 
 def test_every_kind_has_its_rules():
     assert set(RULES) == set(KINDS)
+
+
+# -- the patterns that verification reads lines with ---------------------------------------------
+
+_VALUES = {
+    str: st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
+    int: st.integers(-(2**53), 2**53),
+    bool: st.booleans(),
+    list: st.lists(st.text('ab"\\ ,]}', max_size=4), max_size=3),
+}
+_ANY = st.sampled_from([1, -1, 0, True, "", "x", [], {}, 1.5, None, "sha256:" + "ab" * 32])
+
+
+@st.composite
+def near_records(draw):
+    """Return a line that is a record, or close to one: fields missing, added or of other types."""
+    kind = draw(st.sampled_from(KINDS))
+    rule = RULES[kind]
+    phase = draw(st.sampled_from([*rule.phases, *rule.phases, "event"]))
+    digest = "sha256:" + "cd" * 32
+    commit = {"bytes": 3, "commit": "ef" * 32}
+    fields = dict(OWNED) | {"kind": kind, "phase": phase}
+    some = {
+        "actor": {"uid": 3, "auth": "self", "name": "jdoe", "role": "x"},
+        "req": new_ulid(6, b"\2" * 10), "project": "P-1", "model": digest, "policy": digest,
+        "decision": {"id": digest, "outcome": "permit", "rule": "R"}, "in": commit,
+        "out": commit | {"sealed": digest}, "tok": {"in": 1, "out": 2}, "lat_ms": 5,
+        "err": {"code": "audit.full"}, "label": "CUI", "part": 0, "src": "unix:pid=1",
+        "data": {
+            key: draw(_VALUES[rule.data[key]]) if draw(st.integers(0, 9)) else draw(_ANY)
+            for key in rule.data if draw(st.booleans())
+        },
+    }  # fmt: skip
+    fields |= {key: value for key, value in some.items() if draw(st.integers(0, 3))}
+    if phase == "outcome" and "data" in fields:
+        fields["data"]["result"] = draw(st.sampled_from(["complete", "failed", "odd"]))
+    if draw(st.integers(0, 3)) == 0:
+        fields[draw(st.sampled_from(sorted(fields)))] = draw(_ANY)
+    return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+
+
+def _agree(line):
+    """Both readers say the same of a line."""
+    try:
+        record = parse_line(line)
+    except AirgapError:
+        with pytest.raises(AirgapError):
+            read_line(line)
+        return False
+    found = read_line(line)
+    assert (found.seq, found.prev.decode(), found.kind) == (
+        record["seq"], record["prev"], record["kind"]
+    )  # fmt: skip
+    assert (found.phase, found.inst.decode()) == (record["phase"], record["inst"])
+    assert (found.req.decode(), found.mono_ns) == (record.get("req", ""), int(record["mono_ns"]))
+    assert [each.decode() for each in found.cited] == citations(record)
+    assert [each.decode() for each in found.sealed] == sealed_payloads(record)
+    return True
+
+
+@settings(max_examples=500, deadline=None)
+@given(line=near_records())
+def test_the_patterns_accept_what_the_schema_accepts(line):
+    _agree(line)
+
+
+@settings(max_examples=400, deadline=None)
+@given(line=near_records().flatmap(mutated) | mutated(LINE))
+def test_the_patterns_refuse_what_the_schema_refuses(line):
+    _agree(line)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_a_pattern_that_its_plainest_record_matches(kind):
+    digest, commit = "sha256:" + "cd" * 32, {"bytes": 3, "commit": "ef" * 32}
+    for phase in RULES[kind].phases:
+        record = OWNED | {
+            "kind": kind, "phase": phase, "req": new_ulid(6, b"\2" * 10), "project": "P-1",
+            "actor": {"uid": 3, "auth": "self"}, "model": digest, "in": commit, "out": commit,
+            "decision": {"id": digest, "outcome": "permit"}, "tok": {"in": 1, "out": 2}, "part": 0,
+        }  # fmt: skip
+        if phase == "outcome":
+            record["data"] = {"result": "complete"}
+        line = encode(record)
+        assert _agree(line)
+        assert (read_line(line).record is None) == (
+            kind not in {"key.rotate", "prune", "spill.purge"}
+        )

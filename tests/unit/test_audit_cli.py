@@ -183,7 +183,11 @@ def test_an_export_is_on_record_and_verifies_elsewhere(tree, tmp_path, capsys):
     out = tmp_path / "media" / "export"
     status, found = result(capsys, "export", "--root", tree, "-o", out)
     assert status == 0
-    kinds = [(r["kind"], r["phase"]) for r in read_records(tree / "audit")]
+    kinds = [
+        (r["kind"], r["phase"])
+        for r in read_records(tree / "audit")
+        if r["kind"] != "heartbeat"  # a log of last year is overdue for its export, and says so
+    ]
     assert kinds[-4:] == [
         ("boot", "event"), ("export", "intent"), ("export", "outcome"), ("shutdown", "event"),
     ]  # fmt: skip

@@ -213,7 +213,7 @@ def test_keys_that_cannot_be_used_are_refused(tmp_path):
     path.write_bytes(b"-----BEGIN nonsense")
     with pytest.raises(RefusedError, match="PEM"):
         load_log_key(path)
-    path.write_bytes(b"x" * 5_000)
+    path.write_bytes(b"x" * 17_000)
     with pytest.raises(RefusedError, match="larger"):
         load_log_key(path)
     path.unlink()
