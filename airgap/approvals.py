@@ -5,12 +5,18 @@ Obeys docs/design/policy.md, 7.
 Here an approval is drafted, signed and verified; whether it lifts a rule is decided by
 `policy.approvals`. Approvers are people of the trust root: two keys of one person are one person,
 and a signature by an unknown key is none.
+
+A note is a signed statement about an approval: it takes one back, or it is the review that a
+break-glass approval owes. Until that review is signed by somebody who did not sign the approval, it
+stays open, expired or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +30,7 @@ from bundle.keys import Signer, read_limited
 from bundle.manifest import first_problem
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from bundle.trust import RootDocument
-from policy.approvals import Approval, Approvals, Approver
+from policy.approvals import BREAK_GLASS_PEOPLE, Approval, Approvals, Approver, same_person
 from policy.errors import RefusedError
 from policy.strict import parse_day
 from policy.terms import Digest
@@ -33,7 +39,11 @@ CODE = "policy.approval"
 OVERRIDE_TYPE: Literal["https://airgap.invalid/override/v1"] = (
     "https://airgap.invalid/override/v1"  # below policy.terms.URI_BASE
 )
+NOTE_TYPE: Literal["https://airgap.invalid/approval-note/v1"] = (
+    "https://airgap.invalid/approval-note/v1"
+)
 FOLDER = Path("policy") / "approvals"
+NOTES = Path("policy") / "approval-notes"
 MAX_FILE = 1 << 18
 MAX_FILES = 4_096
 
@@ -61,6 +71,7 @@ class Override(Document):
     expires: Day
     document: DigestText | None = None
     authority: Text | None = None
+    break_glass: Literal[True] | None = None
 
 
 class _BundleDigest(Document):
@@ -101,6 +112,7 @@ def override(
     expires: date,
     document: Digest | None,
     authority: str | None,
+    break_glass: bool = False,
 ) -> Override:
     """Word an approval; RefusedError `policy.approval` for what a statement cannot say."""
     try:
@@ -113,6 +125,7 @@ def override(
             expires=expires,
             document=None if document is None else str(document),
             authority=authority,
+            break_glass=True if break_glass else None,
         )
     except ValidationError as error:
         raise RefusedError(CODE, f"the approval: {first_problem(error)}") from error
@@ -156,16 +169,10 @@ def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
     """
     statement = parse_override(envelope.payload)
     override = statement.predicate
-    keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
-    people = {root.find_person(keyid) for keyid in keyids} - {None}
     return Approval(
         digest=Digest.of(envelope.payload),
         rules={rule.id: rule.version for rule in override.rules},
-        approvers=tuple(
-            Approver(who, frozenset(root.people[who].roles))
-            for who in sorted(each for each in people if each is not None)
-            if root.people[who].is_enrolled(override.issued)
-        ),
+        approvers=signers_of(envelope, root, at=override.issued),
         reason=override.reason,
         bundle=Digest("sha256", bytes.fromhex(statement.subject[0].digest.sha256)),
         project=override.project,
@@ -174,6 +181,18 @@ def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
         expires=override.expires,
         document=None if override.document is None else Digest.parse(override.document),
         authority=override.authority,
+        break_glass=override.break_glass is True,
+    )
+
+
+def signers_of(envelope: Envelope, root: RootDocument, *, at: datetime) -> tuple[Approver, ...]:
+    """Return the people enrolled at that time whose signatures hold, each once, in order."""
+    keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
+    people = {who for keyid in keyids if (who := root.find_person(keyid)) is not None}
+    return tuple(
+        Approver(who, frozenset(root.people[who].roles))
+        for who in sorted(people)
+        if root.people[who].is_enrolled(at)
     )
 
 
@@ -184,11 +203,17 @@ def load_approvals(root: Path, trust: RootDocument) -> Approvals:
         RefusedError: A file is not a signed approval; better loud than silently without effect.
 
     """
-    folder = root / FOLDER
+    found = [verify_approval(each, trust) for each in read_folder(root / FOLDER)]
+    revoked = {each.about for each in load_notes(root, trust) if each.kind == "revocation"}
+    return Approvals(tuple(each for each in found if each.digest not in revoked))
+
+
+def read_folder(folder: Path) -> list[Envelope]:
+    """Read every signed file of a folder, signatures not yet verified; none where it is absent."""
     paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
     if len(paths) > MAX_FILES:
-        raise RefusedError(CODE, f"more than {MAX_FILES} approvals in {folder}")
-    return Approvals(tuple(verify_approval(read_approval(path), trust) for path in paths))
+        raise RefusedError(CODE, f"more than {MAX_FILES} files in {folder}")
+    return [read_approval(path) for path in paths]
 
 
 def read_approval(path: Path) -> Envelope:
@@ -197,10 +222,10 @@ def read_approval(path: Path) -> Envelope:
     return parse_envelope(raw, code=CODE)
 
 
-def write_approval(envelope: Envelope, root: Path) -> Path:
+def write_approval(envelope: Envelope, root: Path, folder: Path = FOLDER) -> Path:
     """Put an approval where `load_approvals` finds it; signatures added later replace the file."""
     name = f"{Digest.of(envelope.payload).hex[:24]}.json"
-    path = root / FOLDER / name
+    path = root / folder / name
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft_path = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -212,3 +237,147 @@ def write_approval(envelope: Envelope, root: Path) -> Path:
     finally:
         draft_path.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def on_record(root: Path, kind: str, person: str, about: Digest) -> Iterator[None]:
+    """Put an act of a signer on record, before and after it, where this tree keeps a log.
+
+    Args:
+        root: The tree.
+        kind: `admin.approval` or `admin.hold`.
+        person: Who signs, as the trust root names the person.
+        about: Digest of what was signed.
+
+    """
+    if not (root / "audit" / "log").is_dir():
+        yield  # a staging tree: nothing is decided there
+        return
+    from airgap.audit import Actor, Event, new_ulid, open_log  # noqa: PLC0415 - reading needs no log
+
+    request, actor = new_ulid(), Actor(person)
+    with open_log(root, site="") as log:
+        log.append(Event(kind, "intent", req=request, actor=actor, data={"object": about}))
+        result = "failed"
+        try:
+            yield
+            result = "complete"
+        finally:
+            data: dict[str, str | Digest] = {"object": about, "result": result}
+            log.append(Event(kind, "outcome", req=request, actor=actor, data=data))
+
+
+# -- notes on approvals ---------------------------------------------------------------------------
+
+
+class ApprovalNote(Document):
+    """What is said about an approval, and since when."""
+
+    format: Literal["airgap-approval-note/1"] = "airgap-approval-note/1"
+    kind: Literal["revocation", "after-review"]
+    text: Text
+    issued: Instant
+
+
+class _NoteSubject(Document):
+    name: Literal["approval"] = "approval"
+    digest: _BundleDigest
+
+
+class _NoteStatement(Document):
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
+        STATEMENT_TYPE
+    )
+    predicate: ApprovalNote
+    predicate_type: Annotated[
+        Literal["https://airgap.invalid/approval-note/v1"], Field(alias="predicateType")
+    ] = NOTE_TYPE
+    subject: tuple[_NoteSubject]
+
+    def to_bytes(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A verified note; `about` is the digest of the approval."""
+
+    kind: str
+    about: Digest
+    text: str
+    issued: datetime
+    people: tuple[Approver, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """The review that a break-glass approval owes; `note` is None while it is open."""
+
+    approval: Approval
+    note: Note | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody still has to look at it."""
+        return self.note is None
+
+
+def sign_note(
+    approval: Envelope, kind: str, text: str, issued: datetime, signer: Signer
+) -> Envelope:
+    """Sign a note about an approval; RefusedError `policy.approval` for what it cannot say."""
+    parse_override(approval.payload)
+    try:
+        note = ApprovalNote.model_validate({"kind": kind, "text": text, "issued": issued})
+    except ValidationError as error:
+        raise RefusedError(CODE, f"the note: {first_problem(error)}") from error
+    subject = _NoteSubject(digest=_BundleDigest(sha256=Digest.of(approval.payload).hex))
+    payload = _NoteStatement(subject=(subject,), predicate=note).to_bytes()
+    return sign_statement(payload, PAYLOAD_TYPE, signer)
+
+
+def verify_note(envelope: Envelope, root: RootDocument) -> Note:
+    """Return a note with those people whose signatures hold; codes as `verify_approval`."""
+    parse_canonical(envelope.payload, code=CODE, what="the note", limit=MAX_FILE)
+    try:
+        statement = _NoteStatement.model_validate_json(envelope.payload)
+    except ValidationError as error:
+        raise RefusedError(CODE, f"the note: {first_problem(error)}") from error
+    if statement.to_bytes() != envelope.payload:
+        raise RefusedError(CODE, "the note writes a field in another form")
+    note = statement.predicate
+    return Note(
+        kind=note.kind,
+        about=Digest("sha256", bytes.fromhex(statement.subject[0].digest.sha256)),
+        text=note.text,
+        issued=note.issued,
+        people=signers_of(envelope, root, at=note.issued),
+    )
+
+
+def load_notes(root: Path, trust: RootDocument) -> tuple[Note, ...]:
+    """Return the notes that an approver of the trust root signed."""
+    found = (verify_note(each, trust) for each in read_folder(root / NOTES))
+    return tuple(
+        each for each in found if any(trust.people[who.person].approves for who in each.people)
+    )
+
+
+def reviews_of(root: Path, trust: RootDocument) -> tuple[Review, ...]:
+    """Return the review that each break-glass approval of two people owes, revoked ones too."""
+    notes = [each for each in load_notes(root, trust) if each.kind == "after-review"]
+    found = []
+    for envelope in read_folder(root / FOLDER):
+        approval = verify_approval(envelope, trust)
+        if approval.break_glass and len(approval.approvers) >= BREAK_GLASS_PEOPLE:
+            signed = {same_person(each.person) for each in approval.approvers}
+            apart = [
+                note
+                for note in notes
+                if note.about == approval.digest
+                and any(same_person(who.person) not in signed for who in note.people)
+            ]
+            found.append(Review(approval, min(apart, key=lambda note: note.issued, default=None)))
+    return tuple(found)

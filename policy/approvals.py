@@ -14,6 +14,10 @@ from datetime import UTC, date, datetime
 from policy.pack import ApprovalOverride, Rule, WaiverOverride
 from policy.terms import Digest, Scope
 
+BREAK_GLASS_PEOPLE = 2
+BREAK_GLASS_DAYS = 3
+_NO_EMERGENCY = frozenset({"hazard", "cui"})  # topics that no emergency opens
+
 
 @dataclass(frozen=True, slots=True)
 class Approver:
@@ -36,6 +40,7 @@ class Approval:
         expires: First day on which it no longer counts.
         document: Digest of the filed document, where there is one.
         authority: For a government waiver: who granted it; None for an approval.
+        break_glass: An emergency: any two people, for a short time, and a review afterwards.
 
     """
 
@@ -50,6 +55,7 @@ class Approval:
     expires: date
     document: Digest | None
     authority: str | None = None
+    break_glass: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,8 @@ def _fault_of_people(approval: Approval, case: Case) -> str | None:
 
 
 def _fault_of_kind(approval: Approval, rule: Rule, case: Case) -> str | None:
+    if approval.break_glass:
+        return _fault_of_emergency(approval, rule)
     match rule.text.override:
         case WaiverOverride():
             if approval.authority is None or approval.document is None:
@@ -145,19 +153,34 @@ def _fault_of_kind(approval: Approval, rule: Rule, case: Case) -> str | None:
             return "this rule cannot be lifted"
 
 
+def _fault_of_emergency(approval: Approval, rule: Rule) -> str | None:
+    if rule.text.topic in _NO_EMERGENCY or rule.text.statutory:
+        return "break-glass is not for hazard, CUI or statutory rules"
+    if not isinstance(rule.text.override, ApprovalOverride):
+        return "break-glass only goes before an approval, and this rule takes none"
+    days = (approval.expires - approval.issued.astimezone(UTC).date()).days
+    if days > BREAK_GLASS_DAYS:
+        return f"runs longer than {BREAK_GLASS_DAYS} days, which is too long for break-glass"
+    found = len(approval.approvers)
+    lacking = f"too few people: {found} of {BREAK_GLASS_PEOPLE} for break-glass"
+    return lacking if found < BREAK_GLASS_PEOPLE else None
+
+
 def _fault_of_terms(
     approval: Approval, rule: Rule, terms: ApprovalOverride, case: Case
 ) -> str | None:
     leads = {same_person(each) for each in case.leads}
     fit = [each for each in approval.approvers if each.roles & set(terms.roles)]
+    apart = [each for each in fit if same_person(each.person) not in leads]
     if rule.text.topic == "hazard":
-        fit = [each for each in fit if same_person(each.person) not in leads]
+        fit = apart
     days = (approval.expires - approval.issued.astimezone(UTC).date()).days
     lacking = (
         f"too few people: {len(fit)} of {terms.approvers} with role {' or '.join(terms.roles)}"
     )
     faults = {
         lacking: len(fit) < terms.approvers,
+        "a principal investigator alone does not release the own award": not apart,
         f"runs longer than {terms.max_days} days": days > terms.max_days,
         "its document is missing": terms.needs_document and approval.document is None,
         "a statute is not lifted by an approval": rule.text.statutory

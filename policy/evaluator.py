@@ -261,6 +261,14 @@ def _merge(duties: dict[str, Obligation], duty: Obligation) -> None:
 
 
 def _review_duty(rule: Rule, approval: Approval) -> Obligation:
+    if approval.break_glass:
+        return Obligation(
+            id=f"after-review-{rule.id.lower()}",
+            text=f"Break-glass of {rule.id}: a person who did not sign it reviews it and signs the"
+            " finding.",
+            owner=rule.text.owner,
+            due="standing",
+        )
     return Obligation(
         id=f"review-{rule.id.lower()}",
         text=f"Review the approval of {rule.id} before it expires on {approval.expires}.",

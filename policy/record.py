@@ -525,6 +525,7 @@ def _approvals(evaluation: Evaluation) -> list[dict[str, Any]]:
                     "approvers": sorted(each.person for each in approval.approvers),
                     "expires": approval.expires.isoformat(),
                     "reason": approval.reason,
+                    **({"break_glass": True} if approval.break_glass else {}),
                 }
             )
     return found

@@ -1,4 +1,4 @@
-"""`airgap approve new|sign|list`: named people lift a rule for one bundle and project."""
+"""`airgap approve`: named people lift a rule for one bundle and project, or take that back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from airgap.cli.common import Json, Root, root_folder, show, stderr
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from airgap.approvals import OverrideStatement
+    from airgap.approvals import OverrideStatement, Review
     from bundle.envelope import Envelope
     from policy.approvals import Approval
     from policy.terms import Digest
@@ -35,6 +35,8 @@ def register(app: typer.Typer) -> None:
     group.command("new")(new)
     group.command("sign")(sign)
     group.command("list")(show_all)
+    group.command("review")(review)
+    group.command("revoke")(revoke)
     app.add_typer(group, name="approve")
 
 
@@ -56,6 +58,13 @@ def new(
     authority: Annotated[
         str, typer.Option("--authority", help="For a government waiver: who granted it.")
     ] = "",
+    break_glass: Annotated[
+        bool,
+        typer.Option(
+            "--break-glass",
+            help="An emergency: any two people, at most three days, and a review afterwards.",
+        ),
+    ] = False,
     confirm: Confirm = None,
     passphrase_file: Passphrase = None,
     root: Root = None,
@@ -74,6 +83,7 @@ def new(
         expires=expires.date(),
         document=document_digest(document),
         authority=authority or None,
+        break_glass=break_glass,
     )
     statement = approvals.draft(bundle_digest(bundle, tree), override)
     require_confirmed(statement, confirm)
@@ -101,23 +111,129 @@ def sign(
 
 
 def show_all(*, root: Root = None, json: Json = False) -> None:
-    """List the approvals of this site, and who signed them."""
-    from airgap.approvals import load_approvals
+    """List the approvals of this site, who signed them, and the reviews that are still owed."""
+    from airgap.approvals import load_approvals, reviews_of
     from bundle.trust import load_trust
 
     tree = root_folder(root)
-    found = load_approvals(tree, load_trust(tree / "trust").document).approvals
+    trust = load_trust(tree / "trust").document
+    found, reviews = load_approvals(tree, trust).approvals, reviews_of(tree, trust)
     lines = [words_of(each) for each in found] or ["no approval"]
-    show({"approvals": [document_of(each) for each in found]}, "\n".join(lines), json=json)
+    lines += [review_words(each) for each in reviews]
+    document = {
+        "approvals": [document_of(each) for each in found],
+        "reviews": [review_document(each) for each in reviews],
+    }
+    show(document, "\n".join(lines), json=json)
+
+
+def review(
+    approval: Annotated[Path, typer.Argument(help="File of the break-glass approval.")],
+    *,
+    key: Key,
+    finding: Annotated[str, typer.Option("--finding", help="What you found, in your words.")],
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign the review that a break-glass approval owes: by a person who did not sign it."""
+    tree = root_folder(root)
+    signer = signer_of(key, passphrase_file, tree)
+    note(approval, "after-review", finding, signer, tree, json=json)
+
+
+def revoke(
+    approval: Annotated[Path, typer.Argument(help="File of the approval.")],
+    *,
+    key: Key,
+    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Take an approval back, as any one approver of the trust root: it lifts nothing any more."""
+    tree = root_folder(root)
+    signer = signer_of(key, passphrase_file, tree)
+    note(approval, "revocation", reason, signer, tree, json=json)
+
+
+def note(approval: Path, kind: str, text: str, signer: Any, tree: Path, *, json: bool) -> None:
+    """Sign a note about an approval, if the signer is one who may, and put it in its place."""
+    from airgap import approvals
+    from bundle.trust import load_trust
+    from policy.approvals import same_person
+    from policy.terms import Digest
+
+    trust = load_trust(tree / "trust").document
+    target = approvals.read_approval(approval)
+    about = approvals.verify_approval(target, trust)
+    now = datetime.now(UTC).replace(microsecond=0)
+    envelope = approvals.sign_note(target, kind, text, now, signer)
+    found = approvals.verify_note(envelope, trust)
+    signed = {same_person(each.person) for each in about.approvers}
+    people = [each.person for each in found.people if trust.people[each.person].approves]
+    if kind == "after-review":
+        people = [each for each in people if same_person(each) not in signed]
+        if not about.break_glass:
+            raise RefusedError("policy.approval", "only a break-glass approval owes a review")
+    if not people:
+        raise RefusedError(
+            "policy.approval",
+            f"this key makes no {kind} of it: it needs an approver of the trust root"
+            + ", and one who did not sign the approval" * (kind == "after-review"),
+            hint="airgap trust show lists people and roles",
+        )
+    with approvals.on_record(tree, "admin.approval", people[0], Digest.of(envelope.payload)):
+        path = approvals.write_approval(envelope, tree, approvals.NOTES)
+    document = {"note": kind, "approval": str(about.digest), "people": people, "file": str(path)}
+    show(document, f"wrote {path}: {kind} of {words_of(about)}, by {people[0]}", json=json)
+
+
+def owed(tree: Path) -> list[str]:
+    """One line for each review that a break-glass approval of this tree still owes."""
+    from airgap.approvals import FOLDER, reviews_of
+    from bundle.trust import load_trust
+
+    if not (tree / FOLDER).is_dir():
+        return []
+    found = reviews_of(tree, load_trust(tree / "trust").document)
+    return [review_words(each) for each in found if each.is_open]
+
+
+def review_words(each: Review) -> str:
+    """One line about a review that is owed or done."""
+    rules = ", ".join(sorted(each.approval.rules))
+    people = ", ".join(who.person for who in each.approval.approvers)
+    what = f"break-glass of {rules} for project {each.approval.project} by {people}"
+    if each.note is None:
+        return f"REVIEW OWED: {what}; airgap approve review"
+    who = ", ".join(who.person for who in each.note.people)
+    return f"reviewed: {what}; {each.note.issued:%Y-%m-%d} by {who}: {each.note.text}"
+
+
+def review_document(each: Review) -> dict[str, Any]:
+    """The same as JSON."""
+    done = each.note
+    return {
+        "approval": str(each.approval.digest),
+        "rules": dict(sorted(each.approval.rules.items())),
+        "project": each.approval.project,
+        "people": [who.person for who in each.approval.approvers],
+        "open": each.is_open,
+        "finding": None if done is None else done.text,
+        "reviewed_by": [] if done is None else [who.person for who in done.people],
+    }
 
 
 def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
-    """Verify what was signed, put it in its place, and say whose signatures count."""
-    from airgap.approvals import verify_approval, write_approval
+    """Verify what was signed, put it in its place and on record, and say whose signatures count."""
+    from airgap.approvals import on_record, verify_approval, write_approval
     from bundle.trust import load_trust
 
     approval = verify_approval(envelope, load_trust(tree / "trust").document)
-    path = write_approval(envelope, tree)
+    who = approval.approvers[-1].person if approval.approvers else "nobody-enrolled"
+    with on_record(tree, "admin.approval", who, approval.digest):
+        path = write_approval(envelope, tree)
     warnings = warnings_of(approval, tree)
     for each in warnings:
         stderr.print(f"warning: {each}", markup=False, soft_wrap=True)
@@ -151,6 +267,7 @@ def document_of(approval: Approval) -> dict[str, Any]:
         "task": approval.task,
         "expires": approval.expires.isoformat(),
         "people": [each.person for each in approval.approvers],
+        "break_glass": approval.break_glass,
     }
 
 
@@ -160,6 +277,8 @@ def words_of(approval: Approval) -> str:
     return (
         f"{', '.join(sorted(approval.rules))} for project {approval.project} until"
         f" {approval.expires}, signed by {people or 'nobody of the trust root'}"
+        + ", BREAK-GLASS"
+        * approval.break_glass
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from airgap.cli.approve import owed
 from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
 from policy.errors import AirgapError
@@ -158,6 +159,10 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     document["unfinished"] = [path.name for path in store.unfinished()]
     document["site"] = (folder / "site.toml").is_file()
     document["audit"] = (folder / "audit" / "log").is_dir()
+    try:
+        document["reviews_owed"] = owed(folder)
+    except AirgapError as error:
+        document["reviews_owed"] = [f"{error.code}: {error.message}"]
     return document
 
 
@@ -191,4 +196,5 @@ def status_view(document: dict[str, Any]) -> str:
         rows.append(("current", f"{current['name']} {current['version']}, {current['digest']}"))
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
+    rows += [("review", words) for words in document["reviews_owed"]]
     return table(rows)

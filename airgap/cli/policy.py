@@ -125,14 +125,17 @@ def check(
     asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
     answer = decide(asked, root_folder(root), what_if=False)
     decision = answer.decision
+    reviews = approve.owed(root_folder(root))
     if not json:
+        for words in reviews:
+            stderr.print(words, markup=False, soft_wrap=True)
         for words in answer.idle_words:
             stderr.print(f"approval without effect: {words}", markup=False, soft_wrap=True)
     if json or decision.permitted:
         document = report.public_document(decision, hazard_role=answer.hazard_role)
-        end: dict[str, object] = {"exit": 0}
+        end: dict[str, object] = {"exit": 0, "reviews_owed": reviews}
         if not decision.permitted:
-            end = {"exit": 1, "code": decision.refusal().code}
+            end |= {"exit": 1, "code": decision.refusal().code}
         show({**document, **answer.beside, **end}, document["summary"], json=json)
     if not decision.permitted:
         if json:
