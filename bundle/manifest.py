@@ -21,6 +21,7 @@ from bundle.fields import (
     Instant,
     Name,
     Sha256Hex,
+    Sha384Hex,
     Status,
     Text,
     Token,
@@ -146,9 +147,17 @@ class FileEntry(Document):
     size: Count
     offset: Count
     sha256: Sha256Hex
+    sha384: Sha384Hex | None = None
     fsverity: DigestText | None = None
     origin: Origin | None = None
     derived_from: tuple[DigestText, ...] = ()
+
+    @property
+    def checked(self) -> Digest:
+        """The digest that verification uses: SHA-384 in the profile `cnsa2`, else SHA-256."""
+        if self.sha384 is not None:
+            return Digest("sha384", bytes.fromhex(self.sha384))
+        return Digest("sha256", bytes.fromhex(self.sha256))
 
 
 class Body(Document):
@@ -376,12 +385,30 @@ def _fold(path: str) -> str:
 def _require_consistent(manifest: Manifest) -> None:
     """Check what one field says about another; all of it is the staging side's to get right."""
     problem = (
-        _file_problem(manifest) or _model_problem(manifest) or _reference_problem(manifest) or ""
+        _profile_problem(manifest)
+        or _file_problem(manifest)
+        or _model_problem(manifest)
+        or _reference_problem(manifest)
+        or ""
     )
     if not problem and not manifest.not_before < manifest.expires:
         problem = "it expires before it begins to hold"
     if problem:
         raise RefusedError("manifest.schema", f"the manifest: {problem}")
+
+
+def _profile_problem(manifest: Manifest) -> str:
+    """Say where a digest is of another kind than the profile demands."""
+    hashed = "sha384" if manifest.profile == "cnsa2" else "sha256"
+    if (
+        manifest.body.hash != hashed
+        or len(manifest.body.root) != {"sha256": 64, "sha384": 96}[hashed]
+    ):
+        return f"profile {manifest.profile} demands a tree of {hashed}"
+    for entry in manifest.files:
+        if (entry.sha384 is None) == (manifest.profile == "cnsa2"):
+            return f"profile {manifest.profile} and the digests of {entry.path!r:.80} differ"
+    return ""
 
 
 def _file_problem(manifest: Manifest) -> str:

@@ -17,25 +17,28 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from bundle import archive, merkle
-from bundle.archive import Head, Layout, Progress
+from bundle.archive import Progress
 from bundle.envelope import parse_envelope
 from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
+from bundle.media import Help, open_medium
+from bundle.medium import Medium
 from bundle.scan import ScanReport, scan_payload
 from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, verify_seal
+from bundle.tar import Layout, require_gaps
 from bundle.trust import Trust, follow_chain
-from policy.errors import FaultError, RefusedError
+from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
 
 MAX_WORKERS = 8
 SMALL_FILE = 64 * 1024 * 1024
+SCANNED_START = 128 * 1024 * 1024  # of external data, which is scanned no further than its header
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,9 @@ class Floors:
 
 class Sink(Protocol):
     """Where verified chunks go: the quarantine of an install."""
+
+    def holds(self, index: int) -> bool:
+        """Tell whether an earlier run seems to have left this chunk."""
 
     def find(self, index: int, buffer: memoryview) -> bool:
         """Fill `buffer` with a chunk that an earlier run left; it is hashed again. Any thread."""
@@ -70,6 +76,7 @@ class VerifyReport:
     seal: VerifiedSeal
     trust: Trust
     scan: ScanReport
+    medium: Mapping[str, Any] = field(default_factory=dict)
 
     def as_document(self) -> dict[str, Any]:
         """Return the JSON form, `airgap/verify-report/1`."""
@@ -94,6 +101,7 @@ class VerifyReport:
                 "fingerprint": str(self.trust.fingerprint),
                 "needed": self.trust.document.thresholds.seal.people,
             },
+            "medium": dict(self.medium),
             "body": {"bytes": manifest.body.size, "chunks": manifest.body.leaves},
             "files": len(manifest.files),
             "models": [
@@ -122,10 +130,10 @@ class SealedBundle:
     Holds the open file: a file that is renamed over the path meanwhile is not looked at.
     """
 
-    def __init__(
-        self, path: Path, stream: FileIO, head: Head, seal: VerifiedSeal, trust: Trust
-    ) -> None:
-        self.path = path
+    def __init__(self, medium: Medium, seal: VerifiedSeal, trust: Trust) -> None:
+        head = medium.head
+        self.path = medium.path
+        self.medium = medium
         self.head = head
         self.seal = seal
         self.trust = trust
@@ -134,8 +142,8 @@ class SealedBundle:
         self.digest: Digest = Digest.of(head.manifest)
         self.leaves = archive.parse_leaves(head, self.manifest.body)
         self.layout: Layout = archive.plan(self.manifest)
-        archive.require_length(head, self.manifest.body)
-        self._stream = stream
+        medium.require_whole(self.manifest, self.digest)
+        self._h = archive.hash_function(self.manifest.body)
 
     def __enter__(self) -> Self:
         return self
@@ -154,8 +162,8 @@ class SealedBundle:
         return self.seal.approvers
 
     def close(self) -> None:
-        """Close the file; views taken from it stay readable until they are dropped."""
-        self._stream.close()
+        """Close all files; views taken from them stay readable until they are dropped."""
+        self.medium.close()
 
     def read(self, path: str) -> bytes:
         """Return a listed small file, hashed again.
@@ -168,16 +176,26 @@ class SealedBundle:
         entry = self._entry(path)
         if entry.size > SMALL_FILE:
             raise RefusedError("archive.limit", f"{path!r:.80} has {entry.size:,} bytes")
-        raw = os.pread(self._stream.fileno(), entry.size, self.head.body_start + entry.offset)
-        if hashlib.sha256(raw).hexdigest() != entry.sha256:
-            raise RefusedError("chunk.leaf", f"{path!r:.80} is not the file of the manifest")
-        return raw
+        buffer = bytearray(entry.size)
+        self._read_span(entry, memoryview(buffer))
+        return bytes(buffer)
 
     def view(self, path: str) -> memoryview:
-        """Return a listed file of any size, mapped from the bundle; KeyError if not listed."""
+        """Return a listed file of any size; KeyError if not listed.
+
+        It is mapped where it lies. Where the body lies in no single file, small files are read and
+        hashed again; of external data, which no parser reads beyond its header, the start is read.
+        """
         entry = self._entry(path)
-        start = self.head.body_start + entry.offset
-        return self._mapped[start : start + entry.size]
+        body = self._mapped
+        if body is not None:
+            return body[entry.offset : entry.offset + entry.size]
+        if entry.size <= SMALL_FILE:
+            return memoryview(self.read(path))
+        whole = memoryview(mmap.mmap(-1, entry.size))
+        wanted = SCANNED_START if entry.role == "external-data" else entry.size
+        self._read_span(entry, whole[: min(wanted, entry.size)])
+        return whole.toreadonly()
 
     def verify_body(
         self,
@@ -198,21 +216,28 @@ class SealedBundle:
         body = self.manifest.body
         count = workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         buffers = deque(bytearray(min(body.chunk_size, body.size)) for _ in range(count + 2))
-        pending: deque[Future[tuple[int, bytearray, memoryview, bool]]] = deque()
+        pending: deque[Future[_Chunk]] = deque()
+        absent: list[int] = []
         pool = ThreadPoolExecutor(count, thread_name_prefix="verify")
         try:
             for index in range(len(self.leaves)):
+                if self.medium.is_absent(index) and not (sink is not None and sink.holds(index)):
+                    while pending:  # a volume may be taken out of its drive now
+                        buffers.append(self._settle(pending.popleft(), sink, progress, absent))
+                    self.medium.ask(index)
                 if not buffers:
-                    buffers.append(self._settle(pending.popleft(), sink, progress))
+                    buffers.append(self._settle(pending.popleft(), sink, progress, absent))
                 pending.append(pool.submit(self._chunk, index, buffers.popleft(), sink))
             while pending:
-                self._settle(pending.popleft(), sink, progress)
+                self._settle(pending.popleft(), sink, progress, absent)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        if absent:
+            raise self.medium.absence(absent)
 
     @cached_property
-    def _mapped(self) -> memoryview:
-        return memoryview(mmap.mmap(self._stream.fileno(), 0, prot=mmap.PROT_READ))
+    def _mapped(self) -> memoryview | None:
+        return self.medium.map()
 
     def _entry(self, path: str) -> FileEntry:
         entry = self.manifest.find(path)
@@ -220,78 +245,114 @@ class SealedBundle:
             raise KeyError(path)
         return entry
 
-    def _chunk(
-        self, index: int, buffer: bytearray, sink: Sink | None
-    ) -> tuple[int, bytearray, memoryview, bool]:
-        """Fetch and hash one chunk; the flag tells whether the sink holds it already."""
+    def _read_span(self, entry: FileEntry, buffer: memoryview) -> None:
+        """Fill `buffer` from the start of a file: at once if that gives the listed digest."""
+        try:
+            self.medium.read_into(entry.offset, buffer)
+            found = hashlib.new(entry.checked.algorithm, buffer).digest()
+            if len(buffer) == entry.size and found == entry.checked.raw:
+                return
+        except RefusedError:
+            pass  # a chunk that can be repaired is no reason to stop
+        size, filled = self.manifest.body.chunk_size, 0
+        chunk = bytearray(min(size, self.manifest.body.size))
+        while filled < len(buffer):
+            index, within = divmod(entry.offset + filled, size)
+            good = self._fetch(index, chunk)
+            part = good[within : within + len(buffer) - filled]
+            buffer[filled : filled + len(part)] = part
+            filled += len(part)
+
+    def _holds(self, index: int, chunk: memoryview) -> bool:
+        return merkle.leaf_hash(chunk, self._h) == self.leaves[index]
+
+    def _fetch(self, index: int, buffer: bytearray) -> memoryview:
+        """Return one chunk of the body, verified, from the medium or what can repair it."""
         body = self.manifest.body
         start = index * body.chunk_size
         chunk = memoryview(buffer)[: min(body.chunk_size, body.size - start)]
-        h = archive.hash_function(body)
-        if (
-            sink is not None
-            and sink.find(index, chunk)
-            and merkle.leaf_hash(chunk, h) == self.leaves[index]
-        ):
-            return index, buffer, chunk, True
-        self._fill(chunk, self.head.body_start + start)
-        if merkle.leaf_hash(chunk, h) != self.leaves[index]:
-            raise self._bad_chunk(index, start, start + len(chunk))
-        return index, buffer, chunk, False
+        problem: AirgapError | None = None
+        try:
+            self.medium.read_into(start, chunk)
+        except AirgapError as error:
+            problem = error
+        if problem is None and self._holds(index, chunk):
+            return chunk
+        if self.medium.repair(index, chunk, self._holds) and self._holds(index, chunk):
+            return chunk
+        raise problem or self._bad_chunk(index, start, start + len(chunk))
+
+    def _chunk(self, index: int, buffer: bytearray, sink: Sink | None) -> _Chunk:
+        """Fetch and hash one chunk, first from the sink if an earlier run left it there."""
+        body = self.manifest.body
+        chunk = memoryview(buffer)[: min(body.chunk_size, body.size - index * body.chunk_size)]
+        if sink is not None and sink.find(index, chunk) and self._holds(index, chunk):
+            return _Chunk(index, buffer, chunk, held=True)
+        try:
+            return _Chunk(index, buffer, self._fetch(index, buffer), held=False)
+        except RefusedError:
+            if not self.medium.is_absent(index):
+                raise
+            return _Chunk(index, buffer, None, held=False)
 
     def _settle(
         self,
-        future: Future[tuple[int, bytearray, memoryview, bool]],
+        future: Future[_Chunk],
         sink: Sink | None,
         progress: Progress | None,
+        absent: list[int],
     ) -> bytearray:
-        index, buffer, chunk, held = future.result()
-        start = index * self.manifest.body.chunk_size
-        archive.require_gaps(self.layout, chunk, start)
-        if sink is not None and not held:
-            sink.put(index, chunk)
+        done = future.result()
+        start = done.index * self.manifest.body.chunk_size
+        if done.bytes is None:
+            absent.append(done.index)
+            return done.buffer
+        require_gaps(self.layout, done.bytes, start)
+        if sink is not None and not done.held:
+            sink.put(done.index, done.bytes)
         if progress is not None:
-            progress(start + len(chunk), self.manifest.body.size)
-        return buffer
-
-    def _fill(self, chunk: memoryview, offset: int) -> None:
-        filled = 0
-        while filled < len(chunk):
-            try:
-                count = os.preadv(self._stream.fileno(), [chunk[filled:]], offset + filled)
-            except OSError as error:
-                raise FaultError(
-                    "host.io",
-                    f"{self.path} cannot be read at byte {offset + filled:,}: {error.strerror}",
-                    hint="clean or replace the medium",
-                ) from error
-            if not count:
-                raise RefusedError(
-                    "archive.truncated", f"the file ends at byte {offset + filled:,} now"
-                )
-            filled += count
+            progress(start + len(done.bytes), self.manifest.body.size)
+        return done.buffer
 
     def _bad_chunk(self, index: int, start: int, end: int) -> RefusedError:
+        cause = self.medium.find_cause(start, end)
+        if cause is not None:
+            return cause
         files = [self.layout.files[item[0]][0] for item in self.layout.spans(start, end)]
         inside = f", in {', '.join(files[:3])}" if files else ""
         return RefusedError(
             "chunk.leaf",
-            f"chunk {index} (bytes {self.head.body_start + start:,} to "
-            f"{self.head.body_start + end - 1:,} of the file{inside:.300}) is not the sealed one",
+            f"chunk {index} ({self.medium.where(start, end)}{inside:.300}) is not the sealed one",
             hint="copy the bundle again; if it stays, the medium or the source is damaged",
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A chunk on its way; `bytes` is None when its volume is not there."""
+
+    index: int
+    buffer: bytearray
+    bytes: memoryview | None
+    held: bool  # the sink has it already
+
+
 def open_bundle(
-    path: Path, trust: Trust, *, now: datetime, floors: Floors | None = None
+    path: Path,
+    trust: Trust,
+    *,
+    now: datetime,
+    floors: Floors | None = None,
+    more: Help | None = None,
 ) -> SealedBundle:
     """Open a bundle and verify its head: steps 0 to 5. The body is not read.
 
     Args:
-        path: Of the `.agb` file.
+        path: Of the `.agb` file, of a volume, or of the folder of a set.
         trust: Of this host; nothing in the bundle can replace it.
         now: UTC, from the caller's clock.
         floors: What this host remembers.
+        more: What it takes to open volumes, deltas and encrypted files.
 
     Raises:
         RefusedError: `trust.*`, `archive.*`, `seal.*`, `manifest.*`, `chunk.root`, `delta.base`.
@@ -300,17 +361,17 @@ def open_bundle(
     """
     floors = floors or Floors()
     _require_clock(now, trust, floors)
-    stream = archive.open_file(path)
+    medium = open_medium(path, more)
     try:
-        head = archive.read_head(stream)
+        head = medium.head
         newest = follow_chain(trust, head.trust)
         _require_root_in_force(newest, now)
         seal = verify_seal(parse_envelope(head.envelope), newest.document)
         _require_subject(seal, head.manifest)
-        sealed = SealedBundle(path, stream, head, seal, newest)
+        sealed = SealedBundle(medium, seal, newest)
         _require_fresh(sealed, now, floors)
     except BaseException:
-        stream.close()
+        medium.close()
         raise
     return sealed
 
@@ -321,13 +382,22 @@ def verify_bundle(
     *,
     now: datetime,
     floors: Floors | None = None,
+    more: Help | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Run steps 0 to 8 and write nothing; refusals as the steps say."""
-    with open_bundle(path, trust, now=now, floors=floors) as sealed:
+    with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
         sealed.verify_body(progress=progress)
         scan = verify_contents(sealed.manifest, sealed.view)
-        return VerifyReport(path, sealed.digest, sealed.manifest, sealed.seal, sealed.trust, scan)
+        return VerifyReport(
+            path,
+            sealed.digest,
+            sealed.manifest,
+            sealed.seal,
+            sealed.trust,
+            scan,
+            sealed.medium.facts(),
+        )
 
 
 def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> ScanReport:
@@ -378,10 +448,6 @@ def _require_subject(seal: VerifiedSeal, manifest: bytes) -> None:
 
 def _require_fresh(sealed: SealedBundle, now: datetime, floors: Floors) -> None:
     manifest = sealed.manifest
-    if manifest.base is not None:
-        raise RefusedError(
-            "delta.base", "this is a delta; the release that it builds on is missing"
-        )
     if now < manifest.not_before:
         raise RefusedError(
             "trust.time", f"the release holds from {format_time(manifest.not_before)} on"

@@ -19,9 +19,10 @@ from typing import Any
 import bundles
 from bundles import Forge
 
-from bundle import archive, envelope
+from bundle import archive, envelope, tar
 from bundle.canonical import canonical_json
 from bundle.fields import format_time
+from bundle.write import Member
 
 BLOCK = 512
 CHUNK = 4 * 1024 * 1024
@@ -94,8 +95,8 @@ def flip(raw: bytes, at: int, bit: int = 1) -> bytes:
     return bytes(out)
 
 
-def layout_of(forge: Forge) -> archive.Layout:
-    return archive.Layout([(e["path"], e["size"]) for e in forge.manifest["files"]])
+def layout_of(forge: Forge) -> tar.Layout:
+    return tar.Layout([(e["path"], e["size"]) for e in forge.manifest["files"]])
 
 
 def header_at(forge: Forge, path: str) -> int:
@@ -142,7 +143,7 @@ def rebuild(
         files[path] = ({**entry, "derived_from": []}, content)
     if bom and "META/sbom/bom.cdx.json" not in changed:
         members = [
-            archive.Member(path, content, "config")
+            Member(path, content, "config")
             for path, (_, content) in files.items()
             if path.startswith("payload/")
         ]
@@ -154,7 +155,7 @@ def rebuild(
         text = archive.sums_text([(p, digests[p]) for p in ordered if p != "META/SHA256SUMS"])
         files["META/SHA256SUMS"] = (files["META/SHA256SUMS"][0], text)
         digests["META/SHA256SUMS"] = hashlib.sha256(text).hexdigest()
-    layout = archive.Layout([(path, len(files[path][1])) for path in ordered])
+    layout = tar.Layout([(path, len(files[path][1])) for path in ordered])
     body = bytearray()
     entries = []
     for index, path in enumerate(ordered):
@@ -450,7 +451,7 @@ def _(forge: Forge) -> None:
     entry = entry_of(forge, TOKENIZER)
     end = entry["offset"] + entry["size"]
     end += -end % BLOCK
-    extra = archive._header("payload/tiny/extra", 0, end, ends_at=0)
+    extra = tar.header_blocks("payload/tiny/extra", 0, end, ends_at=0)
     forge.body[end:end] = extra
     forge.body += bytes(-len(forge.body) % 4096)
 
@@ -804,9 +805,34 @@ def _(m: dict) -> None:
     m["models"][0]["intended_use"] = "safe \u202eelbissimrep"
 
 
-@field("a delta without its base", "delta.base")
-def _(m: dict) -> None:
-    m["base"] = {"bundle_id": "tiny-line", "manifest_digest": "sha256:" + "0" * 64}
+def as_delta(good: bytes, base: bytes) -> bytes:
+    """Return a sealed delta on the bundle `base` in which everything travels."""
+    forge = Forge.of(good)
+    forge.manifest["base"] = {
+        "bundle_id": "tiny-line",
+        "manifest_digest": f"sha256:{hashlib.sha256(base).hexdigest()}",
+    }
+    full = forge.assemble()
+    files = [forge.body[e["offset"] : e["offset"] + e["size"]] for e in forge.manifest["files"]]
+    new = b"".join(bytes(each) for each in files)
+    start, size = head_of(full)[archive.MANIFEST]
+    facts = {
+        "format": "airgap-delta/1",
+        "base": forge.manifest["base"]["manifest_digest"],
+        "result": f"sha256:{hashlib.sha256(full[start : start + size]).hexdigest()}",
+        "new": len(new),
+        "files": [
+            {"path": e["path"], "runs": [{"size": e["size"]}] if e["size"] else []}
+            for e in forge.manifest["files"]
+        ],
+    }
+    raw = canonical_json(facts)
+    layout = tar.Layout([("META/delta.json", len(raw)), ("DELTA/new.bin", len(new))])
+    head = full[: head_of(full)["body"][0]]
+    return head + layout.gap(0) + raw + layout.gap(1) + new + layout.gap(2)
+
+
+attack("a delta without its base", "delta.base")(lambda good: as_delta(good, b"another"))
 
 
 def named(name: str, path: str) -> None:

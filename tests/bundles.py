@@ -13,11 +13,12 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bundle import archive, envelope, keys, merkle, trust
-from bundle.archive import Member
 from bundle.canonical import canonical_json
 from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
-from bundle.manifest import Manifest, ModelEntry, Release
+from bundle.manifest import CHUNK_SIZE, Manifest, ModelEntry, Release
+from bundle.source import PlainFile
 from bundle.statement import PAYLOAD_TYPE, seal_statement
+from bundle.write import Member, write_archive
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ENROLLED = NOW - timedelta(days=30)
@@ -270,7 +271,7 @@ def make_bundle(
     members: list[Member] | None = None,
     **changes: Any,
 ) -> Manifest:
-    return archive.write_archive(
+    return write_archive(
         out,
         make_release(**changes),
         make_members() if members is None else members,
@@ -297,13 +298,15 @@ class Forge:
 
     @classmethod
     def of(cls, raw: bytes) -> Forge:
-        with tempfile.TemporaryFile(buffering=0) as stream:
+        with tempfile.NamedTemporaryFile(buffering=0) as stream:
             stream.write(raw)
-            head = archive.read_head(stream)
+            source = PlainFile(Path(stream.name))
+            head = archive.read_head(source)
+            source.close()
         return cls(head.trust, json.loads(head.manifest), bytearray(raw[head.body_start :]))
 
     def true_leaves(self) -> list[bytes]:
-        size = archive.CHUNK_SIZE
+        size = CHUNK_SIZE
         return [
             merkle.leaf_hash(bytes(self.body[i : i + size])) for i in range(0, len(self.body), size)
         ]
@@ -322,7 +325,7 @@ class Forge:
         for name in self.signers:
             made = envelope.add_signature(made, signer(name))
         leaves = self.leaves if self.leaves is not None else self.true_leaves()
-        head = archive._head(made.to_padded(), self.trust, raw, b"".join(leaves))
+        head = archive.head_bytes(made.to_padded(), self.trust, raw, b"".join(leaves))
         return head + bytes(self.body)
 
     def make_statement(self, raw: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ _BY_CODE = {
     "audit.order": "nothing changed; begin the request again",
     "audit.proof": "give the .tlog-proof file as `airgap run --receipt` wrote it",
     "bom.mismatch": "refuse this release and ask its builder for one with a true bill of materials",
+    "delta.malformed": "ask the staging host for a full bundle",
     "delta.base": "ask the staging host for a full bundle",
     "host.extra": "install the extra that the message names: pip install 'airgap[EXTRA]'",
     "host.internal": "run it again with AIRGAP_TRACEBACK=1 and report what it prints",
@@ -33,6 +34,7 @@ _BY_ROOM = {
     "demo": "run the step that the message names by itself",
     "digest": "write sha256: and 64 hexadecimal digits",
     "enclave": "airgap doctor shows what this host offers",
+    "hold": "airgap hold list shows what is held, and what is missing for a release",
     "install": "check the disk of this host, then install again: it resumes",
     "manifest": "copy the bundle from its medium again; if it stays so, ask the staging host",
     "merkle": "keep both files as evidence and run `airgap audit verify --anchors`",
@@ -52,7 +54,9 @@ _BY_ROOM = {
     "start": "install the bundle again from its medium",
     "store": "airgap status",
     "trust": "airgap trust show",
+    "transit": "give a key of a recipient (--transit-key), or ask for the file again",
     "usage": "airgap --help",
+    "volume": "bring the volume that the message names, or a parity volume for it",
 }
 
 

@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,10 +25,11 @@ from airgap.install.store import (
     verify_installed,
     write_beside,
 )
-from bundle import archive
 from bundle.archive import Progress
+from bundle.delta import Base, InstalledBase
 from bundle.envelope import parse_envelope
 from bundle.manifest import Manifest
+from bundle.media import Help, open_medium
 from bundle.statement import VerifiedSeal
 from bundle.trust import Trust, follow_chain, load_trust, save_trust
 from bundle.verify import SealedBundle, open_bundle, verify_contents
@@ -105,17 +106,19 @@ def install(
     gate: Gate,
     audit: Recorder,
     last_record: datetime | None = None,
+    more: Help | None = None,
     progress: Progress | None = None,
 ) -> Installed:
     """Bring the bundle at `path` into the store below `root` and make it the current one.
 
     Args:
-        path: Of the `.agb` file.
+        path: Of the `.agb` file, of a volume, or of the folder of a set.
         root: The tree that holds `trust/` and `store/`.
         now: UTC.
         gate: Decides admission; asked once, after every hash holds.
         audit: Appends to the log and returns when the record is durable.
         last_record: Time of the last audit record: the clock may not lie before it.
+        more: What it takes to open volumes and encrypted files; bases are looked for in the store.
         progress: Told bytes of the copy and then of the read-back, out of one total.
 
     Raises:
@@ -126,13 +129,13 @@ def install(
     store = Store(root / "store")
     trust = load_trust(root / "trust")
     with store.locked():
-        job = _Job(path, root, store, audit, progress)
+        job = _Job(path, root, store, audit, progress, _with_bases(more or Help(), store))
         job.previous = store.find_current()
         audit(job.event("intent"))
         try:
             trust = job.follow_roots(trust)
             floors = store.floors(last_record)
-            with open_bundle(path, trust, now=now, floors=floors) as sealed:
+            with open_bundle(path, trust, now=now, floors=floors, more=job.more) as sealed:
                 return job.bring_in(sealed, gate)
         except RefusedError as error:
             job.mark_refused(error)
@@ -155,6 +158,7 @@ class _Job:
     store: Store
     audit: Recorder
     progress: Progress | None
+    more: Help
     previous: Digest | None = None
     sealed: SealedBundle | None = None
     decision: Decision | None = None
@@ -177,9 +181,11 @@ class _Job:
 
     def follow_roots(self, trust: Trust) -> Trust:
         """Take newer roots that the bundle carries, whatever becomes of the bundle itself."""
-        with archive.open_file(self.path) as stream:
-            head = archive.read_head(stream)
-        newer = follow_chain(trust, head.trust)
+        medium = open_medium(self.path, self.more)
+        try:
+            newer = follow_chain(trust, medium.head.trust)
+        finally:
+            medium.close()
         if newer.version > trust.version:
             self.trust = newer
             self.audit(self.event("trust"))
@@ -312,6 +318,19 @@ class _Job:
         return Installed(
             bundle, sealed.seal, decision, receipt, self.previous, resumed=resumed, copied=copied
         )
+
+
+def _with_bases(more: Help, store: Store) -> Help:
+    """Let deltas find their base among what is installed, after what the caller offers."""
+
+    def find(digest: Digest) -> Base | None:
+        offered = more.find_base(digest)
+        if offered is not None or digest.algorithm != "sha256":
+            return offered
+        folder = store.installed / digest.hex
+        return InstalledBase(folder) if folder.is_dir() else None
+
+    return replace(more, find_base=find)
 
 
 def _view(path: Path) -> memoryview:

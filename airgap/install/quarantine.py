@@ -49,9 +49,13 @@ class Quarantine:
         self._switch(-1)
         os.close(self._map)
 
+    def holds(self, index: int) -> bool:
+        """Tell whether the map names a chunk."""
+        return self._held[index] == 1
+
     def find(self, index: int, buffer: memoryview) -> bool:
         """Read back a chunk that the map names; the caller hashes it."""
-        if self._held[index] != 1:
+        if not self.holds(index):
             return False
         low = index * self._size
         high = low + len(buffer)

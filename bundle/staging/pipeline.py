@@ -21,7 +21,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bundle.archive import Member, write_archive
 from bundle.canonical import canonical_json
 from bundle.envelope import Envelope, sign_statement
 from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
@@ -56,6 +55,7 @@ from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.trust import BUILDER, Trust, chain_document
+from bundle.write import Member, write_archive
 from policy.errors import FaultError, RefusedError
 from policy.terms import URI_BASE, Digest
 

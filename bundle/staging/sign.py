@@ -8,16 +8,16 @@ seal before anybody reads them. The body is not read: signing costs the same for
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bundle.archive import open_file, read_head, rewrite_envelope
 from bundle.canonical import parse_canonical
 from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope
 from bundle.keys import Signer
 from bundle.manifest import REPORT, Manifest, parse_manifest
+from bundle.media import open_medium
+from bundle.medium import Medium
 from bundle.staging.pipeline import DECISION
 from bundle.statement import PAYLOAD_TYPE, SealStatement, parse_statement, require_matches
 from bundle.trust import BUILDER, Trust
@@ -78,16 +78,17 @@ def read_draft(path: Path) -> Draft:
         FaultError: `host.io`.
 
     """
-    with open_file(path) as stream:
-        head = read_head(stream)
+    medium = open_medium(path)
+    try:
+        head = medium.head
         envelope = parse_envelope(head.envelope)
         statement = parse_statement(envelope.payload)
         manifest = parse_manifest(head.manifest)
         require_matches(statement, manifest, head.manifest)
-        documents = [
-            _document(stream.fileno(), head.body_start, manifest, name)
-            for name in (REPORT, DECISION)
-        ]
+        medium.require_whole(manifest, manifest.digest)
+        documents = [_document(medium, manifest, name) for name in (REPORT, DECISION)]
+    finally:
+        medium.close()
     return Draft(path, envelope, statement, manifest, documents[0], documents[1])
 
 
@@ -116,18 +117,19 @@ def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally
     )
 
 
-def _document(number: int, start: int, manifest: Manifest, path: str) -> dict[str, Any]:
+def _document(medium: Medium, manifest: Manifest, path: str) -> dict[str, Any]:
     """Read a small document of the body and hold it against the manifest that the seal names."""
     entry = manifest.find(path)
-    size = min(entry.size, REPORT_LIMIT) if entry else 0
-    raw = os.pread(number, size, start + entry.offset) if entry else b""
+    raw = bytearray(min(entry.size, REPORT_LIMIT) if entry else 0)
+    if entry is not None:
+        medium.read_into(entry.offset, memoryview(raw))
     if entry is None or hashlib.sha256(raw).hexdigest() != entry.sha256:
         raise RefusedError(
             "seal.subject",
             f"{path} is not the document that the seal names",
             hint="the draft was changed after it was built; build it again",
         )
-    value = parse_canonical(raw, code="manifest.schema", what=path, limit=REPORT_LIMIT)
+    value = parse_canonical(bytes(raw), code="manifest.schema", what=path, limit=REPORT_LIMIT)
     return value if isinstance(value, dict) else {}
 
 
@@ -201,5 +203,10 @@ def sign(draft: Draft, trust: Trust, signer: Signer, *, confirmation: str) -> Ta
             hint="read it again, then sign",
         )
     envelope = add_signature(again.envelope, signer)
-    rewrite_envelope(draft.path, envelope)
+    medium = open_medium(draft.path)  # of a set, every volume is signed
+    try:
+        medium.require_whole(again.manifest, again.digest)
+        medium.rewrite_envelope(envelope)
+    finally:
+        medium.close()
     return count(again, trust, envelope)

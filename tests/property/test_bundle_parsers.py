@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bundle import archive, canonical, envelope, graphs, keys, manifest, statement, trust
+from bundle import canonical, envelope, graphs, keys, manifest, statement, tar, trust
 from bundle.verify import open_bundle, verify_bundle
 from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
@@ -216,7 +216,7 @@ def test_accepted_paths_are_distinct_on_every_host(paths):
     piece=st.integers(100, 20_000),
 )
 def test_layout_covers_every_byte_once(sizes, piece):
-    layout = archive.Layout([(f"payload/m/{i}", size) for i, size in enumerate(sizes)])
+    layout = tar.Layout([(f"payload/m/{i}", size) for i, size in enumerate(sizes)])
     covered = bytearray(layout.size)
     for low in range(0, layout.size, piece):
         high = min(low + piece, layout.size)

@@ -15,8 +15,9 @@ import bundles
 import pytest
 
 from airgap import cli
-from bundle import archive, envelope, keys, trust
+from bundle import envelope, keys, trust
 from bundle.statement import PAYLOAD_TYPE, seal_statement
+from bundle.write import write_archive
 
 SITE = Path(__file__).parents[1] / "data" / "site_demo.toml"  # its legal day is fixed
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -80,7 +81,7 @@ def bundle(staging):
     release = bundles.make_release(
         model=model, created=now, not_before=now, expires=now + timedelta(days=30)
     )
-    archive.write_archive(
+    write_archive(
         path,
         release,
         bundles.make_members(model="logos-ref-tiny"),

@@ -13,9 +13,9 @@ import pytest
 import tiny_llama
 from staging_runs import FACTS, Result, build_tiny, permit, run_inline
 
-from bundle.archive import open_file, read_head
 from bundle.envelope import parse_envelope
 from bundle.graphs import FileRef, parse_graphs
+from bundle.media import open_medium
 from bundle.scan.bom import PATH as BOM
 from bundle.scan.bom import require_bom
 from bundle.scan.onnx import parse_onnx
@@ -68,9 +68,8 @@ def draft(made, tmp_path):
 def member(path: Path, name: str) -> bytes:
     manifest = read_draft(path).manifest
     entry = manifest.find(name)
-    with open_file(path) as stream:
-        stream.seek(read_head(stream).body_start + entry.offset)
-        return stream.read(entry.size)
+    start = open_medium(path).head.body_start + entry.offset
+    return path.read_bytes()[start : start + entry.size]
 
 
 def refused(call, *args, **kwargs) -> AirgapError:
@@ -586,8 +585,7 @@ def test_a_draft_that_changed_while_it_was_read_is_not_signed(made, draft):
 def test_a_changed_report_is_never_shown(draft):
     entry = read_draft(draft).manifest.find("META/report.json")
     raw = bytearray(draft.read_bytes())
-    with open_file(draft) as stream:
-        start = read_head(stream).body_start + entry.offset
+    start = open_medium(draft).head.body_start + entry.offset
     raw[start + 20] ^= 1
     draft.write_bytes(raw)
     assert refused(read_draft, draft).code == "seal.subject"
@@ -595,9 +593,7 @@ def test_a_changed_report_is_never_shown(draft):
 
 def test_a_draft_with_another_seal_is_refused(draft):
     raw = draft.read_bytes()
-    with open_file(draft) as stream:
-        head = read_head(stream)
-    assert parse_envelope(head.envelope)
+    assert parse_envelope(open_medium(draft).head.envelope)
     draft.write_bytes(raw.replace(b'"version":"1.0"', b'"version":"2.0"', 1))
     assert refused(read_draft, draft).code in {"seal.subject", "archive.header"}
 
