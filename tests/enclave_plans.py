@@ -17,11 +17,11 @@ FACTS = replace(
 )
 
 
-def make(*, facts=FACTS, rung="A", read_only=(), writable=(), uid=None):
+def make(*, facts=FACTS, rung="A", read_only=(), writable=(), uid=None, profile="worker", **more):
     return plan.build(
         facts,
         rung=rung,
-        profile="worker",
+        profile=profile,
         part="worker",
         read_only=list(read_only),
         writable=list(writable),
@@ -30,4 +30,5 @@ def make(*, facts=FACTS, rung="A", read_only=(), writable=(), uid=None):
         descriptors=64,
         file_mb=0,
         uid=uid,
+        **more,
     )

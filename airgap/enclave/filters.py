@@ -30,9 +30,11 @@ _SET_MODE_FILTER, _TSYNC, _LOG = 1, 1, 2
 PUBLISHED = {
     "stage1.x86_64": "4d1f314c179af5848bc0587818b8982342fc4e18cc9ae27316df27078a4be19e",
     "stage2.x86_64": "7406b4ec0172ad654e594bc4f41d26a6c96f0bc0eea9817de2e199659a1763b4",
+    "stage2_gpu.x86_64": "dae8ff3fa9b8f3fa0a1200c842eaa286e7a1bfd20242f70f958f2131f7f5b4a5",
     "no_exec.x86_64": "325e8e5e216e71602d4ccf11a0939542bf4144796e1078170b8f6331226e95ef",
     "stage1.aarch64": "d7f30ce6d79e9890c11df38b4a4fddd573faa9ed73e65d9c3b8e8486ee402944",
     "stage2.aarch64": "e7d59dbae9573946c2e876ae15afdf64dd2886784ff3ae916134370e0b7b27a9",
+    "stage2_gpu.aarch64": "8f4ae2706e3f59ff4a422bfdc4ac4f67387d2db7698d6489310d1061280f21e8",
     "no_exec.aarch64": "0ec762fcf8b2f0a2323d3e9a1766095e3a6078fdcdbd5a84d9050b2b2209f3d6",
 }
 
@@ -60,8 +62,24 @@ def no_exec(arch: str = "x86_64") -> bytes:
 
 def stage2(pid: int, arch: str = "x86_64") -> bytes:
     """Return the allow list for a worker that sees itself as `pid`."""
+    return _stage2(pid, arch, tuple(tables.STAGE2))
+
+
+def stage2_gpu(pid: int, arch: str = "x86_64") -> bytes:
+    """Return the allow list for a worker with a GPU: never run on one."""
+    return _stage2(pid, arch, (*tables.STAGE2, *tables.GPU))
+
+
+def last(name: str, pid: int, arch: str = "x86_64") -> bytes:
+    """Return the filter of a profile that closes the last doors, by its name."""
+    if name == "no_exec":
+        return no_exec(arch)
+    return {"stage2": stage2, "stage2_gpu": stage2_gpu}[name](pid, arch)
+
+
+def _stage2(pid: int, arch: str, allowed: tuple[str, ...]) -> bytes:
     code = _head(arch)
-    for name in tables.STAGE2:
+    for name in allowed:
         code += _answer(tables.number(name, arch), ALLOW)
     code += _rule(tables.number("write", arch), _allow_values(0, tables.WRITABLE))
     for name in ("mmap", "mprotect"):
@@ -93,7 +111,11 @@ def programs() -> dict[str, bytes]:
         f"{name}.{arch}": program(arch)
         for name, program in (("stage1", stage1), ("no_exec", no_exec))
         for arch in tables.ARCHITECTURES
-    } | {f"stage2.{arch}": stage2(1, arch) for arch in tables.ARCHITECTURES}
+    } | {
+        f"{name}.{arch}": program(1, arch)
+        for name, program in (("stage2", stage2), ("stage2_gpu", stage2_gpu))
+        for arch in tables.ARCHITECTURES
+    }
 
 
 def digest(program: bytes) -> str:

@@ -43,6 +43,8 @@ _TCP, _SCOPES = 0b11, 0b11  # bind and connect; abstract Unix sockets and signal
 READ = _READ_FILE | _READ_DIR
 EXECUTE = _READ_FILE | _EXECUTE
 DEVICE = _READ_FILE | _WRITE_FILE
+GPU = DEVICE | _IOCTL_DEV  # from ABI 5 on; before, Landlock does not see ioctl
+PROC = READ | _WRITE_FILE  # a /proc of its own, or its own threads in it
 # A program may make and remove plain files and folders; no sockets, FIFOs, devices or links.
 WRITE = READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _REFER | _TRUNCATE
 

@@ -368,6 +368,8 @@ _RIGHTS = {
     "exec": landlock.EXECUTE,
     "write": landlock.WRITE,
     "device": landlock.DEVICE,
+    "gpu": landlock.GPU,
+    "proc": landlock.PROC,
 }
 
 

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from airgap.enclave import filters
+from airgap.enclave import filters, gpu
 from airgap.enclave.host import HostSurvey, free_uid, mapped
+from airgap.enclave.profiles import NODES, PROFILES, Profile
 
-Mode = Literal["read", "write", "device"]
+Mode = Literal["read", "write", "device", "gpu", "proc"]
 
 
 class Bind(TypedDict):
@@ -54,6 +55,7 @@ class Plan(TypedDict):
     argv: list[str]
     env: dict[str, str]
     stage1: str
+    last: str  # name of the filter that the program takes
 
 
 PACKAGES = ("airgap", "bundle", "policy")
@@ -61,9 +63,6 @@ ROOT_KIB = 1024
 _MIB = 1 << 20
 _SYSTEM_LINKS = ("/bin", "/sbin", "/lib", "/lib64", "/lib32")
 _SYSTEM_FILES = ("/etc/ld.so.cache",)
-# onnxruntime and torch size their thread pools by these; the rest of /proc and /sys is absent.
-_KERNEL_FILES = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 # Address space that is reserved and not used: libraries, and an arena of libc for each thread.
 _ROOM_MIB = 256
 # What each rung unshares; a user adds "user" to A. U maps no id and mounts nothing: it is for hosts
@@ -230,23 +229,26 @@ def build(
     descriptors: int,
     file_mb: int,
     uid: int | None,
+    devices: str = gpu.DEVICES,
 ) -> Plan:
     """Return the plan of one sealed process.
 
     Args:
         facts: The survey that the rung was chosen by.
         rung: A, U, B or C.
-        profile: worker, screen or convert; recorded.
+        profile: A row of `profiles`.
         part: What `entry.py` runs after exec.
         read_only: The inputs; everything else that is readable belongs to the interpreter.
         writable: The only folders that may be written to; none for a worker.
-        environment: The whole environment.
+        environment: The whole environment but for what the profile adds.
         memory_mb: Limit on data in MiB; address space gets twice the inputs and some room more.
         descriptors: Limit on open descriptors.
         file_mb: Largest file that may be written, in MiB.
         uid: The worker's uid for a start by root; None picks a free one.
+        devices: The folder of device nodes, for a GPU.
 
     """
+    row = profile_of(profile, rung)
     require_inputs(read_only)
     namespaces = list(NAMESPACES[rung])
     identity, mapping = identity_of(facts, uid)
@@ -259,7 +261,7 @@ def build(
     readable = [
         *runtime_folders(),
         *(path for path in _SYSTEM_LINKS if Path(path).is_dir() and not Path(path).is_symlink()),
-        *(path for path in (*_SYSTEM_FILES, *_KERNEL_FILES) if Path(path).exists()),
+        *(path for path in (*_SYSTEM_FILES, *row.kernel) if Path(path).exists()),
     ]
     binds: list[Bind] = [{"path": path, "mode": "read", "owner": None} for path in readable]
     covered = prune(readable)
@@ -269,13 +271,27 @@ def build(
         if not any(path == kept or path.startswith(kept + "/") for kept in covered)
     ]
     binds += [{"path": path, "mode": "write", "owner": None} for path in writable]
-    binds += [{"path": path, "mode": "device", "owner": None} for path in _DEVICES]
+    binds += [{"path": path, "mode": "device", "owner": None} for path in NODES]
+    nodes: list[Bind] = []
+    if row.gpu:
+        nodes = _gpu_binds(devices, rung)
+        binds += nodes
     packages = package_folders()
     program = interpreter()
     entry = f"{packages['airgap']}/enclave/entry.py"
     where = _where(packages)
     megabytes = memory_mb * _MIB
     inputs = folder_bytes(read_only)
+    limits = {
+        "CORE": 0,
+        "NOFILE": descriptors,
+        "FSIZE": file_mb * _MIB,
+        "DATA": megabytes,
+        "AS": megabytes + 2 * inputs + _ROOM_MIB * _MIB * (16 + (os.cpu_count() or 1)),
+    }
+    if row.gpu:
+        del limits["AS"]  # the driver reserves addresses for the memory of every device
+        limits["FSIZE"] = megabytes  # its memfds are files; no folder can be written to
     return {
         "rung": rung,
         "profile": profile,
@@ -286,19 +302,45 @@ def build(
         "binds": sorted(binds, key=lambda bind: len(bind["path"])),
         "links": [[p, str(Path(p).readlink())] for p in _SYSTEM_LINKS if Path(p).is_symlink()],
         "root_kib": ROOT_KIB,
-        "check": [program, entry, *site_folders(), *prune(read_only)],
+        "check": [program, entry, *site_folders(), *prune(read_only), *_paths(nodes, "gpu")],
         "landlock": _landlock(facts, rung, binds, program),
-        "limits": {
-            "CORE": 0,
-            "NOFILE": descriptors,
-            "FSIZE": file_mb * _MIB,
-            "DATA": megabytes,
-            "AS": megabytes + 2 * inputs + _ROOM_MIB * _MIB * (16 + (os.cpu_count() or 1)),
-        },
+        "limits": limits,
         "argv": [program, "-I", "-S", "-B", entry, part, where],
-        "env": environment,
+        "env": environment | dict(row.environment),
         "stage1": filters.stage1(facts.arch).hex(),
+        "last": row.last_filter,
     }
+
+
+def profile_of(name: str, rung: str) -> Profile:
+    """Return the row of a profile; refuse a name or a rung that the table does not have."""
+    row = PROFILES.get(name)
+    if row is None:
+        raise PlanError("job", f"there is no profile {name!r:.40}; see `airgap enclave profiles`")
+    if rung not in row.rungs:
+        raise PlanError("rung", f"profile {name} runs on {', '.join(row.rungs)}, not on {rung}")
+    return row
+
+
+def runs_on(name: str, rung: str) -> bool:
+    """Say whether a profile may run on a rung; a name that is not known is refused later."""
+    return name not in PROFILES or rung in PROFILES[name].rungs
+
+
+def _gpu_binds(devices: str, rung: str) -> list[Bind]:
+    """Return the nodes of a GPU and the /proc that its driver writes to."""
+    try:
+        nodes = gpu.find_nodes(devices)
+    except gpu.GpuError as error:
+        raise PlanError("gpu", str(error)) from error
+    binds: list[Bind] = [{"path": node, "mode": "gpu", "owner": None} for node in nodes]
+    # The driver names its threads. On A in a /proc of its own; else in its own entry alone.
+    own = "/proc" if rung == "A" else "/proc/self/task"
+    return [*binds, {"path": own, "mode": "proc", "owner": None}]
+
+
+def _paths(binds: Iterable[Bind], mode: Mode) -> list[str]:
+    return [bind["path"] for bind in binds if bind["mode"] == mode]
 
 
 def launcher_argv(incoming: int, outgoing: int) -> list[str]:

@@ -9,6 +9,7 @@ _HINTS = {
     "arch": "only x86-64 has been proven; use such a machine",
     "deadline": "the program may be too large for `deadline_s`; see its last words in the message",
     "files": "make the folder readable for others (chmod -R a+rX); its parent may stay closed",
+    "gpu": "see packaging/README.md for the nodes and the driver; `worker` runs on the CPU",
     "job": "see `airgap.enclave.run_sealed` for what a sealed job may be",
     "landlock": "run `airgap doctor`; some kernels report a Landlock that they do not have",
     "output": "treat the input as hostile; nothing of the output was kept",

@@ -80,6 +80,10 @@ def attach(base: str, bind: Bind, source: int, plan: Plan) -> None:
             pass  # a file system without idmapped mounts: `check_readable` decides
         else:
             return
+    if bind["mode"] == "proc":  # of the own PID namespace: no other process has a name in it
+        flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+        linux.mount("proc", target, "proc", flags)
+        return
     linux.mount(f"/proc/self/fd/{source}", target, None, linux.MS_BIND | linux.MS_REC)
 
 
@@ -158,7 +162,7 @@ def protect(base: str, binds: list[Bind]) -> None:
         flags = linux.MS_BIND | linux.MS_REMOUNT | linux.MS_NOSUID | keep_flags(options)
         if mode == "read":
             flags |= linux.MS_RDONLY | linux.MS_NODEV
-        elif mode == "write":
+        elif mode in {"write", "proc"}:
             flags |= linux.MS_NODEV | linux.MS_NOEXEC
         else:
             flags |= linux.MS_NOEXEC

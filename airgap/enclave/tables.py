@@ -61,15 +61,20 @@ ppoll=271/73 set_robust_list=273/99 getcpu=309/168 getrandom=318/278 membarrier=
 rseq=334/293
 """
 _RULED = """
-clone=56/220 ioctl=16/29 prlimit64=302/261 tgkill=234/131 write=1/64 mmap=9/222 mprotect=10/226
+clone=56/220 prlimit64=302/261 tgkill=234/131 write=1/64 mmap=9/222 mprotect=10/226
+"""
+# What the GPU driver's library asks for while kernels run; stage 1 still denies terminal ioctls.
+_ASKED_BY_GPU = """
+ioctl=16/29 openat=257/56 newfstatat=262/79 fcntl=72/25 memfd_create=319/279 ftruncate=77/46
+mlock=149/228 munlock=150/229
 """
 _EXEC = "execve=59/221 execveat=322/281"
 # Called by the launcher, the probe and the waiting parent; no filter names them.
 _OTHER = """
-openat=257/56 landlock_create_ruleset=444/444 landlock_add_rule=445/445
+landlock_create_ruleset=444/444 landlock_add_rule=445/445
 landlock_restrict_self=446/446 seccomp=317/277 prctl=157/167 capset=126/91 close_range=436/436
-wait4=61/260 waitid=247/95 kill=62/129 tkill=200/130 memfd_create=319/279 recvfrom=45/207
-mq_timedsend=242/182 unlinkat=263/35 utimensat=280/88 newfstatat=262/79
+wait4=61/260 waitid=247/95 kill=62/129 tkill=200/130 recvfrom=45/207
+mq_timedsend=242/182 unlinkat=263/35 utimensat=280/88
 """
 
 Numbers = dict[str, tuple[int, int | None]]
@@ -99,12 +104,14 @@ STAGE1: tuple[tuple[str, int, Numbers], ...] = (
 NO_EXEC: Numbers = _read(_EXEC)
 # -- stage 2: all that is left after warm-up ------------------------------------------------------
 STAGE2: Numbers = _read(_ALLOWED)
+GPU: Numbers = _read(_ASKED_BY_GPU)  # profile worker-gpu, beside STAGE2
 
 NUMBERS: Numbers = {
     name: pair
     for group in (
         *(calls for _, _, calls in STAGE1),
         STAGE2,
+        GPU,
         NO_EXEC,
         _read(_RULED),
         _read(_OTHER),

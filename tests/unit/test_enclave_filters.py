@@ -66,8 +66,10 @@ def test_stage1_answers_every_number_as_its_table_says(arch):
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
-def test_stage2_allows_its_list_and_nothing_else(arch):
-    program = filters.stage2(1, arch)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_stage2_allows_its_list_and_nothing_else(arch, gpu):
+    program = filters.stage2_gpu(1, arch) if gpu else filters.stage2(1, arch)
+    allowed = {**tables.STAGE2, **(tables.GPU if gpu else {})}
     audit = tables.ARCHITECTURES[arch]
     by_argument = {"write", "mmap", "mprotect", "clone", "tgkill"}
     for nr in range(601):
@@ -75,7 +77,7 @@ def test_stage2_allows_its_list_and_nothing_else(arch):
         found = run(program, nr, audit)
         if name in by_argument:
             continue
-        if name in tables.STAGE2:
+        if name in allowed:
             assert found == ALLOW, name
         elif name == "clone3":
             assert found == denied(errno.ENOSYS)
@@ -101,7 +103,7 @@ def test_a_foreign_architecture_is_killed_whatever_it_asks(name):
     assert run(program, 39 if native == X86 else 172, native) == ALLOW  # getpid
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "no_exec"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage2_gpu", "no_exec"])
 def test_x32_numbers_are_killed(name):
     program = filters.programs()[f"{name}.x86_64"]
     for nr in range(601):
@@ -109,53 +111,77 @@ def test_x32_numbers_are_killed(name):
     assert run(program, 0xFFFFFFFF, X86) == KILL
 
 
-@pytest.mark.parametrize("make", [filters.stage1, lambda: filters.stage2(1)])
+ARCHES = ["x86_64", "aarch64"]
+THREADED = {
+    "stage1": filters.stage1,
+    "stage2": lambda arch: filters.stage2(1, arch),
+    "stage2_gpu": lambda arch: filters.stage2_gpu(1, arch),
+}
+ALLOWING = [THREADED["stage2"], THREADED["stage2_gpu"]]
+
+
+def ask(program, name, arch, *arguments):
+    return run(program, tables.number(name, arch), tables.ARCHITECTURES[arch], *arguments)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("make", THREADED.values(), ids=THREADED.keys())
 @pytest.mark.parametrize("bit", [b for b in range(32) if tables.CLONE_NEW >> b & 1])
-def test_every_namespace_bit_of_clone_is_denied(make, bit):
+def test_every_namespace_bit_of_clone_is_denied(make, bit, arch):
     thread = tables.CLONE_THREAD | 0x3D0F00
-    assert run(make(), 56, X86, thread) == ALLOW
-    assert run(make(), 56, X86, thread | 1 << bit) == denied(errno.EPERM)
+    assert ask(make(arch), "clone", arch, thread) == ALLOW
+    assert ask(make(arch), "clone", arch, thread | 1 << bit) == denied(errno.EPERM)
 
 
-@pytest.mark.parametrize("make", [filters.stage1, lambda: filters.stage2(1)])
-def test_clone_makes_threads_and_no_processes(make):
-    assert run(make(), 56, X86, 0x11) == denied(errno.EPERM)  # SIGCHLD: fork
-    assert run(make(), 56, X86, 0x4111) == denied(errno.EPERM)  # vfork
-    assert run(make(), 435, X86) == denied(errno.ENOSYS)  # clone3: its flags cannot be read
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("make", THREADED.values(), ids=THREADED.keys())
+def test_clone_makes_threads_and_no_processes(make, arch):
+    assert ask(make(arch), "clone", arch, 0x11) == denied(errno.EPERM)  # SIGCHLD: fork
+    assert ask(make(arch), "clone", arch, 0x4111) == denied(errno.EPERM)  # vfork
+    assert ask(make(arch), "clone", arch, 1 << 32 | 0x11) == denied(errno.EPERM)
+    assert ask(make(arch), "clone3", arch) == denied(errno.ENOSYS)  # its flags cannot be read
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("request_", tables.TERMINAL_IOCTLS)
-def test_typing_into_a_terminal_is_denied(request_):
-    assert run(filters.stage1(), 16, X86, 0, 0x5401) == ALLOW
-    assert run(filters.stage1(), 16, X86, 0, request_) == denied(errno.EPERM)
+def test_typing_into_a_terminal_is_denied(request_, arch):
+    program = filters.stage1(arch)
+    assert ask(program, "ioctl", arch, 0, 0x5401) == ALLOW
+    assert ask(program, "ioctl", arch, 0, request_) == denied(errno.EPERM)
     # The kernel reads 32 bits of the request: what stands above must not hide it.
-    assert run(filters.stage1(), 16, X86, 0, 1 << 32 | request_) == denied(errno.EPERM)
+    assert ask(program, "ioctl", arch, 0, 1 << 32 | request_) == denied(errno.EPERM)
 
 
-def test_limits_of_other_processes_are_denied():
-    assert run(filters.stage1(), 302, X86, 0) == ALLOW
-    assert run(filters.stage1(), 302, X86, 4711) == denied(errno.EPERM)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_limits_of_other_processes_are_denied(arch):
+    assert ask(filters.stage1(arch), "prlimit64", arch, 0) == ALLOW
+    assert ask(filters.stage1(arch), "prlimit64", arch, 4711) == denied(errno.EPERM)
 
 
-@pytest.mark.parametrize("descriptor", range(10))
-def test_stage2_lets_write_reach_the_channel_and_the_error_pipe_alone(descriptor):
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("make", ALLOWING)
+@pytest.mark.parametrize("descriptor", [*range(10), 2**32 - 1])
+def test_stage2_lets_write_reach_the_channel_and_the_error_pipe_alone(descriptor, make, arch):
     wanted = ALLOW if descriptor in tables.WRITABLE else denied(errno.EPERM)
-    assert run(filters.stage2(1), 1, X86, descriptor) == wanted
+    assert ask(make(arch), "write", arch, descriptor) == wanted
 
 
-@pytest.mark.parametrize("nr", [9, 10])
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("make", ALLOWING)
+@pytest.mark.parametrize("name", ["mmap", "mprotect"])
 @pytest.mark.parametrize("protection", range(8))
-def test_stage2_makes_no_executable_memory(nr, protection):
+def test_stage2_makes_no_executable_memory(name, protection, make, arch):
     wanted = denied(errno.EPERM) if protection & 4 else ALLOW
-    assert run(filters.stage2(1), nr, X86, 0, 4096, protection) == wanted
+    assert ask(make(arch), name, arch, 0, 4096, protection) == wanted
 
 
+@pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("pid", [1, 2, 31337])
-def test_stage2_lets_a_worker_signal_itself_alone(pid):
-    program = filters.stage2(pid)
-    assert run(program, 234, X86, pid) == ALLOW
-    assert run(program, 234, X86, pid + 1) == denied(errno.EPERM)
-    assert run(program, 62, X86, pid) == denied(errno.EPERM)  # kill
+def test_stage2_lets_a_worker_signal_itself_alone(pid, arch):
+    program = filters.stage2(pid, arch)
+    assert ask(program, "tgkill", arch, pid) == ALLOW
+    assert ask(program, "tgkill", arch, pid + 1) == denied(errno.EPERM)
+    assert ask(program, "kill", arch, pid) == denied(errno.EPERM)
 
 
 def test_the_waiting_parent_can_do_nothing_but_wait():
