@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.profiles import profiles
 
 if TYPE_CHECKING:
     from airgap.enclave.doctor import Examination, Rung
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands of this group."""
     app.command()(doctor)
+    group = typer.Typer(help="Look at the seal and attack it.", no_args_is_help=True)
+    group.command()(profiles)
+    app.add_typer(group, name="enclave")
 
 
 def doctor(root: Root = None, *, json: Json = False) -> None:

@@ -209,3 +209,16 @@ def test_only_the_table_decides_where_a_profile_runs():
     assert plan.runs_on("worker", "C")
     assert not plan.runs_on("worker-gpu", "U")
     assert plan.runs_on("a name that is refused later", "A")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_table_is_printed_for_an_auditor(options, capsys):
+    from airgap.cli.app import dispatch
+
+    assert dispatch(["enclave", "profiles", *options]) == 0
+    out = capsys.readouterr().out
+    for name in profiles.PROFILES:
+        assert name in out
+    for name in ("stage1", "stage2", "stage2_gpu", "no_exec"):
+        assert filters.PUBLISHED[f"{name}.x86_64"] in out
+    assert "imex" in out
