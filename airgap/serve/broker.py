@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +23,14 @@ from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, commitmen
 from airgap.config import Limits
 from airgap.enclave import Enclave
 from airgap.enclave.channel import ProgramError
+from airgap.holds import Hold, Holds, Stage, job_text
 from airgap.inference import protocol
 from airgap.inference.strict import MalformedError
 from airgap.science import results
 from airgap.science.results import Assessed, Prepared, ScreenResult
 from airgap.science.tasks import choose_preset, find_task
 from policy import report
+from policy.approvals import Approval
 from policy.engine import Decision, require
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -50,6 +53,7 @@ class Job:
     inputs: Mapping[str, Any]
     project: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    held: str = ""  # request of a released hold that this job takes up
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,15 @@ class Model:
 class UsePolicy(Protocol):
     """Asks the rules about one use; the facts of site, person and bundle are bound in it."""
 
-    def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
-        """Return the decision."""
+    def __call__(
+        self,
+        job: Job,
+        *,
+        modality: str,
+        screen: Mapping[str, Any] | None,
+        released: tuple[Approval, ...] = (),
+    ) -> Decision:
+        """Return the decision; `released` are approvals for this job and this stage alone."""
         ...
 
 
@@ -90,10 +101,19 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """A decision, and how the general log cites it."""
+    """A decision, and how the general log cites it; `restricted` names the whole record."""
 
     decision: Decision
     ref: DecisionRef
+    restricted: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the model made and nobody has seen: the answer in its canonical form, and its seed."""
+
+    content: bytes
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +144,7 @@ class Broker:
     use_policy: UsePolicy
     limits: Limits = field(default_factory=Limits)
     restricted: Path | None = None  # whole records of hazard decisions; None keeps none
+    holds: Holds | None = None  # None: what is held cannot be released
 
     def infer(self, job: Job, on_progress: OnProgress = lambda *_: None) -> Answer:
         """Run `job` and return the answer.
@@ -135,7 +156,7 @@ class Broker:
         """
         request = new_ulid()
         prepared = self._prepare(request, job)
-        permit = self._permit(request, job, prepared, prepared.input_screen, stage="input")
+        permit = self._permit(request, job, prepared, prepared.input_screen)
         settings = settings_of(prepared)
         opening_in = prepared.prompt.encode(), os.urandom(NONCE_BYTES)
         intent = self._record_intent(request, job, permit, settings, opening_in)
@@ -143,8 +164,9 @@ class Broker:
         try:
             samples, totals = self._generate(settings, on_progress)
             assessed = self._assess(job, samples)
-            release = self._permit_release(request, job, prepared, assessed)
             content = canonical(assessed.model_dump(mode="json"))
+            made = Made(content, settings.seed)
+            release = self._permit_release(request, job, prepared, assessed, made)
             nonce = os.urandom(NONCE_BYTES)
             outcome = self._record(
                 request,
@@ -160,6 +182,8 @@ class Broker:
             log.warning("request.failed", request=request, error=type(error).__name__)
             raise
         log.info("request.answered", request=request, tokens=totals.tokens, runs=totals.runs)
+        if self.holds is not None and job.held:
+            self.holds.close(job.held, f"{outcome.origin}#{outcome.seq}")
         return Answer(
             request=request,
             prepared=prepared,
@@ -218,11 +242,19 @@ class Broker:
             raise
 
     def _permit(
-        self, request: str, job: Job, prepared: Prepared, screen: ScreenResult, *, stage: str
+        self,
+        request: str,
+        job: Job,
+        prepared: Prepared,
+        screen: ScreenResult,
+        made: Made | None = None,
     ) -> Permit:
-        """Ask the policy; a refusal is durable before it is told."""
+        """Ask the policy; a refusal is durable before it is told. `made` would be released."""
+        stage: Stage = "input" if made is None else "output"
         document = screen.model_dump(mode="json")
-        decision = self.use_policy(job, modality=prepared.modality, screen=document)
+        released = self._released(job, stage, made)
+        more = {"released": released} if released else {}
+        decision = self.use_policy(job, modality=prepared.modality, screen=document, **more)
         permit = self._keep(decision)
         log.info("request.decided", request=request, permitted=decision.permitted)
         if decision.permitted:
@@ -238,8 +270,50 @@ class Broker:
                 data={"count": 1, "stage": stage, "task": prepared.task},
             )
         )
-        require(decision, reference=f"{receipt.origin}#{receipt.seq}")
+        reference = f"{receipt.origin}#{receipt.seq}"
+        self._hold(request, job, permit, reference, made)
+        require(decision, reference=reference)
         return permit
+
+    def _released(self, job: Job, stage: Stage, made: Made | None) -> tuple[Approval, ...]:
+        """Return what named people released of this very job at this stage."""
+        if self.holds is None or not job.held:
+            return ()
+        return self.holds.released(
+            job.held,
+            stage=stage,
+            bundle=self.model.bundle,
+            project=job.project,
+            task=job.task,
+            job=(job.inputs, job.options),
+            content=None if made is None else made.content,
+        )
+
+    def _hold(
+        self, request: str, job: Job, permit: Permit, reference: str, made: Made | None
+    ) -> None:
+        """Keep what is held, so that it can be released; a plain denial is no hold."""
+        decision = permit.decision
+        if self.holds is None or decision.refusal().code != "policy.held":
+            return
+        seed = job.options.get("seed") if made is None else made.seed
+        hold = Hold(
+            request=request,
+            reference=reference,
+            opened=datetime.now(UTC).replace(microsecond=0),
+            person=str(decision.evaluator.request.submitter),
+            project=job.project,
+            task=job.task,
+            stage="input" if made is None else "output",
+            bundle=str(self.model.bundle),
+            decision=str(permit.ref.id),
+            restricted=permit.restricted,
+            job=job_text(job.inputs, job.options),
+            seed=seed,
+            parent=job.held,
+            output=None if made is None else self.holds.commit(made.content),
+        )
+        self.holds.keep(hold, None if made is None else made.content)
 
     def _keep(self, decision: Decision) -> Permit:
         """Store the record of a decision; what a hazard rule said goes to the restricted folder.
@@ -247,7 +321,7 @@ class Broker:
         The general log holds the public record, the same for every hazard rule, with a commitment
         to the whole one. Without its nonce nobody can try out which rule it was.
         """
-        content = decision.canonical
+        content, commit = decision.canonical, ""
         if report.is_restricted(decision):
             nonce = os.urandom(NONCE_BYTES)
             commit = commitment(content, nonce).commit
@@ -256,15 +330,16 @@ class Broker:
             content = report.general_record(decision, commit)
         outcome = report.general_outcome(decision)
         digest = self.log.put_object(content)
-        return Permit(decision, DecisionRef(digest, outcome.value, decision.rule_for_log))
+        ref = DecisionRef(digest, outcome.value, decision.rule_for_log)
+        return Permit(decision, ref, commit if self.restricted is not None else "")
 
     def _permit_release(
-        self, request: str, job: Job, prepared: Prepared, assessed: Assessed
+        self, request: str, job: Job, prepared: Prepared, assessed: Assessed, made: Made
     ) -> Permit:
         """Decide once more with what the model wrote; a binding site that is no copy is protein."""
         if prepared.modality == "annotation" and assessed.summary.valid < assessed.summary.n:
             prepared = prepared.model_copy(update={"modality": "protein"})
-        return self._permit(request, job, prepared, assessed.output_screen, stage="output")
+        return self._permit(request, job, prepared, assessed.output_screen, made)
 
     def _record_intent(
         self,

@@ -26,12 +26,13 @@ from airgap.audit.query import read_records
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Enclave, SealSpec, launch
 from airgap.extras import require_extras
+from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import load_trust
-from policy.approvals import Approvals
+from policy.approvals import Approval, Approvals
 from policy.engine import Decision
 from policy.errors import AirgapError, RefusedError
 
@@ -84,8 +85,10 @@ def open_broker(
                 stack.enter_context(sealed(log, spec))
                 for spec in specs(installed, described, site, root / "enclave")
             )
-        approvals = load_approvals(root, load_trust(root / "trust").document)
-        policy = UseRules(site, rules, installed, person, log, clock, approvals)
+        trust = load_trust(root / "trust").document
+        holds = Holds(root, trust, person.id)
+        approvals = load_approvals(root, trust)
+        policy = UseRules(site, rules, installed, person, log, clock, approvals, holds)
         yield (
             Broker(
                 log=log,
@@ -96,6 +99,7 @@ def open_broker(
                 use_policy=policy,
                 limits=site.limits,
                 restricted=root / "restricted",
+                holds=holds,
             ),
             chosen,
         )
@@ -138,14 +142,23 @@ class UseRules:
     log: AuditLog
     clock: Clock
     approvals: Approvals
+    held: Holds
     holds: int | None = None  # counted on first use; this process alone writes the log
 
-    def __call__(self, job: Job, *, modality: str, screen: Mapping[str, Any] | None) -> Decision:
+    def __call__(
+        self,
+        job: Job,
+        *,
+        modality: str,
+        screen: Mapping[str, Any] | None,
+        released: tuple[Approval, ...] = (),
+    ) -> Decision:
         """Return the decision on one use; see `broker.UsePolicy`."""
         now = self.clock()
         day = self.site.legal_day(now)
         if self.holds is None:
-            self.holds = hazard_holds(self.log.folder, os.getuid(), now)
+            settled = self.held.settled()
+            self.holds = hazard_holds(self.log.folder, os.getuid(), now, settled)
         decision = gate.decide_use(
             self.site,
             self.rules,
@@ -160,15 +173,20 @@ class UseRules:
             day_source=day.source,
             admitted=True,  # the store activates nothing that was not admitted
             hazard_holds=self.holds,
-            approvals=self.approvals,
+            approvals=Approvals((*self.approvals.approvals, *released)),
         )
         if not decision.permitted:
             self.holds = None  # the hold that follows counts from the next request on
         return decision
 
 
-def hazard_holds(folder: Path, uid: int, now: datetime) -> int:
-    """Return how often a hazard rule held this account in the last 30 days, from the log."""
+def hazard_holds(
+    folder: Path, uid: int, now: datetime, settled: frozenset[int] = frozenset()
+) -> int:
+    """Return how often a hazard rule held this account in the last 30 days, from the log.
+
+    `settled` are the records of holds that named people have released.
+    """
     since = (now - HOLDS_COUNT).strftime("%Y-%m-%dT%H:%M:%S")
     return sum(
         1
@@ -177,6 +195,7 @@ def hazard_holds(folder: Path, uid: int, now: datetime) -> int:
         and record["actor"]["uid"] == uid
         and record.get("decision", {}).get("rule") == "HAZ"
         and record["ts"] >= since
+        and record["seq"] not in settled
     )
 
 

@@ -1,0 +1,361 @@
+"""`airgap hold`: what is held, who releases it, and the answer once it is released."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airgap.cli.approve import Confirm, Key, Passphrase, document_digest, signer_of
+from airgap.cli.common import Json, Root, root_folder, show, stderr
+from policy.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from airgap.config import Site
+    from airgap.gate import Rules
+    from airgap.holds import Hold, Holds, Signed
+
+HAZARD_HINT = "the hazard officer sees more: airgap hold show"
+
+Reference = Annotated[str, typer.Argument(help="Reference of the hold, or its number.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group."""
+    group = typer.Typer(help="What is held for review, and its release.", no_args_is_help=True)
+    group.command("list")(show_all)
+    group.command("show")(show_one)
+    group.command("release")(release)
+    group.command("fetch")(fetch)
+    group.command("open")(open_output)
+    group.command("key")(make_key)
+    app.add_typer(group, name="hold")
+
+
+def show_all(*, root: Root = None, json: Json = False) -> None:
+    """List the holds of this tree: reference, who asked, and how far a release is."""
+    desk = Desk.of(root)
+    rows = [desk.row(hold) for hold in desk.holds.every()]
+    lines = [
+        f"{row['reference']}  {row['opened'][:16]}  {row['person']}  {row['project']}"
+        f"  {row['task']} ({row['stage']})  {row['state']}"
+        for row in rows
+    ]
+    show({"holds": rows}, "\n".join(lines) or "nothing is held", json=json)
+
+
+def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
+    """Show one hold; what was asked, the rules and the classes only to the hazard officer."""
+    desk = Desk.of(root)
+    found = desk.holds.find(hold)
+    row = desk.row(found)
+    if desk.hazard_role:
+        inputs, options = found.inputs_and_options()
+        record = desk.holds.decision(found)
+        facts = {each["name"]: each for each in record["facts"]}
+        row |= {
+            "inputs": inputs,
+            "options": options,
+            "reasons": record["reasons"],
+            "classes": facts.get("screen.classes", {}).get("value", []),
+            "faults": desk.faults(found),
+        }
+    lines = [f"{name:>10}  {value}" for name, value in row.items()]
+    show(row, "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}"), json=json)
+
+
+def release(
+    hold: Reference,
+    *,
+    key: Key,
+    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")] = "",
+    expires: Annotated[
+        datetime | None,
+        typer.Option("--expires", formats=["%Y-%m-%d"], help="First day it no longer counts."),
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option("--document", help="The memo on file; its digest is kept.")
+    ] = None,
+    confirm: Confirm = None,
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign a release; the first signer words it, the next ones sign the same words."""
+    from airgap import holds
+    from airgap.approvals import on_record
+    from policy.terms import Digest
+
+    desk = Desk.of(root)
+    found = desk.holds.find(hold)
+    desk.require_releasable(found)
+    signer = signer_of(key, passphrase_file, desk.tree)
+    open_release = desk.current(found)
+    if open_release is None:
+        if not reason or expires is None:
+            raise UsageError(
+                "usage.argument",
+                "the first signer of a release gives --reason and --expires",
+                hint="airgap hold release REF --key K --reason WHY --expires 2026-12-31",
+            )
+        statement = holds.word_release(
+            found,
+            reason=reason,
+            issued=datetime.now(UTC).replace(microsecond=0),
+            expires=expires.date(),
+            document=document_digest(document),
+        )
+        desk.confirm(found, statement.predicate.reason, confirm)
+        envelope = holds.sign_release(statement, signer)
+    else:
+        if reason or expires or document:
+            raise UsageError(
+                "usage.argument",
+                "a release of it is open already; its words are those of its first signer",
+                hint="leave --reason, --expires and --document away to sign the same words",
+            )
+        desk.confirm(found, open_release.release.reason, confirm)
+        envelope = holds.countersign_release(open_release.envelope, signer)
+    signed = holds.verify_release(envelope, desk.trust)
+    mine = desk.trust.find_person(signer.public_key.keyid)
+    if mine is None or mine not in {each.person for each in signed.people}:
+        raise RefusedError(
+            "hold.release",
+            "this key releases nothing here: it needs a person of the trust root who did not ask",
+            hint="airgap trust show lists the people",
+        )
+    with on_record(desk.tree, "admin.hold", mine, Digest.of(envelope.payload)):
+        path = desk.holds.add_release(envelope)
+    row = desk.row(found) | {"file": str(path), "people": [p.person for p in signed.people]}
+    show(row, f"wrote {path}\n{found.reference}: {row['state']}", json=json)
+
+
+def fetch(
+    hold: Reference,
+    *,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+    sdf: Annotated[Path | None, typer.Option(help="Write the molecules as SDF.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report with drawings.")] = None,
+    receipt: Annotated[Path | None, typer.Option(help="Write the receipt (tlog-proof).")] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Get the answer of a released hold: the same job and seed, judged and on record again."""
+    from airgap.cli.run import infer_with_progress
+    from airgap.serve import Job, check_outputs, open_broker, present
+
+    desk = Desk.of(root)
+    found = desk.holds.find(hold)
+    outputs = {"csv": csv, "sdf": sdf, "html": html, "receipt": receipt}
+    check_outputs(found.task, outputs)
+    inputs, options = found.inputs_and_options()
+    with open_broker(desk.tree, model=found.bundle, project=found.project) as (broker, chosen):
+        job = Job(found.task, inputs, chosen, options, held=found.request)
+        answer = infer_with_progress(broker, job)
+        presented = present(broker, job, answer, outputs)
+    if not json:
+        stderr.print(f"released: {found.reference}", markup=False, soft_wrap=True)
+    show({**presented.json, "hold": found.reference}, presented.text, json=json)
+
+
+def open_output(
+    hold: Reference,
+    *,
+    key: Annotated[Path, typer.Option("--key", help="Private half of the hold key.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A file that does not exist yet.")],
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Decrypt what the model wrote, for the people who review it."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    from bundle.keys import read_limited, read_passphrase
+
+    desk = Desk.of(root)
+    raw = read_limited(key, 1 << 16, code="hold.key", what="the key")
+    try:
+        private = serialization.load_pem_private_key(raw, read_passphrase(passphrase_file))
+    except (ValueError, TypeError) as error:
+        raise RefusedError("hold.key", f"{key}: {error!s:.120}") from error
+    if not isinstance(private, X25519PrivateKey):
+        raise RefusedError("hold.key", f"{key} is no X25519 key")
+    content = desk.holds.open_output(desk.holds.find(hold), private)
+    write_private(out, content)
+    show({"out": str(out), "bytes": len(content)}, f"wrote {out}", json=json)
+
+
+def make_key(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the private half goes.")],
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Make the key that held outputs are encrypted to; its private half leaves this host."""
+    from cryptography.hazmat.primitives import serialization
+
+    from airgap.holds import KEY_FILE, new_key
+    from bundle.keys import read_passphrase
+
+    target = root_folder(root) / KEY_FILE
+    if target.exists():
+        raise RefusedError("hold.key", f"{target} is there already")
+    public, key = new_key()
+    word = read_passphrase(passphrase_file)
+    lock = serialization.BestAvailableEncryption(word) if word else serialization.NoEncryption()
+    write_private(
+        out,
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption_algorithm=lock
+        ),
+    )
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.write_bytes(public)
+    words = f"wrote {target}\nkeep {out} with those who review holds, and not on this host"
+    show({"public": str(target), "private": str(out)}, words, json=json)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a new file that its owner alone can read."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except FileExistsError as error:
+        raise UsageError(
+            "usage.argument", f"--out: {path} exists", hint="name a new file"
+        ) from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+
+
+# -- what a command needs of the tree -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Holds, rules and people of a tree, and whether the reader has the hazard role."""
+
+    tree: Path
+    site: Site
+    rules: Rules
+    trust: Any
+    holds: Holds
+    hazard_role: bool
+
+    @classmethod
+    def of(cls, root: Path | None) -> Desk:
+        """Open a tree."""
+        from airgap.cli.policy import account_name
+        from airgap.config import load_site
+        from airgap.gate import load_rules
+        from airgap.holds import Holds
+        from airgap.inquiry import find_reader
+        from bundle.trust import load_trust
+        from policy.report import HAZARD_ROLE
+
+        tree = root_folder(root)
+        site, trust = load_site(tree), load_trust(tree / "trust").document
+        reader = find_reader(site, "", os.getuid(), account_name())
+        role = reader is not None and HAZARD_ROLE in reader.roles
+        return cls(tree, site, load_rules(tree), trust, Holds(tree, trust), role)
+
+    def row(self, hold: Hold) -> dict[str, Any]:
+        """Return what anybody may read of a hold, and the rules for the hazard role."""
+        row = {
+            "reference": hold.reference,
+            "opened": hold.opened.isoformat(),
+            "person": hold.person,
+            "project": hold.project,
+            "task": hold.task,
+            "stage": hold.stage,
+            "bundle": hold.bundle,
+            "state": self.state(hold),
+        }
+        return row | ({"rules": self.holds.blocking(hold)} if self.hazard_role else {})
+
+    def state(self, hold: Hold) -> str:
+        """Say in a word how far a hold is."""
+        if answer := self.holds.answered(hold):
+            return f"answered as {answer}"
+        signed = self.current(hold)
+        if signed is None:
+            return "held"
+        people = ", ".join(each.person for each in signed.people) or "nobody who counts"
+        if any(self.faults(hold)):
+            return f"held; signed by {people}"
+        return f"released until {signed.release.expires} by {people}: airgap hold fetch"
+
+    def current(self, hold: Hold) -> Signed | None:
+        """Return the release to go on with: of those that have not expired the one signed most."""
+        today = datetime.now(UTC).date()
+        found = [each for each in self.holds.releases(hold) if each.release.expires > today]
+        return found[0] if found else None
+
+    def faults(self, hold: Hold) -> list[str]:
+        """Say for each rule why the release does not lift it yet; empty when all are lifted."""
+        from policy.approvals import Case, fault_of
+        from policy.terms import Digest, Scope
+
+        signed = self.current(hold)
+        if signed is None:
+            return ["no release"]
+        now = datetime.now(UTC)
+        day = self.site.legal_day(now)
+        case = Case(
+            scope=Scope.USE,
+            bundle=Digest.parse(hold.bundle),
+            project=hold.project,
+            task=hold.task,
+            submitter=hold.person,
+            leads=self.site.require_project(hold.project).principal_investigators,
+            as_of=day.as_of,
+            known_at=day.known_at,
+        )
+        approval = self.holds.approval_of(hold, signed)
+        rules = {each.id: each for each in self.rules.packs.rules}
+        missing = [
+            f"{each}: no such rule is loaded" for each in approval.rules if each not in rules
+        ]
+        faults = {
+            each: fault_of(approval, rules[each], case) for each in approval.rules if each in rules
+        }
+        return missing + [f"{rule}: {words}" for rule, words in faults.items() if words]
+
+    def require_releasable(self, hold: Hold) -> None:
+        """Refuse where no signature could help: RefusedError `hold.release`."""
+        rules = {each.id: each for each in self.rules.packs.rules}
+        for name in self.holds.blocking(hold):
+            rule = rules.get(name)
+            if rule is None or rule.text.override.kind != "approval":
+                raise RefusedError(
+                    "hold.release",
+                    "what holds it admits no release"
+                    + (f": {name} cannot be lifted by approval" if self.hazard_role else ""),
+                    hint="the hazard officer decides what happens to it outside this program",
+                )
+
+    def confirm(self, hold: Hold, reason: str, confirm: str | None) -> None:
+        """Show what will be signed and have the number of the hold typed; RefusedError if not."""
+        import sys
+
+        stderr.print(
+            f"You release {hold.reference}: {hold.task} ({hold.stage}) asked by {hold.person} for"
+            f" project {hold.project}: {reason}",
+            markup=False,
+            soft_wrap=True,
+        )
+        if confirm is None and sys.stdin.isatty():
+            stderr.print(f"Type {hold.project!r} to sign, anything else to stop: ", end="")
+            confirm = sys.stdin.readline()
+        if (confirm or "").strip() != hold.project:
+            raise RefusedError(
+                "hold.release",
+                "nothing was signed: the confirmation is not the project's id",
+                hint=f"read it, then add: --confirm {hold.project}",
+            )
