@@ -7,6 +7,7 @@ before anything is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,43 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
 }
 _IGNORED = (".rotary_emb.inv_freq",)  # written by old releases, computed by every loader
 _MAX = 1 << 24
+_MAX_REAL = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding: base, and how frequencies are stretched for a longer context.
+
+    `kind` is `default`, `linear` (all divided by `factor`) or `llama3` (low frequencies divided by
+    `factor`, high ones kept, those between blended; bounds in turns over `original` positions).
+    """
+
+    base: float
+    kind: str = "default"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 1
+
+    def frequencies(self, width: int) -> tuple[float, ...]:
+        """Return radians a position, one for each pair of the `width` dimensions of a head."""
+        plain = [self.base ** (-pair / width) for pair in range(0, width, 2)]
+        if self.kind == "llama3":
+            return tuple(self._llama3(one) for one in plain)
+        return tuple(one / self.factor for one in plain)
+
+    def _llama3(self, frequency: float) -> float:
+        turns = self.original * frequency / (2 * math.pi)
+        if turns > self.high:
+            return frequency
+        if turns < self.low:
+            return frequency / self.factor
+        blend = (turns - self.low) / (self.high - self.low)
+        return (1 - blend) * frequency / self.factor + blend * frequency
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +78,16 @@ class Architecture:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    rope: Rope
+    epsilon: float
+    window: int | None
+    experts: int
+    experts_chosen: int
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normed head by head before rotation."""
+        return self.kind == "qwen3"
 
 
 def parse_architecture(
@@ -76,6 +121,9 @@ def parse_architecture(
             "the weights are quantised already; the parity proof needs the original ones",
             hint="take the release in bf16, fp16 or fp32",
         )
+    _require_activation(config)
+    context = _count(config, "max_position_embeddings")
+    mixture = kind == "mixtral"
     return Architecture(
         kind=str(kind),
         layers=_count(config, "num_hidden_layers"),
@@ -85,13 +133,18 @@ def parse_architecture(
         kv_heads=_count(config, "num_key_value_heads", heads),
         head_dim=_count(config, "head_dim", hidden // heads),
         vocabulary=_count(config, "vocab_size"),
-        context=_count(config, "max_position_embeddings"),
+        context=context,
         tied=config.get("tie_word_embeddings", False) is True,
         attention_bias=config.get("attention_bias", kind == "qwen2") is True,
         mlp_bias=config.get("mlp_bias", False) is True,
         bos_id=next(iter(_ids(config, "bos_token_id")), None),
         eos_ids=tuple(dict.fromkeys(stops)),
         pad_id=next(iter(_ids(config, "pad_token_id")), None),
+        rope=_rope(config, context),
+        epsilon=_real(config, "rms_norm_eps", 1e-6),
+        window=_window(config, str(kind)),
+        experts=_count(config, "num_local_experts", 8) if mixture else 0,
+        experts_chosen=_count(config, "num_experts_per_tok", 2) if mixture else 0,
     )
 
 
@@ -119,14 +172,24 @@ def expected_tensors(shape: Architecture) -> dict[str, tuple[int, ...]]:
         if shape.kind == "qwen3":
             found[f"{at}self_attn.q_norm.weight"] = (shape.head_dim,)
             found[f"{at}self_attn.k_norm.weight"] = (shape.head_dim,)
-        for name, sizes in (
-            ("gate", (shape.feed_forward, shape.hidden)),
-            ("up", (shape.feed_forward, shape.hidden)),
-            ("down", (shape.hidden, shape.feed_forward)),
-        ):
-            found[f"{at}mlp.{name}_proj.weight"] = sizes
-            if shape.mlp_bias:
-                found[f"{at}mlp.{name}_proj.bias"] = (sizes[0],)
+        found |= _feed_forward(shape, at)
+    return found
+
+
+def _feed_forward(shape: Architecture, at: str) -> dict[str, tuple[int, ...]]:
+    wide, narrow = (shape.feed_forward, shape.hidden), (shape.hidden, shape.feed_forward)
+    found: dict[str, tuple[int, ...]] = {}
+    if shape.experts:
+        found[f"{at}block_sparse_moe.gate.weight"] = (shape.experts, shape.hidden)
+        for expert in range(shape.experts):
+            inner = f"{at}block_sparse_moe.experts.{expert}."
+            found |= {f"{inner}w{part}.weight": wide for part in (1, 3)}
+            found[f"{inner}w2.weight"] = narrow
+        return found
+    for name, sizes in (("gate", wide), ("up", wide), ("down", narrow)):
+        found[f"{at}mlp.{name}_proj.weight"] = sizes
+        if shape.mlp_bias:
+            found[f"{at}mlp.{name}_proj.bias"] = (sizes[0],)
     return found
 
 
@@ -158,6 +221,70 @@ def require_tensors(shape: Architecture, tensors: Mapping[str, Tensor]) -> None:
             f"the weights are not those of config.json: {problems[0]}{more}",
             hint="download the snapshot again; if it is complete, tell its publisher",
         )
+
+
+def _require_activation(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise RefusedError(
+            "source.architecture", f"config.json: hidden_act {activation!r:.40} is not converted"
+        )
+
+
+def _rope(config: Mapping[str, Any], context: int) -> Rope:
+    """Read `rope_theta` and `rope_scaling`, or `rope_parameters` of newer writers."""
+    newer = config.get("rope_parameters")
+    scaling = newer if newer is not None else config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise RefusedError(
+            "source.architecture", f"config.json: rope_scaling is {scaling!r:.60}, not an object"
+        )
+    base = _real(scaling if "rope_theta" in scaling else config, "rope_theta", 10000.0)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return Rope(base)
+    if kind == "linear":
+        return Rope(base, "linear", _real(scaling, "factor"))
+    if kind == "llama3":
+        rope = Rope(
+            base,
+            "llama3",
+            factor=_real(scaling, "factor"),
+            low=_real(scaling, "low_freq_factor"),
+            high=_real(scaling, "high_freq_factor"),
+            original=_count(scaling, "original_max_position_embeddings", context),
+        )
+        if rope.low < rope.high:
+            return rope
+    raise RefusedError(
+        "source.architecture",
+        f"config.json: rope scaling {scaling!r:.120} is not converted; known: default, linear and "
+        "llama3 with low_freq_factor below high_freq_factor",
+        hint="take a release with one of these, or carry this model by other means",
+    )
+
+
+def _window(config: Mapping[str, Any], kind: str) -> int | None:
+    """Return how many positions attention sees; None for all of them."""
+    if kind.startswith("qwen") and config.get("use_sliding_window", False) is not True:
+        return None
+    if kind.startswith("qwen"):
+        raise RefusedError(
+            "source.architecture",
+            "config.json: use_sliding_window, with windows in some layers only, is not converted",
+        )
+    if config.get("sliding_window") is None or kind == "llama":
+        return None
+    return _count(config, "sliding_window")
+
+
+def _real(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < _MAX_REAL:
+        raise RefusedError(
+            "source.architecture", f"config.json: {key} is {value!r:.40}, not a positive number"
+        )
+    return float(value)
 
 
 def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
