@@ -14,7 +14,7 @@ from typing import Any
 from bundle.archive import Head, read_head
 from bundle.envelope import Envelope
 from bundle.manifest import Manifest
-from bundle.source import Source
+from bundle.source import PlainFile, Source
 from bundle.tar import BLOCK, require_end
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
@@ -85,6 +85,9 @@ class Medium:
         """Return the refusal for chunks that were not there and could not be made up for."""
         return RefusedError("volume.missing", f"{len(indices)} chunks are not here")
 
+    def check_spares(self) -> None:
+        """Read what a verification of the body does not need, such as parity volumes."""
+
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the form."""
         return {"form": self.form, "files": [str(self.path)]}
@@ -93,19 +96,24 @@ class Medium:
         """Replace the envelope in place: 131,072 bytes change, nothing moves.
 
         Raises:
-            FaultError: `host.io`.
+            RefusedError: `transit.key`, the file is encrypted; FaultError `host.io`.
 
         """
-        overwrite(self.source, BLOCK, envelope.to_padded())
+        if not isinstance(self.source, PlainFile):
+            raise RefusedError(
+                "transit.key",
+                f"{self.path.name!r:.100} is encrypted; a signature is added to the plain file",
+                hint="airgap decrypt it first",
+            )
+        overwrite(self.path, BLOCK, envelope.to_padded())
 
     def close(self) -> None:
         """Let go of all files."""
         self.source.close()
 
 
-def overwrite(source: Source, offset: int, content: bytes) -> None:
-    """Write over bytes of a plain file; FaultError `host.io` when it cannot be written."""
-    path: Path = source.path
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    """Write over bytes of a file; FaultError `host.io` when it cannot be written."""
     try:
         with path.open("r+b") as stream:
             stream.seek(offset)

@@ -389,6 +389,7 @@ def verify_bundle(
     with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
         sealed.verify_body(progress=progress)
         scan = verify_contents(sealed.manifest, sealed.view)
+        sealed.medium.check_spares()
         return VerifyReport(
             path,
             sealed.digest,

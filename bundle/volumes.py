@@ -116,6 +116,8 @@ class VolumeSet(Medium):
         self._opener, self._asker = opener, asker
         self._lock = threading.Lock()
         self._problems: list[tuple[int, RefusedError]] = []  # number by name, 0 if unknown
+        self._bad_parity: list[int] = []
+        self._others: list[_Volume] = []  # of this set, but with another head
         self._volumes: dict[int, _Volume] = {}
         self._body: Body | None = None
         self._paths = set(paths)
@@ -183,6 +185,8 @@ class VolumeSet(Medium):
                 hint="take one of them away",
             )
         if problem is not None:
+            if each.facts.common == self._vote[1]:
+                self._others.append(each)
             each.source.close()
             self._problems.append((number, problem))
             return
@@ -363,25 +367,39 @@ class VolumeSet(Medium):
         wanted = volume.leaves[column * width : (column + 1) * width]
         return chunk if merkle.leaf_hash(chunk, h) == wanted else None
 
-    def find_bad_parity(self) -> list[str]:
-        """Return the parity volumes that are not there or not what was written, in words."""
+    def bad_parity(self) -> list[int]:
+        """Read the parity volumes; return the numbers of those that are lost or damaged."""
         body, facts = self._body, self.facts_of_set
-        found: list[str] = []
-        for row in range(facts.parity if body is not None else 0):
-            number = facts.count + 1 + row
-            if number not in self._volumes:
-                found.append(f"parity volume {number} is missing or damaged")
-                continue
-            bad = [
-                column
-                for column in range(facts.chunks)
-                if body is not None and self._parity_chunk(row, column, body) is None
-            ]
-            if bad:
-                found.append(f"{self._volumes[number].name}: {len(bad)} chunks are damaged")
-        return found
+        if body is None:
+            return []
+        return [
+            facts.count + 1 + row
+            for row in range(facts.parity)
+            if any(self._parity_chunk(row, k, body) is None for k in range(facts.chunks))
+        ]
+
+    # -- for those who mend a set ---------------------------------------------------------------
+
+    def places(self) -> dict[int, Path]:
+        """Return the volumes that are there and framed as they must be."""
+        return {number: each.source.path for number, each in sorted(self._volumes.items())}
+
+    def differing_heads(self) -> list[tuple[Path, Head]]:
+        """Return the volumes of this set, by their facts, whose head is not that of the others."""
+        return [(each.source.path, each.head) for each in self._others]
+
+    def reopen(self) -> None:
+        """Look at all files again: some were written to."""
+        self.close()
+        again = VolumeSet(sorted(self._paths), self._opener, self._asker)
+        self.head, self.source, self._vote = again.head, again.source, again._vote
+        self._volumes, self._problems, self._others = again._volumes, again._problems, again._others
 
     # -- the rest -----------------------------------------------------------------------------
+
+    def check_spares(self) -> None:
+        """Read the parity volumes and remember which are bad; see `Medium`."""
+        self._bad_parity = self.bad_parity()
 
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the set."""
@@ -395,6 +413,7 @@ class VolumeSet(Medium):
                 {"volume": number, "chunks": len(set(chunks))}
                 for number, chunks in sorted(self.repaired.items())
             ],
+            "bad_parity": list(self._bad_parity),
             "problems": [error.message for _, error in self._problems],
         }
 
@@ -411,7 +430,7 @@ class VolumeSet(Medium):
             raise self._absent(lost)
         padded = envelope.to_padded()
         for number in sorted(self._volumes):
-            overwrite(self._volumes[number].source, BLOCK, padded)
+            overwrite(self._volumes[number].source.path, BLOCK, padded)
 
     def close(self) -> None:
         """Close every volume."""

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.forms import (
+    BasePath,
+    Passphrase,
+    TransitKeys,
+    Volumes,
+    medium_rows,
+    open_help,
+)
 
 if TYPE_CHECKING:
     from bundle.verify import VerifyReport
@@ -29,10 +37,17 @@ def verify(
     trust: Annotated[
         Path | None, typer.Option("--trust", help="Folder of the trust root. Default: the tree's.")
     ] = None,
+    volume: Volumes = None,
+    base: BasePath = None,
+    transit_key: TransitKeys = None,
+    passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Verify BUNDLE against the trust root of this host, and write nothing."""
+    """Verify BUNDLE against the trust root of this host, and write nothing.
+
+    BUNDLE is a bundle, a delta, a volume or the folder of a set, encrypted or not.
+    """
     from airgap.install.store import Store
     from bundle.trust import load_trust
     from bundle.verify import verify_bundle
@@ -45,6 +60,7 @@ def verify(
             anchors,
             now=datetime.now(UTC),
             floors=Store(folder / "store").floors(),
+            more=open_help(volume, transit_key, passphrase_file, base, store=folder / "store"),
             progress=progress,
         )
     show(report.as_document(), verify_view(report), json=json)
@@ -100,6 +116,7 @@ def verify_view(report: VerifyReport) -> str:
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
+    rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
     return "sealed and whole\n" + table(rows)
 

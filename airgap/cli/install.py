@@ -12,6 +12,7 @@ import typer
 from airgap.cli.approve import owed
 from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.forms import Passphrase, TransitKeys, Volumes, open_help
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ def install(
     project: Annotated[
         str | None, typer.Option("--project", help="Project of site.toml that it is for.")
     ] = None,
+    volume: Volumes = None,
+    discs: Annotated[
+        bool, typer.Option("--discs", help="Ask for the next volume when one is not there.")
+    ] = False,
+    transit_key: TransitKeys = None,
+    passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -74,6 +81,7 @@ def install(
                 log, actor=None if person is None else actor_of(person), project=project
             ),
             last_record=before,
+            more=open_help(volume, transit_key, passphrase_file, None, ask=discs),
             progress=progress,
         )
     document = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.media import new_transit_key
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     """Add both groups."""
     keys = typer.Typer(help="Make keys for people.", no_args_is_help=True)
     keys.command("new")(new)
+    keys.command("transit")(new_transit_key)
     app.add_typer(keys, name="keys")
     trust = typer.Typer(help="Whose signatures count here.", no_args_is_help=True)
     trust.command("init")(init)
