@@ -92,9 +92,8 @@ def explain(decision: Decision, *, hazard_role: bool = False) -> Explanation:
         if each.effect is not None
         for duty in each.rule.text.obligations
     }
-    reviews = {
-        duty.id for duty in decision.obligations if duty.id.startswith(("review-", "after-review-"))
-    }
+    # Of a hazard rule that was released not even the review is told.
+    reviews = {f"{kind}{each.lower()}" for each in kept for kind in ("review-", "after-review-")}
     shown = tuple(each for each in decision.obligations if each.id in duties | reviews)
     outcome = _outcome(decision, reasons, hazard_held=held)
     if outcome is Outcome.PERMIT_WITH_OBLIGATIONS and decision.obligations and not shown:

@@ -486,3 +486,15 @@ def test_the_key_of_the_reviewers_is_made_once_and_opens(call, tree, tmp_path):
     assert call("hold", "open", hold.reference, "--key", private, "--out", tmp_path / "x")[0] == 1
     assert made["public"].endswith("hold.pub")
     assert good_frames()
+
+
+def test_a_released_hold_leaves_no_hazard_rule_in_the_general_record(broker):
+    hold = held(broker, frames=writes(FAMILY))
+    broker.holds.add_release(released(hold, "eve", "xia"))
+    answer = broker.infer(taken_up(hold))
+    digest = str(answer.permit.ref.id).removeprefix("sha256:")
+    record = (broker.log.folder / "log/objects" / digest[:2] / digest).read_bytes()
+    assert b"HAZ-" not in record
+    assert b"review-haz" not in record
+    whole = answer.permit.decision.as_document()
+    assert {each["rule"] for each in whole["approvals"]} == {"HAZ-CWC1", "HAZ-RETRO"}
