@@ -12,6 +12,7 @@ import pytest
 from enclave_harness import PROGRAMS, needs_namespaces, run_as, starters
 
 LAUNCHER, WORKER, ROOT, LINUX = "launcher.py", "worker.py", "root.py", "linux.py"
+FILTERS, STUB = "filters.py", "stub.py"
 NO_CHECK = "if False:"
 
 # name: (rungs, starters, file, [(text, replacement)], layers that may be named)
@@ -387,7 +388,7 @@ MUTANTS = {
         EACH,
         ANY,
         WORKER,
-        [("    filters.install(filters.stage2(os.getpid(), linux.MACHINE))\n", "")],
+        [("    filters.install(filters.last(name, os.getpid(), linux.MACHINE))\n", "")],
         {"stage2"},
     ),
     "stage 2 is not installed and the worker lies": (
@@ -395,7 +396,7 @@ MUTANTS = {
         ANY,
         WORKER,
         [
-            ("    filters.install(filters.stage2(os.getpid(), linux.MACHINE))\n", ""),
+            ("    filters.install(filters.last(name, os.getpid(), linux.MACHINE))\n", ""),
             ("name: attempt() for name", "name: 'EPERM' for name"),
         ],
         {"stage2"},
@@ -405,17 +406,99 @@ MUTANTS = {
         ("root",),
         WORKER,
         [
-            ("filters.stage2(os.getpid(), linux.MACHINE)", "filters.no_exec(linux.MACHINE)"),
+            ("filters.last(name, os.getpid(), linux.MACHINE)", "filters.no_exec(linux.MACHINE)"),
             ("name: attempt() for name", "name: 'EPERM' for name"),
         ],
         {"stage2"},
+    ),
+    "stage 2 lets every descriptor be written to": (
+        EACH,
+        ANY,
+        FILTERS,
+        [
+            (
+                '_rule(tables.number("write", arch), _allow_values(0, tables.WRITABLE))',
+                '_answer(tables.number("write", arch), ALLOW)',
+            )
+        ],
+        {"stage2"},
+    ),
+    "stage 2 lets memory be executable": (
+        EACH,
+        ANY,
+        FILTERS,
+        [
+            (
+                'for name in ("mmap", "mprotect"):\n        code += _rule(tables.number(name, arch), _deny_bits(2, tables.PROT_EXEC))',
+                'for name in ("mmap", "mprotect"):\n        code += _answer(tables.number(name, arch), ALLOW)',
+            )
+        ],
+        {"stage2"},
+    ),
+    "stage 2 lets others be signalled": (
+        EACH,
+        ANY,
+        FILTERS,
+        [
+            (
+                '_rule(tables.number("tgkill", arch), _allow_values(0, (pid,)))',
+                '_answer(tables.number("tgkill", arch), ALLOW)',
+            )
+        ],
+        {"stage2"},
+    ),
+    "stage 2 lets files be opened": (
+        EACH,
+        ANY,
+        FILTERS,
+        [
+            (
+                "_stage2(pid, arch, tuple(tables.STAGE2))",
+                '_stage2(pid, arch, (*tables.STAGE2, "openat"))',
+            )
+        ],
+        {"stage2", "descriptors"},
+    ),
+    "stage 2 allows what it does not list": (
+        EACH,
+        ANY,
+        FILTERS,
+        [
+            (
+                "_allow_values(0, (pid,)))\n    return _pack([*code, (_RETURN, 0, 0, _ERRNO | EPERM)])",
+                "_allow_values(0, (pid,)))\n    return _pack([*code, (_RETURN, 0, 0, ALLOW)])",
+            )
+        ],
+        {"stage2", "descriptors"},
+    ),
+    # Root compares the parent's live filter; a user may not dump.
+    "the waiting parent may write": (
+        OWN,
+        ("root",),
+        FILTERS,
+        [('"brk", "futex", "rt_sigprocmask"', '"brk", "write", "rt_sigprocmask"')],
+        {"parent"},
+    ),
+    "Landlock has no scopes": (
+        "B",
+        ANY,
+        "landlock.py",
+        [("_SCOPES if abi >= _SCOPE_ABI else 0", "0")],
+        {"landlock"},
+    ),
+    "the worker gets the filter of a GPU": (
+        EACH,
+        ANY,
+        WORKER,
+        [("filters.last(name, os.getpid()", 'filters.last("stage2_gpu", os.getpid()')],
+        {"stage2", "descriptors"},
     ),
     # Its self-test could open a file, which is seen first.
     "stage 2 is another filter": (
         EACH,
         ANY,
         WORKER,
-        [("filters.stage2(os.getpid(), linux.MACHINE)", "filters.no_exec(linux.MACHINE)")],
+        [("filters.last(name, os.getpid(), linux.MACHINE)", "filters.no_exec(linux.MACHINE)")],
         {"stage2", "descriptors"},
     ),
     "the self-test is left out": (
@@ -469,6 +552,32 @@ PROBED = {
                 "landlock.restrict([('/', landlock.READ), *((path, _RIGHTS[kind]) for path, kind in wanted[\"rules\"])], abi)",
             ),
             ('    landlock.verify_behaviour(abi, readable=plan["argv"][0], outside=outside)\n', ""),
+        ],
+        {"probe"},
+    ),
+    "a conversion may exec": (
+        EACH,
+        ANY,
+        STUB,
+        [("    filters.install(filters.no_exec(linux.MACHINE))\n", "")],
+        {"stage2"},
+    ),
+    "a conversion stays dumpable": (
+        EACH,
+        ANY,
+        STUB,
+        [("    linux.prctl(linux.PR_SET_DUMPABLE, 0)\n", "")],
+        {"dumpable"},
+    ),
+    "a conversion may write everywhere": (
+        "B",
+        ANY,
+        LAUNCHER,
+        [
+            (
+                'landlock.restrict([(path, _RIGHTS[kind]) for path, kind in wanted["rules"]], abi)',
+                "landlock.restrict([('/tmp', landlock.WRITE), *((path, _RIGHTS[kind]) for path, kind in wanted[\"rules\"])], abi)",
+            )
         ],
         {"probe"},
     ),

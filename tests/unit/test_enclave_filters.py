@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from filter_lines import lines, name_of, run, without
 
 from airgap.enclave import filters, linux, tables
 
@@ -17,34 +18,8 @@ I386, RISCV = 0x40000003, 0xC00000F3
 PUBLISHED = Path(filters.__file__).parent / "published"
 
 
-def run(program, nr, arch, *arguments):
-    """Interpret a program on one call as the kernel does; returns its verdict."""
-    code = filters.unpack(program)
-    values = list(arguments) + [0] * (6 - len(arguments))
-    memory = {0: nr, 4: arch}
-    for at, value in enumerate(values):
-        memory[16 + 8 * at] = value & 0xFFFFFFFF
-        memory[20 + 8 * at] = value >> 32 & 0xFFFFFFFF
-    accumulator, at = 0, 0
-    while True:
-        op, yes, no, k = code[at]
-        at += 1
-        if op == 0x20:
-            accumulator = memory[k]
-        elif op == 0x06:
-            return k
-        else:
-            test = {0x15: accumulator == k, 0x35: accumulator >= k, 0x45: bool(accumulator & k)}
-            at += yes if test[op] else no
-
-
 def denied(code):
     return 0x00050000 | code
-
-
-def name_of(nr, arch):
-    column = 0 if arch == "x86_64" else 1
-    return next((name for name, pair in tables.NUMBERS.items() if pair[column] == nr), None)
 
 
 @pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
@@ -112,6 +87,7 @@ def test_x32_numbers_are_killed(name):
 
 
 ARCHES = ["x86_64", "aarch64"]
+BY_ARGUMENT = {"clone", "ioctl", "prlimit64", "write", "mmap", "mprotect", "tgkill"}
 THREADED = {
     "stage1": filters.stage1,
     "stage2": lambda arch: filters.stage2(1, arch),
@@ -191,6 +167,44 @@ def test_the_waiting_parent_can_do_nothing_but_wait():
     assert run(program, 62, X86, 78) == denied(errno.EPERM)
     for name in ("socket", "openat", "execve", "ptrace", "clone", "write", "read"):
         assert run(program, tables.number(name), X86) == denied(errno.EPERM), name
+
+
+WAITING = {
+    *("wait4", "waitid", "exit", "exit_group", "rt_sigreturn", "restart_syscall", "munmap"),
+    *("madvise", "brk", "futex", "rt_sigprocmask", "sched_yield"),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_waiting_parent_allows_its_list_and_nothing_else(arch):
+    program = filters.waiting_parent(77, arch)
+    for nr in range(601):
+        name = name_of(nr, arch)
+        if name not in {"mmap", "mprotect"}:  # by argument
+            wanted = ALLOW if name in WAITING else denied(errno.EPERM)
+            assert run(program, nr, tables.ARCHITECTURES[arch]) == wanted, (nr, name)
+    assert ask(program, "mmap", arch, 0, 4096, 7) == denied(errno.EPERM)
+
+
+@pytest.mark.parametrize("name", filters.programs())
+def test_a_line_that_is_removed_changes_what_it_decides_and_nothing_else(name):
+    """By interpretation: what the kernel does about each line is shown in `make soak`."""
+    program, arch = filters.programs()[name], name.split(".")[1]
+    audit = tables.ARCHITECTURES[arch]
+    numbers = sorted({tables.number(call, arch) or 0 for call in tables.NUMBERS} | {454, 600})
+    before = {nr: run(program, nr, audit) for nr in numbers}
+    for label, place in lines(program, arch).items():
+        mutant = without(program, *place)
+        changed = [nr for nr in numbers if run(mutant, nr, audit) != before[nr]]
+        call = label.split(" ")[0]
+        if label == "ceiling":
+            assert changed == [454, 600]
+        elif label in {"architecture", "x32"}:
+            assert changed == []
+        else:
+            assert set(changed) <= {tables.number(call, arch)}
+            same = name.startswith("stage2") and call == "clone3"  # both errnos deny
+            assert changed or " " in label or call in BY_ARGUMENT or same, label
 
 
 @pytest.mark.parametrize("name", filters.programs())
