@@ -81,6 +81,11 @@ class Program:
     def warm_handler(self):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+    def warm_gate(self):
+        from airgap.enclave import probe
+
+        self.gate = probe.prepare_foreign_socket()
+
     # -- after stage 2 -----------------------------------------------------------------------------
 
     def do_echo(self, wanted, emit):
@@ -131,6 +136,11 @@ class Program:
         thread.start()
         thread.join()
         return json.dumps(found).encode()
+
+    def do_gate_later(self, wanted, emit):
+        """Answer first, then make a call that the seal kills for."""
+        threading.Timer(0.3, self.gate).start()
+        return b"soon"
 
     def do_traceback(self, wanted, emit):
         try:

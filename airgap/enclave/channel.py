@@ -112,6 +112,10 @@ class Reader:
             raise ChannelError("over", f"a frame of {length} bytes came, the cap is {cap}")
         return Frame(kind, found, self._exactly(length, deadline))
 
+    def ready(self, seconds: float) -> bool:
+        """Wait for a byte or the end of the channel; False when neither came in time."""
+        return bool(self._poll.poll(max(1, int(seconds * 1000))))
+
     def _exactly(self, length: int, deadline: float, *, first: bool = False) -> bytes:
         parts: list[bytes] = []
         missing = length

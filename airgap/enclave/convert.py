@@ -24,8 +24,8 @@ from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan
+from airgap.enclave.process import Process, planning
 from airgap.enclave.refused import SealRefused
-from airgap.enclave.seal import Process, planning
 from policy.errors import FaultError
 
 START_S = 30.0  # seconds for the seal itself, before the program starts

@@ -48,6 +48,10 @@ def main(argv: list[str]) -> None:
         from airgap.enclave import stub  # noqa: PLC0415
 
         stub.main()
+    elif part == "guest":
+        from airgap.enclave import guest  # noqa: PLC0415
+
+        guest.main()
     else:
         from airgap.enclave import fixture  # noqa: PLC0415
 

@@ -163,10 +163,22 @@ def verify(
         ]
     if plan["namespaces"]:
         found += _verify_namespaces(facts, plan, host)
-    expect("descriptors", "the set of descriptors", facts.descriptors, DESCRIPTORS)
+    expect("descriptors", "the set of descriptors", _besides_gpu(facts, plan), DESCRIPTORS)
     if facts.executable is not None:
         expect("exec", "the program", facts.executable, plan["argv"][0])
     return found
+
+
+def _besides_gpu(facts: Facts, plan: Plan) -> dict[int, str] | None:
+    """Return the descriptors but for those that a GPU's driver holds: its nodes, and a memfd."""
+    nodes = {bind["path"] for bind in plan["binds"] if bind["mode"] == "gpu"}
+    if facts.descriptors is None or not nodes:
+        return facts.descriptors
+    return {
+        number: target
+        for number, target in facts.descriptors.items()
+        if number in DESCRIPTORS or not (target in nodes or target.startswith("/memfd:"))
+    }
 
 
 def _verify_namespaces(facts: Facts, plan: Plan, host: dict[str, str]) -> list[Finding]:
@@ -219,8 +231,13 @@ def _verify_mounts(mounts: Sequence[Mount], plan: Plan) -> list[Finding]:
     return found
 
 
-def differences(before: Facts, now: Facts) -> list[Finding]:
-    """Return what has changed in a running worker that never may change."""
+def differences(
+    before: Facts, now: Facts, *, leave_out: frozenset[str] = frozenset()
+) -> list[Finding]:
+    """Return what has changed in a running worker that never may change.
+
+    `leave_out` names facts that are the program's own business before stage 2.
+    """
     found = []
     for layer, name in (
         ("identity", "start_time"),
@@ -237,10 +254,25 @@ def differences(before: Facts, now: Facts) -> list[Finding]:
         ("network", "addresses"),
         ("network", "routes"),
     ):
+        if name in leave_out:
+            continue
         was, is_now = getattr(before, name), getattr(now, name)
+        if name == "descriptors" and any(_of_gpu(target) for target in (was or {}).values()):
+            was, is_now = _lasting(was), _lasting(is_now)
         if was is not None and is_now is not None and was != is_now:
             found.append(Finding(layer, f"{name} was {was!r:.200} and is {is_now!r:.200}"))
     return found
+
+
+def _of_gpu(target: str) -> bool:
+    return target.startswith(("/dev/nvidia", "/memfd:"))
+
+
+def _lasting(descriptors: dict[int, str] | None) -> dict[int, str] | None:
+    """Return the descriptors but for those that a GPU's driver opens and closes as it works."""
+    if descriptors is None:
+        return None
+    return {number: target for number, target in descriptors.items() if not _of_gpu(target)}
 
 
 def own_namespaces() -> dict[str, str]:

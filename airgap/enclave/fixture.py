@@ -22,11 +22,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from airgap.enclave import convert, evidence, host, linux, probe
+from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import Caps, SealSpec, start
@@ -44,12 +45,16 @@ _LINE = re.compile(rb"[0-9a-f]{16}:[a-z0-9_]+")
 
 
 def main() -> None:
-    """Read {"rung", "uid"} from standard input, run control and twin, print the report."""
+    """Read {"rung", "uid", …} from standard input, run control and twin, print the report."""
     wanted = json.loads(sys.stdin.read())
-    sys.stdout.write(json.dumps(run(wanted["rung"], wanted["uid"])) + "\n")
+    driver = Driver(**wanted.get("driver", {}))
+    report = run(wanted["rung"], wanted["uid"], wanted.get("profile", "worker"), driver)
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
-def run(rung: str, uid: int | None) -> dict[str, Any]:
+def run(
+    rung: str, uid: int | None, profile: str = "worker", driver: Driver | None = None
+) -> dict[str, Any]:
     """Run the probe on `rung`; `uid` is the worker's when root starts it."""
     # After this process has made its own namespaces the host looks different; the twin must be
     # planned by what the worker was planned by.
@@ -58,33 +63,35 @@ def run(rung: str, uid: int | None) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="airgap-probe-"))
     try:
         with Outside(folder, uid, own_network=own_network) as outside:
-            return _compare(rung, uid, facts, outside)
+            twin = SealSpec(
+                profile=profile,
+                program="airgap.enclave.probe:create",
+                min_rung=rung,
+                rung=rung,
+                uid=uid,
+                deadline_s=30.0,
+                caps=Caps(memory_mb=512),
+                driver=driver or Driver(),
+            )
+            return _compare(rung, twin, facts, outside)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) -> dict[str, Any]:
+def _compare(rung: str, spec: SealSpec, facts: HostSurvey, outside: Outside) -> dict[str, Any]:
     control = outside.control()
     report: dict[str, Any] = {
         "version": probe.VERSION,
         "ts": evidence.utc(),
         "own_network": outside.own_network,
         "rung": rung,
+        "profile": spec.profile,
         "landlock": facts.landlock_abi,
         "control": control,
         "received": {},
     }
     targets = outside.targets("stage1")
-    spec = SealSpec(
-        profile="worker",
-        program="airgap.enclave.probe:create",
-        config={"targets": targets},
-        min_rung=rung,
-        rung=rung,
-        uid=uid,
-        deadline_s=30.0,
-        caps=Caps(memory_mb=512),
-    )
+    spec = replace(spec, config={"targets": targets})
     leaked = (targets["inherited"], targets["passed"])
     try:
         twin = start(rung, spec, facts, leaked=leaked)
@@ -95,7 +102,7 @@ def _compare(rung: str, uid: int | None, facts: HostSurvey, outside: Outside) ->
             twin.request(json.dumps({"op": "foreign"}).encode(), 10.0)
         report["foreign_abi"] = twin.close()["signal"]
         if rung != "C":
-            report["convert"] = _converted(rung, uid, facts, outside)
+            report["convert"] = _converted(rung, spec.uid, facts, outside)
     except SealRefused as refused:
         report["refused"] = {"layer": refused.layer, "message": refused.message}
     except AirgapError as error:

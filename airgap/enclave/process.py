@@ -45,6 +45,8 @@ class Process:
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
         self._ended: dict[str, Any] | None = None
+        # Who waits for a child also sees the stops of one that is traced: one thread at a time.
+        self._reaping = threading.RLock()
         self._pidfd = -1
         self.pid = 0
         incoming, self._to = os.pipe()
@@ -178,15 +180,21 @@ class Process:
         whole = (found.uids[1], found.no_new_privs, found.capabilities["prm"], found.descriptors)
         if whole[:3] != (self.uid_seen(facts), 1, "0") or whole[3]:
             raise SealRefused("parent", f"the waiting parent is not sealed: {whole}")
+        expected = filters.waiting_parent(self.pid, facts.arch)
+        with self._reaping:
+            if evidence.live_filters(self._popen.pid, [expected], facts) is False:
+                raise SealRefused("parent", "the filter of the waiting parent is another one")
 
     def uid_seen(self, facts: HostSurvey) -> int:
         """Return the uid that /proc shows: in a user namespace it stays the starter's."""
         identity = self.plan["identity"]
         return facts.uid if identity is None else identity[0]
 
-    def verify_filters(self, facts: HostSurvey, last: bytes) -> bool | None:
+    def verify_filters(self, facts: HostSurvey, last: bytes | None) -> bool | None:
         """Compare the live filters with the built ones, where the broker may look."""
-        live = evidence.live_filters(self.pid, [filters.stage1(facts.arch), last], facts)
+        expected = [filters.stage1(facts.arch), *([] if last is None else [last])]
+        with self._reaping:
+            live = evidence.live_filters(self.pid, expected, facts)
         if live is False:
             raise SealRefused(
                 "stage2", "the filters of the live process are not the published ones"
@@ -197,21 +205,50 @@ class Process:
         """Return what the process wrote to its error pipe, cut, control characters replaced."""
         return re.sub(r"[^\x20-\x7e\n]", "?", self._stderr.content().decode(errors="replace"))
 
+    def printed(self) -> tuple[bytes, int]:
+        """Return the kept part of the error pipe as it came, and how many bytes came in all."""
+        return self._stderr.content(), self._stderr.total
+
     @property
     def alive(self) -> bool:
         """True while the process runs."""
-        return self._ended is None and self._popen.poll() is None
+        with self._reaping:
+            return self._ended is None and self._popen.poll() is None
+
+    def stop(self) -> None:
+        """Send SIGKILL and no more: whoever reads the channel sees its end and cleans up."""
+        with self._reaping:
+            if self.alive and self._pidfd >= 0:
+                with contextlib.suppress(OSError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def dies(self, within_s: float = 0.05) -> bool:
+        """Say whether the process ends by itself within an instant.
+
+        One that is ending has lost its descriptors already: that is no change of the seal.
+        """
+        until = time.monotonic() + within_s
+        while self.alive:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.002)
+        return True
 
     def finish(self, grace_s: float = _GRACE_S) -> dict[str, Any]:
         """Close the channel, let the process end by itself, then kill it; returns how it ended."""
-        if self._ended is None:
-            self._close_ends()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(grace_s)
-        return self.kill()
+        with self._reaping:
+            if self._ended is None:
+                self._close_ends()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._popen.wait(grace_s)
+            return self.kill()
 
     def kill(self) -> dict[str, Any]:
         """End the process now and return how it ended; later calls return the same."""
+        with self._reaping:
+            return self._kill()
+
+    def _kill(self) -> dict[str, Any]:
         if self._ended is not None:
             return self._ended
         if self._pidfd >= 0 and self._popen.poll() is None:
@@ -309,6 +346,7 @@ class _Drain:
         self._popen = popen
         self._cap = cap
         self._kept = bytearray()
+        self.total = 0  # bytes that came, kept or not
         self._thread = threading.Thread(target=self._read, name="enclave-stderr", daemon=True)
         self._thread.start()
 
@@ -318,6 +356,7 @@ class _Drain:
             return
         with contextlib.suppress(OSError, ValueError):
             while part := os.read(pipe.fileno(), 1 << 16):
+                self.total += len(part)
                 self._kept += part[: max(0, self._cap - len(self._kept))]
 
     def content(self) -> bytes:

@@ -14,12 +14,14 @@ import os
 import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from airgap.enclave import filters, host, probe
 from airgap.enclave import plan as plans
+from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.refused import SealRefused
 from policy.errors import CODES
@@ -57,6 +59,7 @@ HEARD = frozenset(
 _SCOPE_ABI = 6
 
 _kept: dict[str, dict[str, Any]] = {}
+_made: dict[str, float] = {}  # when this process made a report
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +93,36 @@ class Verdict:
 
 
 def probe_rung(
-    rung: str, uid: int | None, facts: HostSurvey, state: Path | None, *, fresh: bool = False
+    rung: str,
+    uid: int | None,
+    facts: HostSurvey,
+    state: Path | None,
+    *,
+    fresh: bool = False,
+    older_than_s: float | None = None,
+    profile: str = "worker",
+    driver: Driver | None = None,
 ) -> dict[str, Any]:
     """Return the report of a probe of `rung`, kept or made now (about a second).
 
     Args:
-        rung: A, B or C.
+        rung: A, U, B or C.
         uid: The worker's uid for a start by root; None picks a free one.
         facts: The survey of this host.
         state: Folder that keeps reports between processes; None keeps them in this process.
         fresh: Make a new one in any case.
+        older_than_s: Make a new one unless this process has made one so lately.
+        profile: What the twin is; `screen` has the layers of `worker`.
+        driver: Where the driver of a GPU lies.
 
     """
-    key = cache_key(rung, facts)
+    gpu = profile == "worker-gpu"
+    wanted: dict[str, Any] = {"rung": rung, "profile": "worker-gpu" if gpu else "worker"}
+    if gpu:
+        wanted["driver"] = asdict(driver or Driver())
+    key = cache_key(wanted, facts)
+    if older_than_s is not None:
+        fresh = time.monotonic() - _made.get(key, float("-inf")) > older_than_s
     if not fresh:
         found = _kept.get(key) or _load(state, key)
         if found is not None:
@@ -110,9 +130,10 @@ def probe_rung(
             return found
     if facts.uid == 0 and uid is None and host.mapped(facts, plans.INSIDE_ID):
         uid = host.free_uid()
-    report = _run(rung, uid)
+    report = _run({**wanted, "uid": uid})
     if judge(report).sealed:  # a refusal is not kept: the administrator may have mended the host
         _kept[key] = report
+        _made[key] = time.monotonic()
         _store(state, key, report)
     return report
 
@@ -129,17 +150,17 @@ def require_sealed(report: dict[str, Any]) -> None:
         raise SealRefused("probe", verdict.reason)
 
 
-def cache_key(rung: str, facts: HostSurvey) -> str:
+def cache_key(wanted: dict[str, Any], facts: HostSurvey) -> str:
     """Return what a report is kept under."""
     what = {
         "boot": facts.boot_id,
         "kernel": facts.kernel,
-        "rung": rung,
+        "twin": wanted,
         "uid": facts.uid,
         "uid_map": facts.uid_map,
         "landlock": facts.landlock_abi,
         "probe": probe.VERSION,
-        "filters": [filters.digest(filters.stage1()), filters.digest(filters.stage2(1))],
+        "filters": {name: filters.digest(p) for name, p in filters.programs().items()},
         "code": own_code(),
         "python": plans.interpreter(),
     }
@@ -154,7 +175,7 @@ def own_code() -> str:
     return content.hexdigest()
 
 
-def _run(rung: str, uid: int | None) -> dict[str, Any]:
+def _run(wanted: dict[str, Any]) -> dict[str, Any]:
     """Run the fixture as a process of its own."""
     where = json.dumps({"packages": plans.package_folders(), "site": plans.site_folders()})
     entry = f"{plans.package_folders()['airgap']}/enclave/entry.py"
@@ -163,7 +184,7 @@ def _run(rung: str, uid: int | None) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [plans.interpreter(), "-I", "-S", "-B", entry, "fixture", where],
-            input=json.dumps({"rung": rung, "uid": uid}).encode(),
+            input=json.dumps(wanted).encode(),
             capture_output=True,
             timeout=_LIMIT_S,
             check=False,
@@ -263,6 +284,8 @@ def _tolerated(phase: str, report: dict[str, Any]) -> frozenset[str]:
     out: frozenset[str] = frozenset()
     if phase == "stage1" and not report.get("landlock"):
         out = probe.OPEN_BEFORE_STAGE2
+    if phase == "stage1" and report.get("profile") == "worker-gpu":
+        out |= {"memfd_exec"}  # its memfds hold bytes; Landlock sees no file in one
     if phase != "stage2" and report.get("rung") == "B" and report.get("landlock", 0) < _SCOPE_ABI:
         out |= {"signal_outside"}
     return out

@@ -49,15 +49,15 @@ def main() -> None:
     os.set_inheritable(CHANNEL_OUT, False)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        program, limits = load()
-        seal()
+        program, wanted = load()
+        seal(wanted["stage2"])
     except EOFError:
         os._exit(0)
     except BaseException as error:  # noqa: BLE001 - the broker must hear of any failure to load
         fault(error)
         os._exit(LOAD_STATUS)
     try:
-        serve(program, limits)
+        serve(program, wanted["request_cap"])
     except EOFError:
         os._exit(0)
     except BaseException as error:  # noqa: BLE001 - the channel itself is broken
@@ -65,16 +65,30 @@ def main() -> None:
     os._exit(PROTOCOL_STATUS)
 
 
-def load() -> tuple[Program, int]:
-    """Create the program, warm it up and tell the broker; returns it and the cap on a request."""
+def load() -> tuple[Program, dict[str, Any]]:
+    """Create the program, warm it up and tell the broker; returns it and what the broker wants."""
     frame = channel.receive(CHANNEL_IN, PROGRAM_LIMIT)
     wanted = json.loads(frame.payload)
+    device = None if wanted["cuda"] is None else initialise_gpu(wanted["cuda"])
     module, _, function = wanted["program"].rpartition(":")
     program: Program = getattr(find_module(module), function)(wanted["config"])
     facts = program.warm_up()
     gc.collect()
-    channel.send(CHANNEL_OUT, channel.LOADED, json.dumps({"program": facts}).encode())
-    return program, wanted["request_cap"]
+    loaded = json.dumps({"program": facts, "gpu": device}).encode()
+    channel.send(CHANNEL_OUT, channel.LOADED, loaded)
+    return program, wanted
+
+
+def initialise_gpu(library: str) -> dict[str, int]:
+    """See that the GPU answers inside the seal, before the program is loaded."""
+    from airgap.enclave import gpu  # noqa: PLC0415 - for a GPU alone
+
+    try:
+        return gpu.initialise(library)
+    except gpu.GpuError as error:
+        refusal = json.dumps({"layer": "gpu", "message": str(error)}).encode()
+        channel.send(CHANNEL_OUT, channel.REFUSED, refusal)
+        os._exit(LOAD_STATUS)
 
 
 def find_module(name: str) -> ModuleType:
@@ -89,14 +103,14 @@ def find_module(name: str) -> ModuleType:
     return module
 
 
-def seal() -> None:
-    """Wait for the broker's snapshot, take stage 2, try the doors and report."""
+def seal(name: str) -> None:
+    """Wait for the broker's snapshot, take the last filter, try the doors and report."""
     frame = channel.receive(CHANNEL_IN, PROGRAM_LIMIT)
     if frame.kind != channel.SEAL:
         raise ValueError("the broker did not seal")
     attempts = prepare_attempts()
     linux.prctl(linux.PR_SET_DUMPABLE, 0)  # exec has reset it, so not earlier
-    filters.install(filters.stage2(os.getpid(), linux.MACHINE))
+    filters.install(filters.last(name, os.getpid(), linux.MACHINE))
     result = {name: attempt() for name, attempt in attempts.items()}
     channel.send(CHANNEL_OUT, channel.READY, json.dumps({"self_test": result}).encode())
 
@@ -154,6 +168,7 @@ _AF_UNIX, _AF_INET, _AF_VSOCK, _STREAM, _DGRAM = 1, 2, 40, 1, 2
 def prepare_attempts() -> dict[str, Callable[[], str]]:
     """Prepare one raw call for each door; nothing is imported or allocated after stage 2."""
     path = ctypes.create_string_buffer(b"/dev/null")
+    closed = ctypes.create_string_buffer(b"/etc/passwd")
     null_pointer = ctypes.c_void_p(0)
     parameters = ctypes.create_string_buffer(120)
     calls: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -163,12 +178,15 @@ def prepare_attempts() -> dict[str, Callable[[], str]]:
         "unix_path": ("socket", (_AF_UNIX, _STREAM, 0)),
         "vsock": ("socket", (_AF_VSOCK, _STREAM, 0)),
         "io_uring": ("io_uring_setup", (8, parameters)),
-        "open": ("openat", (_AT_FDCWD, path, 0, 0)),
+        "open": ("openat", (_AT_FDCWD, closed, 0, 0)),
         "exec": ("execve", (path, null_pointer, null_pointer)),
         "fork": ("clone", (int(signal.SIGCHLD), 0, 0, 0, 0)),
         "kill": ("kill", (1, 0)),
         "ptrace": ("ptrace", (0, 0, 0, 0)),
         "write_null": ("write", (1, path, 1)),
+        "executable_memory": ("mmap", (0, 4096, 7, 0x22, -1, 0)),
+        "executable_page": ("mprotect", (0, 4096, 5)),
+        "signal_by_thread": ("tgkill", (os.getpid() + 1, os.getpid() + 1, 0)),
     }
     return {name: _attempt(linux.NUMBER[nr], arguments) for name, (nr, arguments) in calls.items()}
 

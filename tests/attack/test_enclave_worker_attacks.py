@@ -304,14 +304,116 @@ def test_a_change_that_the_host_sees_is_an_incident(worker, monkeypatch):
         worker.reverify()
 
 
-def test_facts_are_read_again_before_a_late_request(worker, monkeypatch):
-    monkeypatch.setattr(seal, "_REVERIFY_S", -1.0)
+def test_facts_are_read_again_before_each_request(worker, monkeypatch):
     assert ask(worker, "echo", value=1) == b"1"
-    os.kill(worker.pid, signal.SIGKILL)
-    assert gone(worker.pid)
+    real = evidence.read
+    monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), no_new_privs=0))
     with pytest.raises(SealRefused) as caught:
         ask(worker, "echo", value=1)
-    assert caught.value.code == "enclave.evidence"
+    assert caught.value.code == "enclave.nnp"
+    assert not worker.alive
+
+
+def test_a_worker_that_died_between_requests_is_said_to_have_died(worker):
+    os.kill(worker.pid, signal.SIGKILL)
+    assert gone(worker.pid)
+    with pytest.raises(FaultError, match="SIGKILL") as caught:
+        ask(worker, "echo", value=1)
+    assert caught.value.code == "enclave.worker"
+    assert (worker.close()["signal"], worker.close()["incident"]) == (9, None)
+
+
+# -- the timer --------------------------------------------------------------------------------
+
+
+def ended(enclave, within=10.0):
+    """Wait until a worker has ended by itself; returns its exit record."""
+    until = time.monotonic() + within
+    while enclave.alive and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not enclave.alive
+    return enclave.close()
+
+
+def test_the_timer_looks_at_an_idle_worker_and_ends_one_that_changed(monkeypatch):
+    told = []
+    with launch(replace(spec(), reverify_s=0.1), told.append) as enclave:
+        time.sleep(0.35)
+        assert ask(enclave, "echo", value=1) == b"1"
+        real = evidence.read
+        with monkeypatch.context() as patch:
+            patch.setattr(evidence, "read", lambda pid: replace(real(pid), seccomp=0))
+            end = ended(enclave)
+        assert "seccomp" in end["incident"]
+        assert told == [end]
+        with pytest.raises(FaultError, match="has ended"):
+            ask(enclave, "echo", value=1)
+
+
+def test_the_timer_ends_a_request_in_flight(monkeypatch):
+    with launch(replace(spec(), reverify_s=0.2)) as enclave:
+        real, after = evidence.read, time.monotonic() + 0.5
+        monkeypatch.setattr(
+            evidence,
+            "read",
+            lambda pid: replace(real(pid), seccomp=0) if time.monotonic() > after else real(pid),
+        )
+        with pytest.raises(SealRefused) as caught:
+            ask(enclave, "hang", timeout=20.0)
+        assert caught.value.code == "enclave.stage2"
+        assert "seccomp" in enclave.close()["incident"]
+
+
+def test_the_timer_repeats_the_twin_and_a_leak_ends_the_worker(monkeypatch):
+    asked = []
+
+    def probe_rung(*_a, older_than_s=None, **_k):
+        asked.append(older_than_s)
+        return {"leaks": len(asked) > 3}
+
+    def require(report):
+        if report["leaks"]:
+            raise SealRefused("probe", "the sealed twin got out over tcp4")
+
+    monkeypatch.setattr(twin, "probe_rung", probe_rung)
+    monkeypatch.setattr(twin, "require_sealed", require)
+    with launch(replace(spec(), reverify_s=0.1)) as enclave:
+        end = ended(enclave)
+    assert asked == [None, 0.05, 0.05, 0.05, 0.05]  # a failure is tried once more
+    assert "tcp4" in end["incident"]
+
+
+def test_filters_that_are_others_end_the_worker(monkeypatch):
+    with launch(replace(spec(), reverify_s=0.1)) as enclave:
+        monkeypatch.setattr(evidence, "live_filters", lambda *_: False)
+        assert "published" in ended(enclave)["incident"]
+
+
+def test_a_look_that_fails_in_an_unknown_way_ends_the_worker(monkeypatch):
+    with launch(replace(spec(), reverify_s=0.1)) as enclave:
+        monkeypatch.setattr(evidence, "differences", lambda *_a, **_k: 1 / 0)
+        assert "ZeroDivisionError" in ended(enclave)["incident"]
+
+
+def test_an_idle_death_by_sigsys_is_an_incident():
+    told = []
+    with launch(replace(spec(warm="gate"), reverify_s=0.1), told.append) as enclave:
+        assert ask(enclave, "gate_later") == b"soon"
+        end = ended(enclave)
+    assert (end["signal"], end["incident"]) == (signal.SIGSYS, "SIGSYS")
+    assert told == [end]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel's records are for root")
+def test_denied_calls_are_counted_after_the_self_test(worker):
+    for _ in range(5):
+        assert ask(worker, "open", path="/etc/passwd") == b"EPERM"
+    end = worker.close()
+    if end["denied"]["source"] is None:
+        pytest.skip("this kernel keeps no record of denied calls")
+    if end["denied"]["exact"]:
+        assert end["denied_calls"] >= 5
+    assert end["denied"]["calls"]["openat"] >= 1
 
 
 # -- what never becomes a worker --------------------------------------------------------------
@@ -396,7 +498,7 @@ def test_a_lower_rung_is_taken_by_name_only_where_it_is_allowed(monkeypatch):
         launch(replace(spec(), min_rung="A"))
     assert caught.value.code == "enclave.namespaces"
     tried = launch(replace(spec(), min_rung="B"))
-    assert taken == ["A", "A", "B"]
+    assert taken == ["A", "A", "U"]
     assert {"rung": "A", "reason": "enclave.namespaces: EPERM"} in tried
 
     def broken(rung, *_a, **_k):

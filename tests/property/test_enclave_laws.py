@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airgap.enclave import channel, evidence, host, plan, root, seal, twin
+from airgap.enclave import channel, evidence, host, plan, process, root, seal, twin
 from policy.errors import AirgapError
 
 
@@ -51,7 +51,7 @@ def test_encoding_and_reading_are_inverse(kind, payload, request):
 @given(st.sampled_from([channel.ERROR, channel.FAULT]), st.binary(max_size=300))
 def test_any_error_frame_becomes_an_error_of_ours(kind, payload):
     try:
-        made = seal.program_error(channel.Frame(kind, 1, payload), "")
+        made = process.program_error(channel.Frame(kind, 1, payload), "")
     except AirgapError as error:
         made = error
     assert isinstance(made, AirgapError)
@@ -70,7 +70,10 @@ json_values = st.recursive(
 def test_any_control_json_is_an_object_or_refused(value):
     import json
 
-    for read in (seal._json, seal._self_test):
+    def self_test(payload):
+        return seal._self_test(payload, {"last": "stage2"})
+
+    for read in (process.json_object, self_test):
         try:
             read(json.dumps(value).encode())
         except AirgapError as error:
@@ -98,7 +101,7 @@ def test_pruned_paths_cover_all_and_never_each_other(paths):
 
 @given(st.integers(-64, 255))
 def test_an_end_is_a_status_or_a_signal(status):
-    end = seal.exit_of(status)
+    end = process.exit_of(status)
     assert (end["status"] is None) != (end["signal"] is None)
 
 

@@ -25,6 +25,7 @@ from airgap.enclave import (
     launcher,
     plan,
     probe,
+    process,
     seal,
     twin,
 )
@@ -333,7 +334,7 @@ def test_a_waiting_parent_that_is_not_sealed_is_refused(monkeypatch):
     assert caught.value.code == "enclave.parent"
     shown.clear()
     shown["seccomp"] = 0
-    monkeypatch.setattr(seal, "_GRACE_S", 0.1)
+    monkeypatch.setattr(process, "_GRACE_S", 0.1)
     with pytest.raises(SealRefused, match="no filter"):
         start()
 
@@ -395,11 +396,11 @@ def test_a_launcher_that_is_somebody_else_is_refused(script, code, within, monke
 
 
 def test_ends_are_read_from_statuses():
-    assert seal.exit_of(0) == {"status": 0, "signal": None}
-    assert seal.exit_of(128 + signal.SIGSYS) == {"status": None, "signal": 31}
-    assert seal.exit_of(-signal.SIGKILL) == {"status": None, "signal": 9}
-    assert seal._how({"status": None, "signal": 200}) == "signal 200"
-    assert seal._how({"status": 98, "signal": None}) == "the program did not load"
+    assert process.exit_of(0) == {"status": 0, "signal": None}
+    assert process.exit_of(128 + signal.SIGSYS) == {"status": None, "signal": 31}
+    assert process.exit_of(-signal.SIGKILL) == {"status": None, "signal": 9}
+    assert process.how({"status": None, "signal": 200}) == "signal 200"
+    assert process.how({"status": 98, "signal": None}) == "the program did not load"
 
 
 @pytest.mark.parametrize(
@@ -407,13 +408,14 @@ def test_ends_are_read_from_statuses():
 )
 def test_a_self_test_that_says_nothing_is_refused(payload):
     with pytest.raises(SealRefused):
-        seal._self_test(payload)
+        seal._self_test(payload, {"last": "stage2"})
 
 
 def test_a_door_that_opened_is_refused():
-    assert seal._self_test(b'{"self_test": {"tcp4": "EPERM"}}') == {"tcp4": "EPERM"}
+    wanted = {"last": "stage2"}
+    assert seal._self_test(b'{"self_test": {"tcp4": "EPERM"}}', wanted) == {"tcp4": "EPERM"}
     with pytest.raises(SealRefused) as caught:
-        seal._self_test(b'{"self_test": {"tcp4": "EPERM", "open": "OPEN"}}')
+        seal._self_test(b'{"self_test": {"tcp4": "EPERM", "open": "OPEN"}}', wanted)
     assert caught.value.code == "enclave.stage2"
 
 

@@ -166,9 +166,9 @@ def runs(monkeypatch):
     """Count the probes that are really run; each gives a good report."""
     made = []
 
-    def run(rung, uid):
-        made.append((rung, uid))
-        return good(rung)
+    def run(wanted):
+        made.append(wanted)
+        return good(wanted["rung"])
 
     monkeypatch.setattr(twin, "_run", run)
     monkeypatch.setattr(twin, "_kept", {})
@@ -198,8 +198,9 @@ def test_a_result_is_kept_between_processes(runs, tmp_path, monkeypatch):
 def test_another_host_or_starter_is_probed_again(change):
     from dataclasses import replace
 
-    assert twin.cache_key("A", FACTS) != twin.cache_key("B", FACTS)
-    assert twin.cache_key("A", FACTS) != twin.cache_key("A", replace(FACTS, **change))
+    one, other = {"rung": "A"}, {"rung": "B"}
+    assert twin.cache_key(one, FACTS) != twin.cache_key(other, FACTS)
+    assert twin.cache_key(one, FACTS) != twin.cache_key(one, replace(FACTS, **change))
 
 
 SPOILED = {
@@ -244,9 +245,9 @@ def test_root_probes_as_a_uid_that_it_maps(runs):
     twin.probe_rung("A", None, replace(FACTS, uid=0), None)
     twin.probe_rung("B", 61500, replace(FACTS, uid=0), None)
     twin.probe_rung("A", None, replace(FACTS, uid=0, uid_map=((0, 5, 1),)), None)
-    assert runs[0][1] in range(61184, 65520)
-    assert runs[1][1] == 61500
-    assert runs[2][1] is None
+    assert runs[0]["uid"] in range(61184, 65520)
+    assert runs[1]["uid"] == 61500
+    assert runs[2]["uid"] is None
 
 
 def test_a_fixture_that_does_not_report_refuses(monkeypatch, tmp_path):
@@ -256,11 +257,11 @@ def test_a_fixture_that_does_not_report_refuses(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho nonsense; echo why >&2\n")
     broken.chmod(0o755)
     monkeypatch.setattr(plan, "interpreter", lambda: str(broken))
-    report = twin._run("A", None)
+    report = twin._run({"rung": "A", "uid": None})
     assert "why" in report["refused"]["message"]
     broken.write_text("#!/bin/sh\nexec sleep 9\n")
     monkeypatch.setattr(twin, "_LIMIT_S", 0.1)
-    assert "took over" in twin._run("A", None)["refused"]["message"]
+    assert "took over" in twin._run({"rung": "A", "uid": None})["refused"]["message"]
 
 
 def test_a_report_survives_json():
