@@ -16,7 +16,7 @@ from airgap.cli.common import Json, Root, error_document, root_folder, show, sho
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from bundle.manifest import ModelEntry
+    from bundle.manifest import Base, ModelEntry
     from policy.terms import Digest
 
 Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
@@ -116,6 +116,10 @@ def build(
         int | None,
         typer.Option("--epoch", min=0, help="Grows with each release; default: the build time."),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="The bundle that this one succeeds: allows `airgap delta`."),
+    ] = None,
     created: Annotated[
         str | None,
         typer.Option("--created", help="2026-01-31T12:00:00Z; default SOURCE_DATE_EPOCH, or now."),
@@ -153,6 +157,7 @@ def build(
         supplier=supplier,
         jurisdiction=jurisdiction,
         modalities=tuple(modality or ()),
+        base=None if base is None else _base(base),
     )
     with _bars() as progress:
         built = build_draft(
@@ -251,6 +256,15 @@ def _admission(
         return record
 
     return admit
+
+
+def _base(path: Path) -> Base:
+    """Return what a release says of the one that it succeeds."""
+    from airgap.cli.forms import open_base
+    from bundle.manifest import Base
+
+    manifest = open_base(path).manifest
+    return Base(bundle_id=manifest.bundle_id, manifest_digest=str(manifest.digest))
 
 
 def _created(text: str | None) -> datetime:

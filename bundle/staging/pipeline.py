@@ -27,6 +27,7 @@ from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
 from bundle.keys import Signer
 from bundle.manifest import (
     REPORT,
+    Base,
     Evidence,
     Licence,
     LicenceFound,
@@ -76,7 +77,8 @@ _MEMORY_FACTOR, _MEMORY_FLOOR = 5, 6144
 class Facts:
     """What the builder states; None leaves it to the snapshot.
 
-    `revision` defaults to the hub's commit, else to a digest over the digests of all files.
+    `revision` defaults to the hub's commit, else to a digest over the digests of all files. `base`
+    is the older release that a delta may be made on.
     """
 
     model_id: str
@@ -91,6 +93,7 @@ class Facts:
     modalities: tuple[str, ...] = ()
     intended_use: str | None = None
     bundle_id: str | None = None
+    base: Base | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,7 @@ def _release(
         not_before=facts.created,
         expires=facts.expires,
         epoch=facts.epoch,
+        base=facts.base,
         models=(model,),
         evidence=evidence,
         parity=(
@@ -489,6 +493,7 @@ def _graphs(
                 inputs=converted.graph.inputs,
                 outputs=converted.graph.outputs,
                 kv_layout="BHSD",
+                interface="past",
             ),
         ),
     )
