@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import pwd
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ from airgap.audit import AuditLog, Event, new_ulid, open_log
 from airgap.audit.query import read_records
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Enclave, SealSpec, launch
+from airgap.enclave.running import noted
 from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
@@ -203,7 +205,7 @@ def specs(
     installed: InstalledBundle, model: Model, site: Site, state: Path
 ) -> tuple[SealSpec, SealSpec]:
     """Return what to seal: the worker with the model, and the helper without it."""
-    min_rung = site.enclave.min_rung
+    min_rung, reverify_s = site.enclave.min_rung, float(site.enclave.reverify_s)
     worker = SealSpec(
         profile="worker",
         program=WORKER,
@@ -216,8 +218,11 @@ def specs(
         artifacts={"bundle": str(installed.digest)},
         min_rung=min_rung,
         state=state,
+        reverify_s=reverify_s,
     )
-    helper = SealSpec(profile="screen", program=HELPER, min_rung=min_rung, state=state)
+    helper = SealSpec(
+        profile="screen", program=HELPER, min_rung=min_rung, state=state, reverify_s=reverify_s
+    )
     return worker, helper
 
 
@@ -302,10 +307,26 @@ def describe(installed: InstalledBundle) -> Model:
 
 @contextlib.contextmanager
 def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
-    """Start a sealed process; its evidence is in the log first, its end last."""
-    enclave = launch(spec)
+    """Start a sealed process; its evidence is in the log first, and its end as soon as it ends."""
+    lock = threading.Lock()
+    begun, ends = False, list[Mapping[str, Any]]()
+
+    def record(rung: str) -> None:
+        with contextlib.suppress(AirgapError):  # a halted log has said so already
+            record_end(log, spec, rung, ends.pop())
+
+    def on_end(end: dict[str, Any]) -> None:
+        # The timer may end a worker between two requests: that is on record at once, though never
+        # before the record of its seal.
+        with lock:
+            ends.append(end)
+            if begun:
+                record(enclave.rung)
+
+    enclave = launch(spec, on_end)
     operator.info("enclave.sealed", profile=spec.profile, rung=enclave.rung, pid=enclave.pid)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(enclave.close)
         evidence = log.put_object(canonical(enclave.evidence))
         log.append(
             Event(
@@ -313,22 +334,25 @@ def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
                 data={"rung": enclave.rung, "profile": spec.profile, "evidence": evidence},
             )
         )
+        with lock:
+            begun = True
+            if ends:
+                record(enclave.rung)
+        if spec.state is not None:
+            stack.enter_context(noted(spec.state, enclave.evidence))
         yield enclave
-    finally:
-        end = enclave.close()
-        with contextlib.suppress(AirgapError):  # a halted log has said so already
-            record_end(log, spec, enclave, end)
 
 
-def record_end(log: AuditLog, spec: SealSpec, enclave: Enclave, end: Mapping[str, Any]) -> None:
+def record_end(log: AuditLog, spec: SealSpec, rung: str, end: Mapping[str, Any]) -> None:
     """Append how a sealed process ended; an incident is a kind of its own."""
     data: dict[str, Any] = {
-        "rung": enclave.rung,
+        "rung": rung,
         "profile": spec.profile,
         "evidence": log.put_object(json.dumps(end, sort_keys=True).encode()),
     }
     data |= {key: end[key] for key in ("status", "signal") if isinstance(end.get(key), int)}
     if end.get("incident"):
+        operator.error("enclave.incident", profile=spec.profile, reason=end["incident"])
         log.append(Event("enclave.incident", data={**data, "reason": str(end["incident"])[:200]}))
     else:
         log.append(Event("enclave.exit", data=data))
