@@ -176,17 +176,28 @@ class PolicySettings(Frozen):
 
 
 class EnclaveSettings(Frozen):
-    """The weakest seal that is accepted; None: A for root and B for users."""
+    """The weakest seal that is accepted, and how often a running one is looked at again.
+
+    `min_rung` None: A for root and B for users. `reverify_s` is the timer that reads the host's
+    facts and repeats the probe; the facts are read before each request in any case.
+    """
 
     min_rung: Literal["A", "U", "B", "C"] | None = None
+    reverify_s: int = Field(default=60, ge=5, le=3600)
 
 
 class AuditSettings(Frozen):
-    """Name of this log in checkpoints; None is made from the host."""
+    """The usage log: who writes it, what it keeps, and when it warns or stops."""
 
     origin: (
         Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]{0,127}$")] | None
     ) = None
+    socket: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,100}$")] | None = None
+    payloads: Literal["none", "sealed"] = "none"
+    retention: Literal["m-26-14", "m-21-31-legacy", "site"] = "m-26-14"
+    retention_months: int | None = Field(default=None, ge=1, le=1_200)
+    quota_mb: int = Field(default=0, ge=0, le=1 << 30)
+    refuse_overdue_export: bool = False
 
 
 class Limits(Frozen):
@@ -493,6 +504,15 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 
 [enclave]
 # min_rung = "B"               # weakest seal accepted; default A for root, B for users
+# reverify_s = 60              # seconds between two looks at a running seal, its probe included
+
+[audit]
+# socket = "/run/airgap/audit.sock"   # the service that owns the log; default: this process does
+payloads = "none"              # "sealed": prompts and outputs, encrypted to keys/payloads.pub
+retention = "m-26-14"          # m-26-14, m-21-31-legacy, or site with retention_months
+# retention_months = 24
+quota_mb = 0                   # 0: as long as there is space
+refuse_overdue_export = false  # true: no new work when the last export is over 7 days old
 
 [limits]
 samples = 10000                # of one request
