@@ -174,6 +174,7 @@ def make_payload(weights: bytes | Path, model: str = MODEL) -> dict[str, tuple[s
                 inputs=("x",),
                 outputs=("logits",),
                 kv_layout="BHSD",
+                interface="past",
             ),
         ),
     )
@@ -269,6 +270,7 @@ def make_bundle(
     roots: trust.Trust | None = None,
     signers: tuple[str, ...] = ("builder", "alice", "bob"),
     members: list[Member] | None = None,
+    progress: Any = None,
     **changes: Any,
 ) -> Manifest:
     return write_archive(
@@ -277,6 +279,7 @@ def make_bundle(
         make_members() if members is None else members,
         trust_chain=trust.chain_document(roots or make_trust()),
         seal=seal_with(*signers),
+        progress=progress,
     )
 
 

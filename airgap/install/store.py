@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from bundle.archive import Progress
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.fields import Count, DigestText, Document, Instant, Name
 from bundle.keys import read_limited
-from bundle.manifest import MANIFEST_LIMIT, Manifest, first_problem, parse_manifest
+from bundle.manifest import MANIFEST_LIMIT, FileEntry, Manifest, first_problem, parse_manifest
 from bundle.verify import Floors
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -310,14 +310,14 @@ def find_wrong(
     total = sum(entry.size for entry in manifest.files)
     done = 0
 
-    def check(item: tuple[str, str, int]) -> tuple[str, bool, int]:
-        path, sha256, size = item
-        return path, _digest_file(folder / path, sync=sync) == (sha256, size), size
+    def check(entry: FileEntry) -> tuple[str, bool, int]:
+        wanted = entry.checked
+        found = _digest_file(folder / entry.path, wanted.algorithm, sync=sync)
+        return entry.path, found == (wanted.raw, entry.size), entry.size
 
-    items: Sequence[tuple[str, str, int]] = [(e.path, e.sha256, e.size) for e in manifest.files]
     pool = ThreadPoolExecutor(2, thread_name_prefix="digest")
     try:
-        for path, same, size in pool.map(check, items):
+        for path, same, size in pool.map(check, manifest.files):
             if not same:
                 return path
             done += size
@@ -353,20 +353,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _digest_file(path: Path, *, sync: bool) -> tuple[str, int]:
-    """Return digest and size of a plain file, ("", 0) when it is missing or no such file."""
-    hasher, size = hashlib.sha256(), 0
+def _digest_file(path: Path, algorithm: str, *, sync: bool) -> tuple[bytes, int]:
+    """Return digest and size of a plain file, (b"", 0) when it is missing or no such file."""
+    hasher, size = hashlib.new(algorithm), 0
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return "", 0
+        return b"", 0
     with os.fdopen(descriptor, "rb", buffering=0) as stream:
         while part := stream.read(_PART):
             hasher.update(part)
             size += len(part)
         if sync:
             os.fsync(descriptor)
-    return hasher.hexdigest(), size
+    return hasher.digest(), size
 
 
 def _damaged(folder: Path, reason: str) -> RefusedError:

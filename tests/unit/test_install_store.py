@@ -19,6 +19,7 @@ from pathlib import Path
 import attacks
 import bundles
 import pytest
+from disks import fill, mounted
 
 from airgap.install import Store, install, installer, verify_installed
 from airgap.install.quarantine import make_writable
@@ -381,26 +382,8 @@ def test_a_file_size_limit_is_a_fault_and_the_old_bundle_stays(release, root):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 40 MiB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(path, keep):
-    """Take all space of a disk but `keep` bytes."""
-    found = os.statvfs(path.parent)
-    with path.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, found.f_bavail * found.f_frsize - keep)
+    with mounted(tmp_path / "disk", 40 << 20) as folder:
+        yield folder
 
 
 def test_too_little_space_is_told_before_anything_is_copied(release, small_disk):
@@ -433,6 +416,17 @@ def test_a_disk_that_fills_during_the_copy_is_a_fault_and_resumes(release, small
     assert len(store.list()) == 1
     (small_disk / "ballast").unlink()
     assert bring_in(release / "two.agb", small_disk).resumed == 1
+
+
+def test_an_install_needs_its_size_and_64_mib_at_most(tmp_path):
+    path, disk = tmp_path / "large.agb", tmp_path / "disk"
+    members = bundles.make_members(bundles.make_weights(100 * 1024 * 1024))
+    manifest = bundles.make_bundle(path, members=members)
+    installed = sum(entry.size for entry in manifest.files)
+    with mounted(disk, installed + (64 << 20)):
+        trust.save_trust(ROOTS, disk / "trust")
+        assert bring_in(path, disk).copied
+        assert verify_installed(Store(disk / "store").current().folder) == manifest
 
 
 # -- damage after the install -----------------------------------------------------------------
