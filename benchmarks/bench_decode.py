@@ -180,6 +180,7 @@ def graphs(folder: Path, config: dict[str, Any], signature: dict[str, Any]) -> d
                 "inputs": signature["inputs"],
                 "outputs": signature["outputs"],
                 "kv_layout": "BHSD",
+                "interface": "past",
             }
         ],
     }

@@ -42,6 +42,7 @@ class Graph(Document):
     inputs: tuple[_Tensor, ...] = Field(min_length=1, max_length=4096)
     outputs: tuple[_Tensor, ...] = Field(min_length=1, max_length=4096)
     kv_layout: Literal["BHSD", "BSHD"]
+    interface: Literal["past", "shared"]
 
 
 class Graphs(Document):

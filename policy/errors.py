@@ -59,6 +59,7 @@ CODES: dict[str, str] = {
     "audit.absent": "there is no audit log here",
     "audit.closed": "the audit log is closed",
     "audit.epoch": "a key of the audit log signed records of another epoch than its own",
+    "audit.export": "an export of the audit log is not what its host signed",
     "audit.full": "only the reserve is left: the audit log admits no new work",
     "audit.halted": "the audit log stopped after a fault and admits nothing",
     "audit.history": "the audit log contradicts its own signed heads",
@@ -74,6 +75,7 @@ CODES: dict[str, str] = {
     "audit.quorum": "too few of the witnesses that the policy names have cosigned",
     "audit.record": "a record breaks the schema",
     "audit.retention": "the retention policy does not let these records go",
+    "audit.service": "the audit service is not there, or refuses what it was asked",
     "audit.tampered": "the audit log was changed",
     "audit.timeout": "the audit log did not become durable in time",
     "audit.unknown": "verification cannot tell: no outside head was compared, or a file is missing",
@@ -212,6 +214,7 @@ CODES: dict[str, str] = {
     # -- inference: the loaded model and the requests to it ----------------------------------------
     "model.reply": "the sealed worker broke the protocol",
     "model.config": "the configuration of the worker cannot be understood",
+    "model.deadline": "a request was not done in its time",
     "model.facts": "graphs.json breaks its schema or contradicts itself",
     "model.file": "a file of the model is missing, unreadable or too large",
     "model.grammar": "no grammar can be applied with this tokenizer, or it does not compile",

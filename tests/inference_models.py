@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import tiny_llama
+from random_models import write_fast
 
 from airgap.inference.graphs import ModelFacts, parse_graphs
 from airgap.inference.vocabulary import Vocabulary
+from bundle.staging.graph import interface
 
 CONVERT = Path(__file__).parents[1] / "bundle" / "staging" / "convert_main.py"
 SEQUENCE = "MKNACDEFGHIKLMNPQRSTVWY"
@@ -46,6 +48,34 @@ def model_folder() -> Path:
     (folder / "convert.json").unlink()
     shutil.copy(source / "tokenizer.json", folder)
     (folder / "graphs.json").write_text(json.dumps(graphs_document(folder, signature)))
+    return folder
+
+
+@functools.cache
+def fast_folder() -> Path:
+    """Return the installed model with the fast graph before the reference graph."""
+    folder = shutil.copytree(model_folder(), _scratch() / "fast")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(snapshot() / name, folder)
+    inputs, outputs = interface(write_fast(folder).layers)
+    document = json.loads((folder / "graphs.json").read_text())
+    document["graphs"].insert(
+        0,
+        {
+            "name": "fast",
+            "precision": "fp32",
+            "interface": "shared",
+            "path": "fast.onnx",
+            "sha256": sha256(folder / "fast.onnx"),
+            "external": [
+                {"path": "model.safetensors", "sha256": sha256(folder / "model.safetensors")}
+            ],
+            "inputs": inputs,
+            "outputs": outputs,
+            "kv_layout": "BHSD",
+        },
+    )
+    (folder / "graphs.json").write_text(json.dumps(document))
     return folder
 
 
@@ -80,6 +110,7 @@ def graphs_document(folder: Path, signature: dict[str, list[str]]) -> dict[str, 
                 "inputs": signature["inputs"],
                 "outputs": signature["outputs"],
                 "kv_layout": "BHSD",
+                "interface": "past",
             }
         ],
     }

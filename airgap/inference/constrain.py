@@ -7,7 +7,7 @@ end tag. Masks work on the bytes that tokens write, so they hold for any segment
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,8 @@ class Grammars:
         )
         self._size = facts.vocab_size
         self._tags = facts.tags
+        self._vocabulary = vocabulary
+        self._bytes = vocabulary.token_bytes()
         # llguidance may offer the unknown token where nothing fits: control tokens are never legal.
         control = {facts.bos_id, facts.pad_id, facts.unk_id} - set(facts.eos_ids)
         self._legal = np.ones(facts.vocab_size, dtype=np.bool_)
@@ -94,23 +96,113 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
         if matcher.is_error():
             raise ProgramError("model.grammar", "the grammar does not compile", "shorten the input")
-        return Constraint(matcher, self._legal)
+        return Constraint(matcher, self._legal, self._copy_of(grammar))
+
+    def _copy_of(self, grammar: Grammar) -> Copy | None:
+        if grammar.mode != "copy":
+            return None
+        sizes = [len(one) for one in self._bytes]
+        return Copy(grammar.sequence, self._vocabulary.plain_ids, sizes=sizes, tags=self._tags)
+
+
+class Copy:
+    """Guesses how the exact copy of a sequence goes on: without a pocket, the likeliest way."""
+
+    def __init__(
+        self,
+        sequence: str,
+        ids_of: Callable[[str], list[int]],
+        *,
+        sizes: Sequence[int],
+        tags: Mapping[str, int],
+    ) -> None:
+        """Take the sequence, the tokenizer, the bytes that each id writes, and the tags."""
+        self._sequence, self._ids_of, self._sizes = sequence, ids_of, sizes
+        self._opens, self._closes = tags["<PocketS>"], tags["<PocketE>"]
+        self._ends = tags["<ProteinE>"]
+
+    def advance(self, place: tuple[int, int], token: int) -> tuple[int, int]:
+        """Return (residues written, 0 outside a pocket, 1 after its tag, 2 after its residue)."""
+        done, pocket = place
+        if token == self._opens:
+            return done, 1
+        if token in (self._closes, self._ends):
+            return done, 0
+        return done + self._sizes[token], 2 if pocket else 0
+
+    def guess(self, place: tuple[int, int], limit: int) -> list[int]:
+        """Return at most `limit` ids that may come next."""
+        done, pocket = place
+        head: list[int] = []
+        if pocket == 1:
+            head = self._ids_of(self._sequence[done : done + 1])
+            done, pocket = done + 1, 2
+        if pocket == 2:  # noqa: PLR2004 -- after the residue of a pocket
+            head.append(self._closes)
+        rest = self._sequence[done : done + limit * 8]
+        tail = self._ids_of(rest)
+        if done + len(rest) == len(self._sequence):
+            tail.append(self._ends)
+        return (head + tail)[:limit]
+
+
+class State:
+    """A grammar at one place of one completion."""
+
+    def __init__(self, matcher: LLMatcher, copy: Copy | None, place: tuple[int, int]) -> None:
+        self._matcher = matcher
+        self._copy = copy
+        self._place = place
+
+    def mask(self, words: npt.NDArray[np.uint32]) -> None:
+        """Write a bit for each legal id; all zero where there is none."""
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        if self._matcher.is_error():
+            words[:] = 0
+
+    def accept(self, token: int) -> None:
+        """Go on by one id."""
+        self._matcher.consume_token(token)
+        if self._copy is not None:
+            self._place = self._copy.advance(self._place, token)
+
+    def copy(self) -> State:
+        """Return an independent state at the same place."""
+        return State(self._matcher.deep_copy(), self._copy, self._place)
+
+    def guess(self, limit: int) -> list[int]:
+        """Return legal ids that probably, or certainly, come next."""
+        ids = self._copy.guess(self._place, limit) if self._copy else []
+        ids = ids or self._matcher.compute_ff_tokens()[:limit]
+        return ids[: self._matcher.validate_tokens(ids)] if ids else []
 
 
 class Constraint:
     """A compiled grammar and the state of each row of a batch."""
 
-    def __init__(self, start: LLMatcher, legal: npt.NDArray[np.bool_]) -> None:
+    def __init__(
+        self, start: LLMatcher, legal: npt.NDArray[np.bool_], copy: Copy | None = None
+    ) -> None:
         self._start = start
         self._legal = legal
+        self._copy = copy
         self._rows: list[LLMatcher] = []
         self._words = np.empty((0, 0), dtype=np.uint32)
+
+    def start(self) -> State:
+        """Return the state of a completion of which nothing is written yet."""
+        return State(self._start.deep_copy(), self._copy, (0, 0))
+
+    def legal_ids(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """Turn masks uint32[rows, ...] into bool[rows, vocabulary], control tokens left out."""
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+        allowed: npt.NDArray[np.bool_] = bits[:, : len(self._legal)].view(np.bool_) & self._legal
+        return allowed
 
     def begin(self, rows: int) -> None:
         """Start `rows` completions."""
         self._rows = [self._start.deep_copy() for _ in range(rows)]
-        width = -(-len(self._legal) // _WORD_BITS)
-        self._words = np.empty((rows, width), dtype=np.uint32)
+        self._words = np.empty((rows, mask_words(len(self._legal))), dtype=np.uint32)
 
     def legal(self) -> npt.NDArray[np.bool_]:
         """Return bool[rows, vocabulary]; a row without a legal token is a dead end."""
@@ -119,9 +211,7 @@ class Constraint:
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
             if matcher.is_error():
                 row[:] = 0
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-        allowed: npt.NDArray[np.bool_] = bits[:, : len(self._legal)].view(np.bool_) & self._legal
-        return allowed
+        return self.legal_ids(words)
 
     def accept(self, ids: npt.NDArray[np.int64]) -> None:
         """Advance each row by its token."""
@@ -148,6 +238,11 @@ class _Bridge:
     def __call__(self, text: bytes | str) -> list[int]:
         plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return self._vocabulary.plain_ids(plain)
+
+
+def mask_words(vocabulary: int) -> int:
+    """Return how many words of 32 bits a mask has."""
+    return -(-vocabulary // _WORD_BITS)
 
 
 def _rule(letter: str) -> str:

@@ -15,6 +15,17 @@ from airgap.inference.strict import Fields, MalformedError, is_text, parse_objec
 FORMAT = "airgap-graphs/1"
 GRAPHS_LIMIT = 1024 * 1024  # bytes
 KV_LAYOUT = "BHSD"  # batch, head, sequence, head dimension
+# What a graph takes and gives: a decoder with past that gives logits, and keys and values joined;
+# or shared buffers and the head inside (`airgap.inference.fast`).
+INTERFACES = REFERENCE, FAST = "past", "shared"
+_HEAD_IN = ("select", "seen", "penalty", "legal", "constrained", "target", "top_k")
+_SIGNATURES = {
+    REFERENCE: (("input_ids", "attention_mask", "position_ids"), ("logits",)),
+    FAST: (
+        ("input_ids", "seqlens_k", "total_sequence_length", *_HEAD_IN),
+        ("scores", "ids", "raw", "log_z", "legal_z", "target_raw"),
+    ),
+}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -28,6 +39,7 @@ class Graph:
 
     name: str
     precision: str
+    interface: str
     path: str
     sha256: str
     external: tuple[tuple[str, str], ...]
@@ -71,11 +83,17 @@ class ModelFacts:
         """Names of the key and value outputs, in the order of `past_inputs`."""
         return tuple(name.replace("past_key_values", "present", 1) for name in self.past_inputs)
 
-    def graph(self, precision: str) -> Graph:
-        """Return the first graph of this precision; ProgramError `model.precision` without one."""
-        for graph in self.graphs:
-            if graph.precision == precision:
-                return graph
+    def graph(self, precision: str, interfaces: tuple[str, ...] = (FAST, REFERENCE)) -> Graph:
+        """Return the graph of this precision; the first interface that there is one of.
+
+        Raises:
+            ProgramError: `model.precision`.
+
+        """
+        for interface in interfaces:
+            for graph in self.graphs:
+                if (graph.precision, graph.interface) == (precision, interface):
+                    return graph
         offered = ", ".join(sorted({graph.precision for graph in self.graphs}))
         raise ProgramError(
             "model.precision",
@@ -131,10 +149,10 @@ def _check(facts: ModelFacts) -> None:
         raise MalformedError("graphs.json: two tags, or a tag and a control token, share an id")
     if facts.unk_id in facts.eos_ids:
         raise MalformedError("graphs.json: the unknown token ends texts")
-    wanted_in = sorted(["input_ids", "attention_mask", "position_ids", *facts.past_inputs])
-    wanted_out = sorted(["logits", *facts.present_outputs])
     for graph in facts.graphs:
-        if sorted(graph.inputs) != wanted_in or sorted(graph.outputs) != wanted_out:
+        inputs, outputs = _SIGNATURES[graph.interface]
+        wanted_in, wanted_out = {*inputs, *facts.past_inputs}, {*outputs, *facts.present_outputs}
+        if (sorted(graph.inputs), sorted(graph.outputs)) != (sorted(wanted_in), sorted(wanted_out)):
             raise MalformedError(
                 f"graphs.json: graph {graph.name!r:.80} has not the inputs and outputs of a "
                 f"decoder of {facts.layers} layers with past"
@@ -148,6 +166,7 @@ def _graph(value: object) -> Graph:
     graph = Graph(
         name=fields.text("name", 128),
         precision=fields.text("precision", 64),
+        interface=fields.one_of("interface", tuple(_SIGNATURES)),
         path=path,
         sha256=sha256,
         external=tuple(_file(one, "external") for one in fields.items("external", 0, 64)),

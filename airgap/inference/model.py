@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from airgap.enclave.channel import ProgramError
-from airgap.inference.graphs import GRAPHS_LIMIT, Graph, ModelFacts, parse_graphs
+from airgap.inference.fast import FastModel
+from airgap.inference.graphs import (
+    FAST,
+    GRAPHS_LIMIT,
+    REFERENCE,
+    Graph,
+    ModelFacts,
+    parse_graphs,
+)
 from airgap.inference.providers import NATIVE_ERRORS, open_session
 from airgap.inference.vocabulary import TOKENIZER_LIMIT, Vocabulary
 
@@ -97,6 +105,14 @@ class Model:
         cache.swap()
         return logits.astype(np.float32, copy=False)
 
+    def probe(self, rows: int) -> npt.NDArray[Any]:
+        """Run two ids in `rows` rows and return what the first row got."""
+        cache = Cache(self, rows=rows, capacity=2)
+        first = np.zeros((rows, 1), dtype=np.int64)
+        self.run(first, cache, 0)
+        logits: Logits = self.run(first + 1, cache, 1)[0]
+        return logits
+
     def prefill(self, ids: list[int], cache: Cache) -> Logits:
         """Run a prompt in pieces through one row of `cache`; float32[vocabulary] of its last id."""
         for start in range(0, len(ids), self.piece):
@@ -145,18 +161,29 @@ class Cache:
         return flat[:size].reshape(rows, self._heads, length, self._width)
 
 
-def load_model(folder: Path, *, precision: str, demand: str, threads: int) -> Model:
+def load_model(
+    folder: Path, *, precision: str, demand: str, threads: int, interface: str | None = None
+) -> Model | FastModel:
     """Load the model in `folder` and check that it is what `graphs.json` says.
 
     The digests of the tokenizer and of the graph are compared again here, with the bytes that are
     used; those of external weights were compared when the installation was checked at start.
+
+    Args:
+        folder: Of one model.
+        precision: Of the graph.
+        demand: A provider, key of `PROVIDERS`.
+        threads: Of the session.
+        interface: Which kind of graph; None takes the fast one where there is one and the provider
+            knows its operators (TensorRT does not).
 
     Raises:
         ProgramError: A code of room `model`.
 
     """
     facts = parse_graphs(_read(folder / GRAPHS_FILE, GRAPHS_LIMIT))
-    graph = facts.graph(precision)
+    usual = (REFERENCE,) if demand == "tensorrt" else (FAST, REFERENCE)
+    graph = facts.graph(precision, usual if interface is None else (interface,))
     vocabulary = Vocabulary(_read(folder / facts.tokenizer_path, TOKENIZER_LIMIT), facts)
     path = folder / graph.path
     if hashlib.sha256(_read(path, GRAPH_LIMIT)).hexdigest() != graph.sha256:
@@ -168,7 +195,9 @@ def load_model(folder: Path, *, precision: str, demand: str, threads: int) -> Mo
     for name, _ in graph.external:
         if not (folder / name).is_file():
             raise ProgramError("model.file", f"{name} is missing", "install the bundle again")
-    return Model(facts, graph, open_session(path, demand=demand, threads=threads), vocabulary)
+    session = open_session(path, demand=demand, threads=threads)
+    kind = FastModel if graph.interface == FAST else Model
+    return kind(facts, graph, session, vocabulary)
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -17,7 +17,10 @@ import onnxruntime as ort
 from airgap.enclave.channel import ProgramError
 from airgap.inference.constrain import Constraint, Grammars
 from airgap.inference.decoder import Decoder
-from airgap.inference.model import Cache, Model, load_model
+from airgap.inference.engine import Engine
+from airgap.inference.fast import FastModel
+from airgap.inference.graphs import INTERFACES
+from airgap.inference.model import Model, load_model
 from airgap.inference.protocol import (
     Generate,
     Grammar,
@@ -44,7 +47,8 @@ def create(config: dict[str, Any]) -> InferenceProgram:
 
     Args:
         config: `folder` (absolute, of one model), `precision`, `threads`; optional `provider`
-            ("cpu"), `memory_mb` for one request (half of what is free at warm-up), `most_rows`.
+            ("cpu"), `interface` (which kind of graph), `memory_mb` for one request (half of what
+            is free at warm-up), `most_rows`.
 
     Raises:
         ProgramError: `model.config`.
@@ -55,6 +59,7 @@ def create(config: dict[str, Any]) -> InferenceProgram:
         program = InferenceProgram(
             folder=Path(fields.text("folder", 4096)),
             precision=fields.text("precision", 64),
+            interface=fields.one_of("interface", INTERFACES) if "interface" in fields else None,
             threads=fields.integer("threads", 1, THREADS_LIMIT),
             provider=fields.one_of("provider", tuple(PROVIDERS)) if "provider" in fields else "cpu",
             memory_mb=fields.integer("memory_mb", 1, 1 << 30) if "memory_mb" in fields else None,
@@ -74,6 +79,7 @@ class InferenceProgram:
         *,
         folder: Path,
         precision: str,
+        interface: str | None,
         threads: int,
         provider: str,
         memory_mb: int | None,
@@ -81,6 +87,7 @@ class InferenceProgram:
     ) -> None:
         self._folder = folder
         self._precision = precision
+        self._interface = interface
         self._threads = threads
         self._provider = provider
         self._budget = memory_mb * _MIB if memory_mb is not None else 0
@@ -94,10 +101,14 @@ class InferenceProgram:
 
         """
         self._model = load_model(
-            self._folder, precision=self._precision, demand=self._provider, threads=self._threads
+            self._folder,
+            precision=self._precision,
+            demand=self._provider,
+            threads=self._threads,
+            interface=self._interface,
         )
         self._budget = self._budget or half_of_free_memory(_memory_table())
-        self._decoder = Decoder(self._model, budget=self._budget, most_rows=self._most_rows)
+        self._decoder = _decoder_of(self._model, budget=self._budget, most_rows=self._most_rows)
         self._grammars = _grammars_of(self._model)
         self._info = self._facts(batch_invariant=is_batch_invariant(self._model))
         self._rehearse()
@@ -166,6 +177,7 @@ class InferenceProgram:
             "architecture": facts.architecture,
             "precision": self._precision,
             "graph": self._model.graph.name,
+            "interface": self._model.graph.interface,
             "graph_sha256": self._model.graph.sha256,
             "tokenizer_sha256": facts.tokenizer_sha256,
             "provider": self._provider,
@@ -190,7 +202,13 @@ class InferenceProgram:
         }
 
 
-def _grammars_of(model: Model) -> Grammars | ProgramError:
+def _decoder_of(model: Model | FastModel, *, budget: int, most_rows: int) -> Decoder | Engine:
+    if isinstance(model, FastModel):
+        return Engine(model, budget=budget, most_rows=most_rows)
+    return Decoder(model, budget=budget, most_rows=most_rows)
+
+
+def _grammars_of(model: Model | FastModel) -> Grammars | ProgramError:
     """Build the byte trie, or keep the reason why a request with a grammar is refused."""
     try:
         return Grammars(model.vocabulary, model.facts)
@@ -198,18 +216,13 @@ def _grammars_of(model: Model) -> Grammars | ProgramError:
         return error
 
 
-def is_batch_invariant(model: Model) -> bool:
+def is_batch_invariant(model: Model | FastModel) -> bool:
     """Tell whether one sequence gets the same bits alone and in company, on this machine.
 
     Matrix products may add up in another order when a batch has another height. Where they do, a
     rare draw can differ between two values of n; the facts of the worker say so.
     """
-    seen = []
-    for rows in _PROBE_ROWS:
-        cache = Cache(model, rows=rows, capacity=2)
-        first = np.zeros((rows, 1), dtype=np.int64)
-        model.run(first, cache, 0)
-        seen.append(model.run(first + 1, cache, 1)[0])
+    seen = [model.probe(rows) for rows in _PROBE_ROWS]
     return all(np.array_equal(seen[0], one) for one in seen)
 
 

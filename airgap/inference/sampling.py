@@ -9,6 +9,7 @@ SC 2011) keyed by the seed of the request, with (step, sample) as its counter.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ Ids = npt.NDArray[np.int64]
 _WORD = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 
 
@@ -89,6 +90,51 @@ def draw(
     return Draw(ids=ids, logprob=chosen, removed_mass=removed, dead=dead)
 
 
+def choose(
+    scores: npt.NDArray[np.floating[Any]],
+    ids: Ids,
+    uniforms: Floats,
+    *,
+    temperature: Floats,
+    top_p: Floats,
+    top_k: Ids,
+) -> Ids:
+    """Draw one of the candidates that the graph's head gave, for each row alone.
+
+    The cuts and the draw are those of `draw`; only the candidates come from elsewhere, and each row
+    has settings of its own.
+
+    Args:
+        scores: float[rows, candidates], best first; minus infinity where illegal.
+        ids: int64[rows, candidates].
+        uniforms: float64[rows] in [0, 1).
+        temperature: float64[rows]; 0 is greedy.
+        top_p: float64[rows].
+        top_k: int64[rows]; 0 keeps every candidate.
+
+    Returns:
+        int64[rows], the column that was drawn.
+
+    """
+    columns = np.arange(scores.shape[1])
+    hot = np.where(temperature > 0.0, temperature, 1.0)[:, None]
+    ranked = scores.astype(np.float64) / hot
+    best = ranked[:, :1]
+    weights = np.exp(ranked - np.where(np.isfinite(best), best, 0.0))
+    keep = np.where(top_k > 0, top_k, len(columns))
+    weights[columns[None, :] >= np.where(temperature > 0.0, keep, 1)[:, None]] = 0.0
+    mass = weights.cumsum(axis=1)
+    cut = (top_p < 1.0)[:, None] & (mass - weights >= top_p[:, None] * mass[:, -1:])
+    weights[cut] = 0.0
+    # In order of ids: a tie in rank cannot swap two tokens.
+    order = np.argsort(ids, axis=1, kind="stable")
+    mass = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    total = mass[:, -1]
+    target = np.minimum(uniforms * total, np.nextafter(total, 0.0))
+    place = np.minimum((mass <= target[:, None]).sum(axis=1), len(columns) - 1)
+    return np.take_along_axis(order, place[:, None], axis=1)[:, 0]
+
+
 def log_likelihood(logits: npt.NDArray[np.float32], ids: Ids) -> Floats:
     """Return the log-probability at temperature 1 of `ids[i]` under `logits[i]`, float64[rows]."""
     raw = np.array(logits, dtype=np.float64, order="C")
@@ -132,6 +178,20 @@ def kept(scores: Floats, *, top_k: int, top_p: float) -> tuple[Ids, Floats]:
     return ids, weights
 
 
+def uniform(seeds: npt.NDArray[np.uint64], samples: Ids, steps: Ids) -> Floats:
+    """Return float64[rows] in [0, 1): for each row that of its own seed, sample and step.
+
+    Args:
+        seeds: uint64[rows].
+        samples: int64[rows].
+        steps: int64[rows].
+
+    """
+    step, sample = steps.astype(np.uint64), samples.astype(np.uint64)
+    counter = (step & _WORD, step >> _SHIFT, sample & _WORD, sample >> _SHIFT)
+    return _fraction(philox(counter, (seeds & _WORD, seeds >> _SHIFT)))
+
+
 def uniforms(seed: int, samples: npt.NDArray[np.int64], first_step: int, steps: int) -> Floats:
     """Return float64[samples, steps] in [0, 1); an entry depends on seed, sample and step alone.
 
@@ -151,10 +211,8 @@ def uniforms(seed: int, samples: npt.NDArray[np.int64], first_step: int, steps: 
         np.broadcast_to(sample & _WORD, shape),
         np.broadcast_to(sample >> _SHIFT, shape),
     )
-    high, low, _, _ = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    # 53 bits: what a double holds between 0 and 1.
-    whole = (high << np.uint64(21)) | (low >> np.uint64(11))
-    return whole.astype(np.float64) * 2.0**-53
+    key = np.uint64(seed)
+    return _fraction(philox(counter, (key & _WORD, key >> _SHIFT)))
 
 
 Words = tuple[
@@ -162,7 +220,10 @@ Words = tuple[
 ]
 
 
-def philox(counter: Words, key: tuple[int, int]) -> Words:
+Key = tuple[Any, Any]  # two 32-bit words in uint64: numbers, or arrays of the counter's shape
+
+
+def philox(counter: Words, key: Key) -> Words:
     """Return Philox4x32-10 of four 32-bit words, elementwise; words travel in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -170,14 +231,21 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
         p0 = c0 * _MULTIPLIERS[0]
         p1 = c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
+            (p1 >> _SHIFT) ^ c1 ^ k0,
             p1 & _WORD,
-            (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
+            (p0 >> _SHIFT) ^ c3 ^ k1,
             p0 & _WORD,
         )
-        k0 = (k0 + _WEYL[0]) & 0xFFFFFFFF
-        k1 = (k1 + _WEYL[1]) & 0xFFFFFFFF
+        k0 = (k0 + _WEYL[0]) & _WORD
+        k1 = (k1 + _WEYL[1]) & _WORD
     return c0, c1, c2, c3
+
+
+def _fraction(words: Words) -> Floats:
+    """Return 53 bits of the first two words, what a double holds between 0 and 1."""
+    high, low, _, _ = words
+    whole = (high << np.uint64(21)) | (low >> np.uint64(11))
+    return whole.astype(np.float64) * 2.0**-53
 
 
 def _normalised(raw: Floats) -> tuple[Floats, Floats]:

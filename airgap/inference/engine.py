@@ -1,0 +1,639 @@
+"""Continuous batching on the fast graph (docs/design/inference.md, 5).
+
+Samples of all requests share one batch; one that ends leaves its slot to the next sample that
+waits, of whichever request. Every decision about a sample rests on its own request, its index and
+what it has written: its tokens do not depend on n, on its neighbours or on the order of arrival.
+
+Where a grammar tells how a text goes on (a copy, a forced tag), the guess runs as one piece and
+each of its places is drawn as ever, with its own random number, until a draw differs from the
+guess: the same tokens in fewer runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from airgap.enclave.channel import ProgramError
+from airgap.inference import sampling
+from airgap.inference.constrain import Constraint, State, mask_words
+from airgap.inference.fast import PIECE, FastModel, Found, Head, Slots
+from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
+
+WIDE = 1024  # candidates where no top-k is asked for; a smaller vocabulary is kept whole
+WHOLE = 4096
+_PROGRESS_S = 0.1
+_LEAST_GUESS, _FIRST_GUESS, _MOST_GUESS = 8, 16, 64
+_SCORE_BYTES = 64 * 1024 * 1024  # logits of one piece of a completion
+_SCRATCH = 24  # bytes that the head needs for each entry of the vocabulary of a row
+
+Ids = npt.NDArray[np.int64]
+Emit = Callable[[Sample | Progress], None]
+Finish = Callable[[Done | ProgramError], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request under way."""
+
+    request: Generate
+    prompt: list[int]
+    stops: frozenset[int]
+    constraint: Constraint | None
+    emit: Emit
+    finish: Finish
+    started: float
+    deadline: float | None
+    prefix: Slots | None = None
+    next: int = 0
+    finished: int = 0
+    live: int = 0
+    most: int = 0
+    tokens: int = 0
+    runs: int = 0
+    told: float = 0.0
+    closed: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a sample may come to."""
+        return len(self.prompt) + self.request.max_new_tokens
+
+    @property
+    def waits(self) -> bool:
+        """Whether a sample has no slot yet."""
+        return self.next < self.request.n
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A sample in a slot: what it wrote, of which the last id is not in the buffer yet."""
+
+    job: _Job
+    index: int
+    state: State | None
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    removed: float = 0.0
+    width: int = _FIRST_GUESS
+
+    @property
+    def last(self) -> int:
+        """The id that runs next."""
+        return self.ids[-1] if self.ids else self.job.prompt[-1]
+
+    @property
+    def length(self) -> int:
+        """Positions of prompt and text, the one that runs next included."""
+        return len(self.job.prompt) + len(self.ids)
+
+
+class Engine:
+    """Runs requests on one model, as many at a time as fit."""
+
+    def __init__(
+        self,
+        model: FastModel,
+        *,
+        budget: int,
+        most_rows: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take a loaded model.
+
+        Args:
+            model: The model.
+            budget: Bytes that buffers and head may take.
+            most_rows: Widest batch.
+            clock: Monotonic seconds.
+
+        """
+        self._model = model
+        self._budget = budget
+        self._most_rows = most_rows
+        self._clock = clock
+        self._jobs: dict[int, _Job] = {}
+        self._turn: deque[_Job] = deque()
+        self._rows: list[_Row] = []
+        self._slots: Slots | None = None
+        self._seen = np.empty((0, 0), dtype=np.int64)
+        self._end_ids = frozenset(model.facts.eos_ids)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._jobs)
+
+    def submit(
+        self,
+        key: int,
+        request: Generate,
+        constraint: Constraint | None,
+        *,
+        emit: Emit,
+        finish: Finish,
+        deadline: float | None = None,
+    ) -> None:
+        """Take a request; `finish` gets its reply or its refusal, once.
+
+        Args:
+            key: Names the request for `cancel`.
+            request: The request.
+            constraint: Its compiled grammar.
+            emit: Gets each sample as it ends.
+            finish: Gets the end.
+            deadline: In seconds of the clock.
+
+        Raises:
+            ProgramError: `prompt.*`, `model.memory`, `model.stop`: nothing was begun.
+
+        """
+        job = _Job(
+            request=request,
+            prompt=self._prompt(request),
+            stops=frozenset(self._stops(request)),
+            constraint=constraint,
+            emit=emit,
+            finish=finish,
+            started=self._clock(),
+            deadline=deadline,
+        )
+        self._require_room(len(job.prompt), request.max_new_tokens)
+        job.told = job.started
+        self._jobs[key] = job
+        self._turn.append(job)
+
+    def cancel(self, key: int) -> bool:
+        """Let go of a request; it gets no answer. False where it has ended already."""
+        job = self._jobs.pop(key, None)
+        if job is not None:
+            self._drop(job)
+        return job is not None
+
+    def step(self) -> None:
+        """Do one round: fill free slots, run the graph, draw."""
+        self._expire()
+        try:
+            self._admit()
+            if self._rows:
+                self._round()
+        except ProgramError as error:
+            while self._jobs:  # the graph itself failed: nobody's rows can be trusted
+                self._end(next(iter(self._jobs)), error)
+
+    def generate(self, request: Generate, constraint: Constraint | None, emit: Emit) -> Done:
+        """Run one request to its end.
+
+        Raises:
+            ProgramError: `prompt.*` or `model.*`.
+
+        """
+        answers: list[Done | ProgramError] = []
+        self.submit(0, request, constraint, emit=emit, finish=answers.append)
+        while not answers:
+            self.step()
+        answer = answers[0]
+        if isinstance(answer, ProgramError):
+            raise answer
+        return answer
+
+    def score(self, request: Score) -> Scores:
+        """Return the log-likelihood of each given completion after the prompt.
+
+        Raises:
+            ProgramError: `prompt.*` or `model.*`.
+
+        """
+        prompt = self._prompt(request)
+        rest = [self._model.vocabulary.encode(one) for one in request.completions]
+        if not all(rest):
+            raise ProgramError(
+                "request.malformed", "a completion has no tokens", "give at least one tag"
+            )
+        longest = max(len(ids) for ids in rest)
+        self._require_room(len(prompt), longest)
+        slots = Slots(self._model.facts, rows=1, capacity=len(prompt) + longest)
+        self._model.prefill(prompt[:-1], slots)
+        found = tuple((self._score(prompt, ids, slots), len(ids)) for ids in rest)
+        return Scores(prompt_tokens=len(prompt), scores=found)
+
+    def _score(self, prompt: list[int], ids: list[int], slots: Slots) -> float:
+        total, inputs = 0.0, [prompt[-1], *ids[:-1]]
+        piece = max(1, min(PIECE, _SCORE_BYTES // (4 * self._model.facts.vocab_size)))
+        for start in range(0, len(ids), piece):
+            part = np.array([inputs[start : start + piece]], dtype=np.int64)
+            count = part.shape[1]
+            head = Head(select=np.arange(count), target=np.array(ids[start : start + count]))
+            after = np.array([len(prompt) + start + count - 1], dtype=np.int32)
+            found = self._model.run(part, after, slots, head)
+            if not np.isfinite(found.log_z).all():
+                raise _not_finite(start)
+            total += float((found.target_raw.astype(np.float64) - found.log_z).sum())
+        return min(0.0, total)
+
+    # Admission
+
+    def _prompt(self, request: Generate | Score) -> list[int]:
+        bos = self._model.facts.bos_id
+        ids = [*([] if bos is None else [bos]), *self._model.vocabulary.encode(request.prompt)]
+        if not ids:
+            raise ProgramError(
+                "request.malformed", "the prompt has no tokens", "give at least one tag"
+            )
+        return ids
+
+    def _stops(self, request: Generate) -> list[int]:
+        known = self._model.facts.tags
+        for tag in request.stop:
+            if tag not in known:
+                raise ProgramError(
+                    "model.stop",
+                    f"stop tag {tag!r:.80} is not in the vocabulary of {self._model.facts.model}",
+                    "without it a sample would never end there; use a model that has the tag",
+                )
+        return [known[tag] for tag in request.stop]
+
+    def _position(self) -> int:
+        facts = self._model.facts
+        return 8 * facts.layers * facts.kv_heads * facts.head_dim
+
+    def _row_bytes(self, capacity: int) -> int:
+        return self._position() * capacity + _SCRATCH * self._model.facts.vocab_size
+
+    def _fixed_bytes(self, prompt: int) -> int:
+        """The prompt's own buffer, and the head of its last position."""
+        return self._position() * prompt + self._row_bytes(0)
+
+    def _fit(self, capacity: int, fixed: int) -> int:
+        return min(self._most_rows, (self._budget - fixed) // self._row_bytes(capacity))
+
+    def _require_room(self, prompt: int, new: int) -> None:
+        facts, capacity = self._model.facts, prompt + new
+        if capacity > facts.max_context:
+            raise ProgramError(
+                "prompt.g10",
+                f"prompt ({prompt} tokens) and budget ({new} tokens) need {capacity} positions; "
+                f"{facts.model} has {facts.max_context}",
+                f"ask for at most {facts.max_context - prompt} new tokens"
+                if prompt < facts.max_context
+                else "shorten the input",
+            )
+        fixed = self._fixed_bytes(prompt)
+        if self._fit(capacity, fixed) < 1:
+            raise ProgramError(
+                "model.memory",
+                f"one sample of {capacity} positions needs "
+                f"{(fixed + self._row_bytes(capacity)) >> 20} MiB; "
+                f"{self._budget >> 20} MiB are planned for a request",
+                "ask for fewer new tokens, or give the worker more memory",
+            )
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for key, job in list(self._jobs.items()):
+            if job.deadline is not None and now >= job.deadline:
+                error = ProgramError(
+                    "model.deadline",
+                    f"{job.finished} of {job.request.n} samples were done at the deadline",
+                    "ask for fewer or shorter samples, or for more time",
+                )
+                self._end(key, error)
+
+    def _admit(self) -> None:
+        """Give free slots to waiting samples, one request after the other."""
+        while any(job.waits for job in self._turn):
+            job = self._turn[0]
+            if not job.waits:
+                self._turn.rotate(-1)
+                continue
+            if not self._make_room(job):
+                return
+            self._turn.rotate(-1)
+            self._place(job)
+
+    def _make_room(self, job: _Job) -> bool:
+        """See that a slot is free that is long enough for `job`."""
+        slots, live = self._slots, len(self._rows)
+        if slots is not None and slots.capacity >= job.capacity and live < slots.rows:
+            return True
+        capacity = max([job.capacity, *(row.job.capacity for row in self._rows)])
+        fixed = sum(self._fixed_bytes(len(one.prompt)) for one in self._jobs.values() if one.waits)
+        wanted = sum(one.request.n - one.next + one.live for one in self._jobs.values())
+        least = self._row_bytes(capacity)
+        rows = min(wanted, self._fit(capacity, min(fixed, self._budget - least)))
+        if rows <= live or (slots is not None and rows <= slots.rows and live):
+            return False
+        if slots is None or not live:
+            self._slots = None  # before the new ones: two sets would not fit the plan
+            self._slots = Slots(self._model.facts, rows=rows, capacity=capacity)
+        else:
+            slots.resize(rows, capacity, [row.length - 1 for row in self._rows])
+        seen = np.zeros((rows, capacity), dtype=np.int64)
+        for number, row in enumerate(self._rows):
+            self._note(seen[number], row)
+        self._seen = seen
+        return True
+
+    def _place(self, job: _Job) -> None:
+        """Start the next sample of `job` in the first free slot."""
+        slots = self._slots
+        if slots is None:
+            return
+        if job.prefix is None:
+            job.prefix = self._prefill(job)
+        number = len(self._rows)
+        # The last id of the prompt runs with the row: its logits are the first to be drawn from.
+        slots.copy(job.prefix, len(job.prompt) - 1, to=number)
+        state = job.constraint.start() if job.constraint is not None else None
+        row = _Row(job=job, index=job.next, state=state)
+        job.next += 1
+        job.live += 1
+        self._rows.append(row)
+        self._note(self._seen[number], row)
+        if not job.waits:
+            job.prefix = None
+
+    def _prefill(self, job: _Job) -> Slots:
+        prefix = Slots(self._model.facts, rows=1, capacity=len(job.prompt))
+        before = self._model.runs
+        self._model.prefill(job.prompt[:-1], prefix)
+        job.runs += self._model.runs - before
+        return prefix
+
+    @staticmethod
+    def _note(seen: Ids, row: _Row) -> None:
+        """Write what the penalty of a row punishes; the rest repeats its first id."""
+        ids = row.job.prompt + row.ids
+        seen[:] = ids[0]
+        seen[: len(ids)] = ids
+
+    # A round
+
+    def _round(self) -> None:
+        guesses = [self._guess(row) for row in self._rows]
+        plain = [number for number, guess in enumerate(guesses) if not guess]
+        jobs = {row.job for row in self._rows}
+        for job in jobs:
+            job.most = max(job.most, job.live)
+        if plain:
+            self._together(plain)
+        for number, guess in enumerate(guesses):
+            if guess:
+                self._alone(number, guess)
+        self._leave()
+        for job in jobs:
+            self._tell(job)
+
+    def _guess(self, row: _Row) -> list[int]:
+        if row.state is None or row.width < _LEAST_GUESS:
+            return []
+        left = row.job.request.max_new_tokens - len(row.ids) - 1
+        guess = row.state.guess(min(row.width, left)) if left >= _LEAST_GUESS else []
+        return guess if len(guess) >= _LEAST_GUESS else []
+
+    def _together(self, plain: list[int]) -> None:
+        """Run the last id of every row at once; draw for the rows in `plain`.
+
+        A row with a guess takes part only because the rows of a run are neighbours; its own piece
+        writes the same position again.
+        """
+        rows = self._rows
+        ids = np.array([[row.last] for row in rows], dtype=np.int64)
+        lengths = np.array([row.length for row in rows], dtype=np.int32)
+        picked = [rows[number] for number in plain]
+        head = self._head(
+            np.array(plain),
+            picked,
+            [row.state for row in picked],
+            seen=self._seen[plain],
+            longest=max(row.length for row in picked),
+        )
+        found = self._run(ids, lengths, head, jobs={row.job for row in picked})
+        steps = np.array([len(row.ids) for row in picked])
+        columns = self._draw(picked, found, steps)
+        for place, row in enumerate(picked):
+            if self._take(row, found, place, int(columns[place])):
+                self._seen[plain[place], row.length - 1] = row.last
+
+    def _alone(self, number: int, guess: list[int]) -> None:
+        """Run the last id of a row and its guess as one piece; keep what the draws confirm."""
+        row = self._rows[number]
+        ids = np.array([[row.last, *guess]], dtype=np.int64)
+        count = ids.shape[1]
+        lengths = np.array([row.length + len(guess)], dtype=np.int32)
+        states, state = [], row.state.copy() if row.state is not None else None
+        for token in (*guess, None):
+            states.append(state.copy() if state is not None else None)
+            if state is not None and token is not None:
+                state.accept(token)
+        history = row.length
+        seen = np.repeat(self._seen[number : number + 1, : history + len(guess)], count, axis=0)
+        for place in range(1, count):
+            seen[place, history : history + place] = guess[:place]
+        rows = [row] * count
+        head = self._head(np.arange(count), rows, states, seen=seen, longest=history + len(guess))
+        found = self._run(ids, lengths, head, jobs={row.job}, first=number)
+        columns = self._draw(rows, found, len(row.ids) + np.arange(count))
+        confirmed = 0
+        for place in range(count):
+            alive = self._take(row, found, place, int(columns[place]))
+            if not alive:
+                return
+            self._seen[number, history + place] = row.last
+            if place == len(guess) or row.last != guess[place]:
+                break
+            confirmed += 1
+        full = confirmed == len(guess)
+        row.width = min(_MOST_GUESS, 2 * row.width) if full else max(_LEAST_GUESS, row.width // 2)
+
+    def _run(
+        self,
+        ids: Ids,
+        lengths: npt.NDArray[np.int32],
+        head: Head,
+        *,
+        jobs: set[_Job],
+        first: int = 0,
+    ) -> Found:
+        if self._slots is None:
+            raise ProgramError("model.run", "no buffers", "report this")
+        found = self._model.run(ids, lengths, self._slots, head, first=first)
+        for job in jobs:
+            job.runs += 1
+        return found
+
+    def _head(
+        self,
+        select: Ids,
+        rows: list[_Row],
+        states: list[State | None],
+        *,
+        seen: Ids,
+        longest: int,
+    ) -> Head:
+        """Say what the head shall do for each picked position."""
+        penalty = np.array([row.job.request.repetition_penalty for row in rows], dtype=np.float32)
+        punishes = bool((penalty != 1.0).any())
+        return Head(
+            select=np.asarray(select, dtype=np.int64),
+            top_k=max(self._candidates(row.job.request) for row in set(rows)),
+            seen=seen[:, :longest] if punishes else None,
+            penalty=penalty if punishes else None,
+            legal=self._legal(rows, states),
+        )
+
+    def _candidates(self, request: Generate) -> int:
+        size = self._model.facts.vocab_size
+        if request.temperature == 0.0:
+            return 1
+        if request.top_k:
+            return min(request.top_k, size)
+        return size if size <= WHOLE else WIDE
+
+    def _legal(self, rows: list[_Row], states: list[State | None]) -> npt.NDArray[np.bool_] | None:
+        if all(state is None for state in states):
+            return None
+        size = self._model.facts.vocab_size
+        bound = [place for place, state in enumerate(states) if state is not None]
+        words = np.zeros((len(bound), mask_words(size)), dtype=np.uint32)
+        for line, place in zip(words, bound, strict=True):
+            state = states[place]
+            if state is not None:
+                state.mask(line)
+        constraint = rows[bound[0]].job.constraint
+        if constraint is None:
+            return None
+        if len(bound) == len(rows):
+            return constraint.legal_ids(words)
+        legal = np.ones((len(rows), size), dtype=np.bool_)
+        legal[bound] = constraint.legal_ids(words)
+        return legal
+
+    def _draw(self, rows: list[_Row], found: Found, steps: Ids) -> Ids:
+        requests = [row.job.request for row in rows]
+        uniforms = sampling.uniform(
+            np.array([request.seed for request in requests], dtype=np.uint64),
+            np.array([row.index for row in rows], dtype=np.int64),
+            steps,
+        )
+        top_k = [request.top_k or self._candidates(request) for request in requests]
+        return sampling.choose(
+            found.scores,
+            found.ids,
+            uniforms,
+            temperature=np.array([request.temperature for request in requests]),
+            top_p=np.array([request.top_p for request in requests]),
+            top_k=np.array(top_k),
+        )
+
+    # The end of a sample, of a request
+
+    def _take(self, row: _Row, found: Found, place: int, column: int) -> bool:
+        """Append what was drawn at one place; False when the sample has ended."""
+        job = row.job
+        if job.closed:
+            return False
+        log_z = float(found.log_z[place])
+        if not np.isfinite(log_z):
+            self._fail(job, _not_finite(len(row.ids)))
+            return False
+        if row.state is not None:
+            if np.isneginf(found.scores[place, 0]):
+                self._finish(row, "dead_end")
+                return False
+            row.removed += float(-np.expm1(min(0.0, float(found.legal_z[place]) - log_z)))
+        token = int(found.ids[place, column])
+        row.ids.append(token)
+        row.logprob += min(0.0, float(found.raw[place, column]) - log_z)
+        job.tokens += 1
+        if token in self._end_ids:
+            self._finish(row, "eos")
+        elif token in job.stops:
+            self._finish(row, "stop")
+        elif len(row.ids) == job.request.max_new_tokens:
+            self._finish(row, "length")
+        else:
+            if row.state is not None:
+                row.state.accept(token)
+            return True
+        return False
+
+    def _finish(self, row: _Row, reason: str) -> None:
+        job = row.job
+        job.finished += 1
+        job.live -= 1
+        row.index = -1 - row.index  # leaves its slot at the end of the round
+        job.emit(
+            Sample(
+                index=-1 - row.index,
+                text=self._model.vocabulary.decode(row.ids[:-1] if reason == "eos" else row.ids),
+                ids=tuple(row.ids),
+                finish_reason=reason,
+                logprob=row.logprob,
+                removed_mass=min(1.0, row.removed / max(1, len(row.ids))),
+            )
+        )
+
+    def _leave(self) -> None:
+        """Close the gaps that ended rows left with rows from the end."""
+        rows, slots = self._rows, self._slots
+        number = 0
+        while number < len(rows):
+            if rows[number].index >= 0 and not rows[number].job.closed:
+                number += 1
+                continue
+            last = rows.pop()
+            if number < len(rows) and slots is not None:
+                slots.move(len(rows), last.length - 1, to=number)
+                self._seen[number] = self._seen[len(rows)]
+                rows[number] = last
+        for key, job in list(self._jobs.items()):
+            if job.finished == job.request.n:
+                self._end(key, self._done(job))
+        if not self._jobs:
+            self._slots = None  # gives the memory back
+
+    def _done(self, job: _Job) -> Done:
+        return Done(
+            prompt_tokens=len(job.prompt),
+            tokens=job.tokens,
+            elapsed_ms=round(1000 * (self._clock() - job.started)),
+            runs=job.runs,
+            rows=job.most,
+        )
+
+    def _tell(self, job: _Job) -> None:
+        now = self._clock()
+        if now - job.told >= _PROGRESS_S and job.finished < job.request.n:
+            job.told = now
+            job.emit(Progress(job.tokens, job.finished, job.request.n))
+
+    def _fail(self, job: _Job, error: ProgramError) -> None:
+        for key, one in list(self._jobs.items()):
+            if one is job:
+                self._end(key, error, leave=False)
+
+    def _end(self, key: int, answer: Done | ProgramError, *, leave: bool = True) -> None:
+        job = self._jobs.pop(key)
+        self._drop(job, leave=leave)
+        job.finish(answer)
+
+    def _drop(self, job: _Job, *, leave: bool = True) -> None:
+        """Forget a request; its rows leave now, or at the end of the round under way."""
+        self._turn.remove(job)
+        job.live, job.next, job.prefix, job.closed = 0, job.request.n, None, True
+        if leave and any(row.job is job for row in self._rows):
+            self._leave()
+
+
+def _not_finite(step: int) -> ProgramError:
+    return ProgramError(
+        "model.nan",
+        f"the model gave logits that are not numbers (step {step})",
+        "verify the installed bundle; ask its builder for the parity record",
+    )

@@ -1,0 +1,223 @@
+"""The fast graph in one session: shared key-value buffers, the head in the graph.
+
+`Slots` holds the buffers, one slot a sequence; `FastModel.run` is one call of the graph on
+neighbouring slots (docs/design/inference.md, 3 and 5; the inputs are those of
+`bundle.staging.graph`). Nothing here knows of requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from airgap.enclave.channel import ProgramError
+from airgap.inference.graphs import Graph, ModelFacts
+from airgap.inference.providers import NATIVE_ERRORS
+from airgap.inference.vocabulary import Vocabulary
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+PIECE = 256  # ids of a prompt that run at once: fixed, so that a shared prefix has the same bits
+_OUTPUTS = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
+_KV = np.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the head shall do at each picked position.
+
+    Args:
+        select: int64[picked], flat places among rows * new.
+        top_k: How many candidates to give back, 1 or more.
+        seen: int64[picked, any], ids that the penalty punishes; None for no penalty.
+        penalty: float32[picked].
+        legal: bool[picked, vocabulary]; None where no row has a grammar.
+        target: int64[picked], ids whose raw logits are wanted.
+
+    """
+
+    select: Ids
+    top_k: int = 1
+    seen: Ids | None = None
+    penalty: Floats | None = None
+    legal: Bools | None = None
+    target: Ids | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the head gave: [picked, top_k] and [picked]; `bundle.staging.graph` defines each."""
+
+    scores: Floats
+    ids: Ids
+    raw: Floats
+    log_z: Floats
+    legal_z: Floats
+    target_raw: Floats
+
+
+class Slots:
+    """Keys and values of up to `rows` sequences of up to `capacity` ids; one buffer each."""
+
+    def __init__(self, facts: ModelFacts, *, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        shape = (rows, facts.kv_heads, capacity, facts.head_dim)
+        # Not touched until written: pages of samples that end early are never taken.
+        self._buffers = [np.empty(shape, dtype=_KV) for _ in facts.past_inputs]
+
+    def views(self, first: int, rows: int) -> list[npt.NDArray[np.float32]]:
+        """Return the part of each buffer that `rows` slots from `first` own."""
+        return [buffer[first : first + rows] for buffer in self._buffers]
+
+    def copy(self, source: Slots, length: int, *, to: int) -> None:
+        """Copy `length` positions of the first slot of `source` into slot `to`."""
+        for ours, theirs in zip(self._buffers, source._buffers, strict=True):
+            ours[to, :, :length] = theirs[0, :, :length]
+
+    def move(self, source: int, length: int, *, to: int) -> None:
+        """Copy `length` positions of one slot over another."""
+        for buffer in self._buffers:
+            buffer[to, :, :length] = buffer[source, :, :length]
+
+    def resize(self, rows: int, capacity: int, lengths: list[int]) -> None:
+        """Change the size and keep the first slots, which hold `lengths` positions."""
+        for place, old in enumerate(self._buffers):
+            new = np.empty((rows, old.shape[1], capacity, old.shape[3]), dtype=_KV)
+            for row, length in enumerate(lengths):
+                new[row, :, :length] = old[row, :, :length]
+            self._buffers[place] = new  # one at a time: two whole sets would not fit the plan
+        self.rows, self.capacity = rows, capacity
+
+
+class FastModel:
+    """A loaded fast graph; `run` is its only work."""
+
+    def __init__(
+        self, facts: ModelFacts, graph: Graph, session: Any, vocabulary: Vocabulary
+    ) -> None:
+        self.facts = facts
+        self.graph = graph
+        self.vocabulary = vocabulary
+        self.session = session
+        self.runs = 0
+        _require_signature(facts, graph, session)
+
+    @property
+    def provider(self) -> str:
+        """The provider that the session runs on."""
+        return str(self.session.get_providers()[0])
+
+    def run(
+        self, ids: Ids, lengths: npt.NDArray[np.int32], slots: Slots, head: Head, *, first: int = 0
+    ) -> Found:
+        """Run new ids on the slots from `first`.
+
+        Args:
+            ids: int64[rows, new]; more than one new id for one row alone, or for empty slots.
+            lengths: int32[rows], positions of each slot after this run.
+            slots: The buffers.
+            head: Of which positions the head is wanted.
+            first: The slot of row 0.
+
+        Raises:
+            ProgramError: `model.run`.
+
+        """
+        rows, picked = len(ids), len(head.select)
+        binding = self.session.io_binding()
+        feeds = self._feeds(ids, lengths, head)  # the binding holds addresses: these must live on
+        for name, array in feeds:
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        outputs: list[npt.NDArray[Any]]
+        outputs = [np.empty((picked, head.top_k), dtype=kind) for kind in (_KV, np.int64, _KV)]
+        outputs += [np.empty(picked, dtype=_KV) for _ in range(3)]
+        for name, array in zip(_OUTPUTS, outputs, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        facts = self.facts
+        views = slots.views(first, rows)
+        for past, present, view in zip(
+            facts.past_inputs, facts.present_outputs, views, strict=True
+        ):
+            place = view.ctypes.data
+            binding.bind_input(past, "cpu", 0, _KV, view.shape, place)
+            binding.bind_output(present, "cpu", 0, _KV, view.shape, place)
+        try:
+            self.session.run_with_iobinding(binding)
+        except NATIVE_ERRORS as error:
+            raise ProgramError(
+                "model.run",
+                f"the graph failed on {rows} x {ids.shape[1]} ids: {str(error)!r:.300}",
+                "verify the installed bundle; ask for fewer samples if memory is short",
+            ) from error
+        self.runs += 1
+        return Found(*outputs)
+
+    def prefill(self, ids: list[int], slots: Slots, *, start: int = 0) -> None:
+        """Run a prompt from position `start`, a multiple of `PIECE`, through slot 0."""
+        for place in range(start, len(ids), PIECE):
+            part = np.array([ids[place : place + PIECE]], dtype=np.int64)
+            lengths = np.array([place + part.shape[1]], dtype=np.int32)
+            self.run(part, lengths, slots, Head(select=np.array([part.shape[1] - 1])))
+
+    def probe(self, rows: int) -> npt.NDArray[Any]:
+        """Run two ids in `rows` slots and return what the first slot got."""
+        slots = Slots(self.facts, rows=rows, capacity=2)
+        ids = np.zeros((rows, 1), dtype=np.int64)
+        head = Head(select=np.arange(rows), top_k=min(8, self.facts.vocab_size))
+        self.run(ids, np.full(rows, 1, dtype=np.int32), slots, head)
+        found = self.run(ids + 1, np.full(rows, 2, dtype=np.int32), slots, head)
+        return np.concatenate([found.raw[0], found.log_z[:1]])
+
+    def _feeds(
+        self, ids: Ids, lengths: npt.NDArray[np.int32], head: Head
+    ) -> list[tuple[str, npt.NDArray[Any]]]:
+        """Return every input but the buffers; the caller keeps them alive through the run."""
+        picked = len(head.select)
+        zeros = np.zeros((picked, 1), dtype=np.int64)
+        if head.penalty is None or head.seen is None:
+            seen, penalty = zeros, np.ones((picked, 1), dtype=np.float32)
+        else:
+            seen = np.ascontiguousarray(head.seen)
+            penalty = np.ascontiguousarray(head.penalty, dtype=np.float32).reshape(picked, 1)
+        legal = head.legal
+        return [
+            ("input_ids", np.ascontiguousarray(ids)),
+            ("seqlens_k", np.ascontiguousarray(lengths - 1, dtype=np.int32)),
+            ("total_sequence_length", np.array(lengths.max(), dtype=np.int32)),
+            ("select", np.ascontiguousarray(head.select)),
+            ("seen", seen),
+            ("penalty", penalty),
+            (
+                "legal",
+                np.ones((1, self.facts.vocab_size), dtype=np.bool_)
+                if legal is None
+                else np.ascontiguousarray(legal),
+            ),
+            ("constrained", np.array(legal is not None)),
+            ("target", zeros[:, 0].copy() if head.target is None else head.target),
+            ("top_k", np.array([head.top_k], dtype=np.int64)),
+        ]
+
+
+def _require_signature(facts: ModelFacts, graph: Graph, session: Any) -> None:
+    """Compare names, types and shapes of the session with the facts."""
+    inputs = {one.name: one for one in session.get_inputs()}
+    outputs = {one.name: one for one in session.get_outputs()}
+    if (sorted(inputs), sorted(outputs)) != (sorted(graph.inputs), sorted(graph.outputs)):
+        raise _unfit(graph, "has other inputs or outputs than graphs.json names")
+    for name in (*facts.past_inputs, *facts.present_outputs):
+        one = inputs.get(name) or outputs[name]
+        size = one.shape[1::2] if len(one.shape) == 4 else None  # noqa: PLR2004
+        if one.type != "tensor(float)" or size != [facts.kv_heads, facts.head_dim]:
+            raise _unfit(graph, f"has a cache {name} of {one.type} {one.shape!r:.80}")
+    if inputs["legal"].shape[-1] != facts.vocab_size:
+        raise _unfit(graph, f"has a head for {inputs['legal'].shape[-1]!r:.20} entries")
+
+
+def _unfit(graph: Graph, message: str) -> ProgramError:
+    return ProgramError("model.graph", f"{graph.path} {message}", "verify the installed bundle")

@@ -1,0 +1,133 @@
+"""Random mixes of requests: each gets the tokens that it gets alone, whatever runs beside it."""
+
+import functools
+
+import hypothesis.strategies as st
+import inference_models as models
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from airgap.inference.constrain import Grammars
+from airgap.inference.decoder import Decoder
+from airgap.inference.engine import Engine
+from airgap.inference.model import load_model
+from airgap.inference.protocol import Done, Generate, Grammar, Sample, segments_of
+
+BUDGET = 64 << 20
+PROMPTS = {
+    "retro": (models.RETRO, (Grammar(), Grammar("structure", "retrosynthesis"))),
+    "molecule": ("<MoleculeS>", (Grammar(), Grammar("structure", "molecule"))),
+    "search": (models.SEARCH, (Grammar(), Grammar("copy", "", models.SEQUENCE))),
+}
+
+
+@functools.cache
+def fast():
+    return load_model(models.fast_folder(), precision="fp32", demand="cpu", threads=1)
+
+
+@functools.cache
+def grammars():
+    return Grammars(fast().vocabulary, fast().facts)
+
+
+def compiled(request):
+    return grammars().compile(request.grammar, request.prompt)
+
+
+@st.composite
+def requests(draw):
+    prompt, kinds = PROMPTS[draw(st.sampled_from(sorted(PROMPTS)))]
+    return Generate(
+        prompt=segments_of(prompt),
+        n=draw(st.integers(1, 6)),
+        max_new_tokens=draw(st.integers(1, 40)),
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.2])),
+        top_p=draw(st.sampled_from([0.85, 1.0])),
+        top_k=draw(st.sampled_from([0, 1, 5, 50])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.05, 1.5])),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        stop=draw(st.sampled_from([(), ("<MoleculeE>",)])),
+        grammar=draw(st.sampled_from(kinds)),
+    )
+
+
+class Sink:
+    """What one request got."""
+
+    def __init__(self):
+        self.samples, self.answers = {}, []
+
+    def emit(self, event):
+        if isinstance(event, Sample):
+            assert event.index not in self.samples
+            self.samples[event.index] = (event.ids, event.finish_reason, event.text)
+
+    def submit(self, engine, key, request, **options):
+        engine.submit(
+            key, request, compiled(request), emit=self.emit, finish=self.answers.append, **options
+        )
+
+
+def alone(request, most_rows=1):
+    engine, sink = Engine(fast(), budget=BUDGET, most_rows=most_rows), Sink()
+    sink.submit(engine, 0, request)
+    while engine.busy:
+        engine.step()
+    assert isinstance(sink.answers[0], Done)
+    return sink.samples
+
+
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_a_mix_gives_each_request_what_it_gets_alone(data):
+    mix(data)
+
+
+@pytest.mark.soak
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_two_hundred_mixes(data):
+    mix(data)
+
+
+def mix(data):
+    wanted = data.draw(st.lists(requests(), min_size=2, max_size=5))
+    engine = Engine(fast(), budget=BUDGET, most_rows=data.draw(st.integers(1, 9)))
+    sinks, cancelled = [], set()
+    for key, request in enumerate(wanted):
+        sink = Sink()
+        sink.submit(engine, key, request)
+        sinks.append(sink)
+        for _ in range(data.draw(st.integers(0, 20))):
+            engine.step()
+        if data.draw(st.integers(0, 5)) == 0:
+            victim = data.draw(st.integers(0, key))
+            if engine.cancel(victim):
+                cancelled.add(victim)
+    while engine.busy:
+        engine.step()
+    for key, (request, sink) in enumerate(zip(wanted, sinks, strict=True)):
+        if key in cancelled:
+            assert sink.answers == []
+            assert sink.samples.items() <= alone(request).items()
+        else:
+            (done,) = sink.answers
+            assert done.tokens == sum(len(ids) for ids, _, _ in sink.samples.values())
+            assert sink.samples == alone(request)
+
+
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+@given(requests())
+def test_the_fast_graph_draws_what_the_reference_graph_draws(request):
+    reference = load_model(
+        models.fast_folder(), precision="fp32", demand="cpu", threads=1, interface="past"
+    )
+    found = {}
+
+    def emit(event):
+        if isinstance(event, Sample):
+            found[event.index] = (event.ids, event.finish_reason, event.text)
+
+    Decoder(reference, budget=BUDGET, most_rows=4).generate(request, compiled(request), emit)
+    assert found == alone(request, most_rows=4)
