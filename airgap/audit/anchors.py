@@ -6,15 +6,19 @@ believed here; `verify` asks for signature, epoch and quorum when it knows the l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from airgap.audit.checkpoint import (
     Checkpoint,
     Head,
     Keys,
     parse_checkpoint,
+    ring_of,
+    unsigned_checkpoint,
     verify_checkpoint,
 )
 from airgap.audit.disk import open_plain
@@ -23,14 +27,20 @@ from airgap.audit.quorum import Policy
 from airgap.audit.receipt import HEADER, MAX_RECEIPT, Receipt, parse_receipt, verify_receipt
 from policy.errors import FaultError, RefusedError
 
+_SHORT: Final = re.compile(rb"([!-*,-~]{1,200}) (0|[1-9][0-9]{0,15}) ([A-Za-z0-9+/]{43}=)\s*")
+
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A head from outside that was read and not yet verified; `receipt` proves one record too."""
+    """A head from outside that was read and not yet verified; `receipt` proves one record too.
+
+    A head that somebody wrote down (`origin size root`, no signature) is as good as his word.
+    """
 
     name: str
     checkpoint: Checkpoint
     receipt: Receipt | None
+    written: bool = False
 
     @property
     def size(self) -> int:
@@ -48,6 +58,8 @@ class Anchor:
         """
         if self.receipt is not None:
             return verify_receipt(self.receipt, keys)
+        if self.written:
+            return _of_origin(self.checkpoint, keys)
         head = verify_checkpoint(self.checkpoint, keys)
         if policy is not None:
             policy.require(self.checkpoint)
@@ -55,10 +67,13 @@ class Anchor:
 
 
 def parse_anchor(content: bytes, name: str) -> Anchor:
-    """Return the anchor in a `.tlog-proof` or a signed note; RefusedError when neither."""
+    """Return the anchor in a receipt, a signed note or a short head; RefusedError when none."""
     if content.startswith(HEADER.encode()):
         receipt = parse_receipt(content)
         return Anchor(name, parse_checkpoint(receipt.note.encode()), receipt)
+    if short := _SHORT.fullmatch(content):
+        origin, size, root = (part.decode() for part in short.groups())
+        return Anchor(name, unsigned_checkpoint(origin, size, root), None, written=True)
     return Anchor(name, parse_checkpoint(content), None)
 
 
@@ -77,6 +92,15 @@ def read_anchors(paths: Sequence[Path], findings: Findings) -> list[Anchor]:
         except (RefusedError, OSError) as error:
             findings.add(UNKNOWN, "anchor", path.name, found=str(error))
     return found
+
+
+def _of_origin(checkpoint: Checkpoint, keys: Keys) -> Head:
+    origin = ring_of(keys).name
+    if checkpoint.origin != origin:
+        raise RefusedError(
+            "audit.note", f"a head of {checkpoint.origin!r:.80}, expected {origin!r:.80}"
+        )
+    return Head(origin, checkpoint.size, checkpoint.root, checkpoint.note)
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -334,6 +334,16 @@ def verify_checkpoint(checkpoint: Checkpoint, keys: Keys) -> Head:
     )
 
 
+def unsigned_checkpoint(origin: str, size: str, root: str) -> Checkpoint:
+    """Return a head that somebody wrote down, without any signature; RefusedError `audit.note`."""
+    try:
+        raw = strict_hash(root)
+    except ValueError as error:
+        raise _bad(f"{error!s:.80}") from None
+    text = f"{origin}\n{size}\n{root}\n"
+    return Checkpoint(origin, int(size), raw, text.encode(), (), f"{text}\n")
+
+
 def strict_hash(text: str) -> bytes:
     """Return the 32 bytes of a base64 hash; ValueError for anything but its one spelling."""
     raw = _strict_base64(text)

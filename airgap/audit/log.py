@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,18 +32,23 @@ from airgap.audit.capacity import (
     last_export,
     note_export,
 )
-from airgap.audit.checkpoint import LogKey, Vkey, create_log_key, site_name
+from airgap.audit.checkpoint import LogKey, Ring, Vkey, create_log_key, site_name
 from airgap.audit.clock import Clock, Peer
 from airgap.audit.disk import Disk
 from airgap.audit.epochs import KeyFiles
 from airgap.audit.layout import Layout, read_lines, segment_range
 from airgap.audit.lock import Lock
+from airgap.audit.payloads import PayloadKey
+from airgap.audit.query import read_records
 from airgap.audit.receipt import Receipt
 from airgap.audit.record import (
     MAX_LINE,
     Actor,
+    Commit,
     Event,
+    Record,
     citations,
+    commitment,
     encode,
     parse_line,
     sealed_payloads,
@@ -86,6 +91,7 @@ class AuditLog:
         clock: Clock,
         disk: Disk,
         capacity: Capacity,
+        payload_key: PayloadKey | None,
         patience_s: float,
     ) -> None:
         self.state = State.OPENING
@@ -93,6 +99,7 @@ class AuditLog:
         self._layout, self._keys, self._mode = layout, keys, mode
         self._clock, self._disk = clock, disk
         self._capacity, self._patience_s = capacity, patience_s
+        self._payload_key = payload_key
         self._lock = lock
         key, self._following = keys.load(disk)
         self._writer = Writer(layout, key, lock=lock, disk=disk, clock=clock, host=host)
@@ -125,6 +132,7 @@ class AuditLog:
         create: bool = True,
         reserve_bytes: int = RESERVE,
         capacity: Capacity | None = None,
+        payload_key: PayloadKey | None = None,
         patience_s: float = PATIENCE_S,
     ) -> Self:
         """Lock the log in `folder`, check it against its signed heads, and take it into service.
@@ -140,6 +148,7 @@ class AuditLog:
             create: Whether a missing log is started.
             reserve_bytes: Blocks to hold back for the records of a full disk.
             capacity: Quota and export limits of the site; `reserve_bytes` is read from it then.
+            payload_key: To whom payloads are sealed; without it none is kept.
             patience_s: How long `append` waits before it reports `audit.timeout`.
 
         Raises:
@@ -165,6 +174,7 @@ class AuditLog:
                 clock=clock,
                 disk=disk,
                 capacity=capacity or Capacity(reserve_bytes=reserve_bytes),
+                payload_key=payload_key,
                 patience_s=patience_s,
             )
         except BaseException:
@@ -215,6 +225,29 @@ class AuditLog:
         self._store(self._layout.payload(digest.hex), f"sealed:{digest}", blob)
         return digest
 
+    def commit(self, payload: bytes, nonce: bytes, *, req: str, side: str) -> Commit:
+        """Commit to a payload under 32 random bytes; where the site keeps payloads, seal it first.
+
+        Args:
+            payload: A prompt or an output; it goes into no record.
+            nonce: See `record.commitment`.
+            req: The request that it belongs to.
+            side: `in` or `out`.
+
+        """
+        commit = commitment(payload, nonce)
+        if self._payload_key is None:
+            return commit
+        blob = self._payload_key.seal(payload, nonce, origin=self.origin, req=req, side=side)
+        return Commit(commit.commit, commit.bytes, str(self.put_payload(blob)))
+
+    def denials(self, uid: int, since: str) -> Iterator[Record]:
+        """Yield the denials of an account since a time, UTC text."""
+        for record in read_records(self.folder):
+            denied = record["kind"] == "denial" and record["actor"]["uid"] == uid
+            if denied and record["ts"] >= since:
+                yield record
+
     def rotate_key(self, actor: Actor) -> Vkey:
         """End the epoch of the log's key and return the key that signs from now on.
 
@@ -256,6 +289,11 @@ class AuditLog:
         return self._writer.key.vkey.name
 
     @property
+    def ring(self) -> Ring:
+        """The verifier keys of all epochs so far."""
+        return self._writer.key.ring
+
+    @property
     def vkey(self) -> str:
         """The verifier key of the present epoch."""
         return str(self._writer.key.vkey)
@@ -281,9 +319,9 @@ class AuditLog:
         return self._anchored
 
     @property
-    def export_number(self) -> int:
-        """How often this log was exported."""
-        return self._exported.number
+    def last_export(self) -> LastExport:
+        """What the last complete export covered."""
+        return self._exported
 
     def close(self) -> None:
         """Write the shutdown record, publish checkpoint and tiles, and give the lock back."""
@@ -619,6 +657,7 @@ def open_log(
     host: str = "",
     mode: str = "embedded",
     capacity: Capacity | None = None,
+    payload_key: PayloadKey | None = None,
 ) -> AuditLog:
     """Open the log of a tree (`audit/`, key in `keys/`), making both when they are missing.
 
@@ -646,7 +685,14 @@ def open_log(
             f"the key {key} has signed a log, and there is none in {root / 'audit'}",
             hint="bring the log back from its backup; for a new log move both keys/audit.* aside",
         )
-    log = AuditLog.open(root / "audit", key=key, host=host, mode=mode, capacity=capacity)
+    log = AuditLog.open(
+        root / "audit",
+        key=key,
+        host=host,
+        mode=mode,
+        capacity=capacity,
+        payload_key=payload_key,
+    )
     try:
         if not begun.exists():
             Disk().put(begun, b"")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from airgap.audit.layout import Layout, read_lines, segment_count
-from airgap.audit.record import Record, parse_line
+from airgap.audit.disk import open_plain
+from airgap.audit.layout import Layout, read_lines, segment_range
+from airgap.audit.record import MAX_LINE, Record, parse_line
+from airgap.audit.tiles import SEGMENT
 from policy.errors import RefusedError, UsageError
 
+FOLLOW_S: Final = 0.5
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?Z?)?", re.ASCII)
 
 
@@ -88,10 +93,10 @@ def read_records(folder: Path) -> Iterator[Record]:
             f"no audit log in {folder}",
             hint="name the folder that holds `log/`, or use --root",
         )
-    count = segment_count(layout)
-    for index in range(count):
+    there = segment_range(layout)
+    for index in there:
         for number, line in enumerate(read_lines(layout.segment(index))):
-            if not line.endswith(b"\n") and index == count - 1:
+            if not line.endswith(b"\n") and index == there[-1]:
                 return  # A writer is at work, or a crash left it: the next open deals with it.
             try:
                 yield parse_line(line.removesuffix(b"\n"))
@@ -101,6 +106,57 @@ def read_records(folder: Path) -> Iterator[Record]:
                     f"{layout.segment(index).name}, line {number + 1}: {error.message}",
                     hint="run `airgap audit verify`",
                 ) from error
+
+
+def follow(
+    folder: Path, wanted: Filter, *, last: int, wait: Callable[[], object] | None = None
+) -> Iterator[Record]:
+    """Yield the newest `last` records that pass, then each new one as it is written, for ever.
+
+    `wait` is called when there is nothing new; it may raise to end it.
+    """
+    pause = wait or (lambda: time.sleep(FOLLOW_S))
+    layout = Layout(folder)
+    seen = -1
+    recent: deque[Record] = deque(maxlen=last or None)
+    for record in read_records(folder):
+        seen = record["seq"]
+        if wanted(record):
+            recent.append(record)
+    yield from recent
+    place = _Place(layout, seen + 1)
+    while True:
+        new = place.next()
+        if new is None:
+            pause()
+        elif wanted(new):
+            yield new
+
+
+class _Place:
+    """Where the next record will stand: a segment and an offset in it."""
+
+    def __init__(self, layout: Layout, seq: int) -> None:
+        self._layout, self._seq, self._offset = layout, seq, 0
+        path = layout.segment(seq // SEGMENT)
+        if path.is_file():
+            lines = itertools.islice(read_lines(path), seq % SEGMENT)
+            self._offset = sum(len(line) for line in lines)
+
+    def next(self) -> Record | None:
+        """Return the next whole record, None when there is none yet."""
+        try:
+            with open_plain(self._layout.segment(self._seq // SEGMENT)) as file:
+                file.seek(self._offset)
+                line = file.readline(MAX_LINE + 2)
+        except FileNotFoundError:
+            return None
+        if not line.endswith(b"\n"):
+            return None
+        record = parse_line(line[:-1])
+        self._seq += 1
+        self._offset = 0 if self._seq % SEGMENT == 0 else self._offset + len(line)
+        return record
 
 
 def select(folder: Path, wanted: Filter, *, last: int) -> list[Record]:

@@ -42,6 +42,7 @@ from airgap.audit.layout import (
     read_lines,
     segment_range,
 )
+from airgap.audit.quorum import load_policy
 from airgap.audit.receipt import MAX_RECEIPT
 from airgap.audit.record import Record, parse_line
 from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles, tile_name
@@ -122,8 +123,8 @@ def recover(
         frontier = None  # Derived files are gone: hash everything once and write them again.
     state = _start(head, frontier, put_tile)
     anchors = _anchors(layout, known)
-    state.anchored = max(anchors, default=0)
-    state.anchored_at = anchors[state.anchored][1] if anchors else 0
+    state.anchored = max((size for size, (_, arrived) in anchors.items() if arrived), default=0)
+    state.anchored_at = anchors[state.anchored][1] if state.anchored else 0
     expected = {size: root for size, (root, _) in anchors.items() if size > state.edge.size}
     if expected.get(head.size, head.root) != head.root:
         raise _refused(f"an anchor of size {head.size} has another root")
@@ -462,20 +463,28 @@ def _current(layout: Layout) -> Checkpoint | None:
 
 
 def _anchors(layout: Layout, ring: Ring) -> dict[int, tuple[bytes, int]]:
-    """Return root and time of arrival, by size, of each anchor that was handed back to the host."""
+    """Return, by size, each head that was handed back to this host: its root, and when it came.
+
+    The time is 0 for one that the site's trust policy does not count.
+    """
     found: dict[int, tuple[bytes, int]] = {}
+    policy = load_policy(layout.policy) if layout.policy.is_file() else None
     for path in sorted(layout.anchors.iterdir()) if layout.anchors.is_dir() else ():
         with open_plain(path) as file:
             content = file.read(MAX_RECEIPT + 1)
             arrived = int(os.fstat(file.fileno()).st_mtime)
         try:
-            head = parse_anchor(content, path.name).verify(ring, None)
+            anchor = parse_anchor(content, path.name)
+            head = anchor.verify(ring, None)
         except RefusedError:
             continue  # Not one of ours: `audit verify` reports it.
-        else:
-            if found.get(head.size, (head.root, 0))[0] != head.root:
-                raise _refused(f"two anchors of size {head.size} have different roots")
-            found[head.size] = (head.root, arrived)
+        if found.get(head.size, (head.root, 0))[0] != head.root:
+            raise _refused(f"two anchors of size {head.size} have different roots")
+        try:
+            anchor.verify(ring, policy)
+        except RefusedError:
+            arrived = 0
+        found[head.size] = (head.root, max(arrived, found.get(head.size, (b"", 0))[1]))
     return found
 
 

@@ -98,6 +98,30 @@ def inclusion_path(index: int, size: int, node: Callable[[Node], bytes]) -> tupl
     return tuple(reversed(path))
 
 
+def consistency_path(old: int, new: int, node: Callable[[Node], bytes]) -> tuple[bytes, ...]:
+    """Return the consistency proof of RFC 6962, section 2.1.2, from complete nodes."""
+    if old in {0, new}:
+        return ()
+    path: list[bytes] = []
+    low, high, whole = 0, new, True  # `whole`: the old root itself is still a node of the path
+    while old != high:
+        middle = low + _split(high - low)
+        if old <= middle:
+            path.append(_cover(middle, high, node))
+            high = middle
+        else:
+            path.append(_cover(low, middle, node))
+            low, whole = middle, False
+    if not whole:
+        path.append(_cover(low, high, node))
+    return tuple(reversed(path))
+
+
+def whole_root(size: int, node: Callable[[Node], bytes]) -> bytes:
+    """Return the root of the first `size` leaves from complete nodes."""
+    return _cover(0, size, node) if size else empty_root()
+
+
 def tile_name(level: int, index: int, width: int = WIDTH) -> str:
     """Return the path below `tile/` of a full or partial tile, as tlog-tiles spells it."""
     groups = [f"{index % 1000:03d}"]

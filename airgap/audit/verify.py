@@ -28,6 +28,8 @@ from airgap.audit.checkpoint import (
 )
 from airgap.audit.disk import open_plain
 from airgap.audit.epochs import Epochs, Rotation, align
+from airgap.audit.export.manifest import check_export
+from airgap.audit.export.sign import SCHEMES, ExportPublic
 from airgap.audit.findings import GOOD, NOTE, TAMPERED, UNKNOWN, Finding, Findings, Verdict
 from airgap.audit.layout import Layout, last_checkpoint, parse_journal_line
 from airgap.audit.quorum import Policy
@@ -46,6 +48,8 @@ def verify_log(
     vkey: Keys | None,
     anchors: Sequence[Path] = (),
     policy: Policy | None = None,
+    export_keys: ExportPublic | None = None,
+    required: Sequence[str] = SCHEMES,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check everything in `folder` that public keys and outside anchors can show.
@@ -56,6 +60,9 @@ def verify_log(
         anchors: Receipts (`.tlog-proof`) and checkpoints kept elsewhere, or folders of them.
         policy: Which witnesses must stand behind a checkpoint that is used as an anchor; its log
             keys serve where `vkey` is not given.
+        export_keys: Keys of the host that made an export; without them its signatures are not
+            judged.
+        required: Signatures that an export must bear when `export_keys` are given.
         progress: Called with bytes read and bytes in all.
 
     """
@@ -80,9 +87,7 @@ def verify_log(
         judge.beginning()
         judge.payloads()
         if not live:
-            from airgap.audit.export.manifest import check_export  # noqa: PLC0415 - it needs us
-
-            for finding in check_export(folder):
+            for finding in check_export(folder, export_keys, required):
                 findings.keep(finding)
     except OSError as error:
         name = str(error.filename or folder)
@@ -342,7 +347,9 @@ class _Judge:
     def _agrees(self, anchor: Anchor, keys: Ring) -> bool:
         place, size = f"anchor {anchor.name}", self._found.size
         try:
-            self._epochs.require(anchor.verify(keys, self._policy))
+            head = anchor.verify(keys, self._policy)
+            if not anchor.written:
+                self._epochs.require(head)
         except RefusedError as error:
             level = TAMPERED if error.code == "audit.epoch" else UNKNOWN
             check = "key epoch" if error.code == "audit.epoch" else "anchor"

@@ -1,4 +1,4 @@
-"""`airgap audit`: read, verify and export the usage log, and check a receipt."""
+"""`airgap audit`: read, verify and export the usage log, prove a record, check a receipt."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli import audit_acts
+from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from airgap.audit import Record, Vkey
-    from airgap.audit.checkpoint import Checkpoint
-    from airgap.audit.verify import Verdict
+    from airgap.audit import Record, Ring
+    from airgap.audit.export.manifest import Manifest
+    from airgap.audit.export.write import Plan
+    from airgap.audit.findings import Verdict
+    from airgap.audit.layout import Layout
+    from airgap.audit.query import Filter
 
 _Log = Annotated[
     Path | None,
@@ -34,6 +38,10 @@ def register(app: typer.Typer) -> None:
     group.command(name="verify")(verify)
     group.command(name="export")(export)
     group.command(name="check-receipt")(check_receipt)
+    group.command(name="status")(status)
+    group.command(name="prove")(prove)
+    group.command(name="head")(head)
+    audit_acts.register(group)
     app.add_typer(group, name="audit")
 
 
@@ -50,6 +58,9 @@ def show_log(
     since: Annotated[str, typer.Option(help="UTC, such as 2026-11-25 or 2026-11-25T14:30.")] = "",
     until: Annotated[str, typer.Option(help="UTC, not included.")] = "",
     last: Annotated[int, typer.Option(min=0, help="The newest so many; 0 for all.")] = 40,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with new records until interrupted.")
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -57,6 +68,9 @@ def show_log(
     from airgap.audit.query import Filter, select
 
     wanted = Filter(person, project, kind, phase, outcome, model, req, since, until)
+    if follow:
+        _follow(_folder(log, root), wanted, last, json=json)
+        return
     records = select(_folder(log, root), wanted, last=last)
     document = {"records": [dict(record) for record in records], "count": len(records)}
     show(document, "no record matches" if not records else _table(records), json=json)
@@ -70,17 +84,34 @@ def verify(
         list[Path] | None,
         typer.Option(help="Receipt, checkpoint, or a folder of them, kept elsewhere; repeatable."),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Trust policy (tlog-policy): which witnesses a checkpoint needs."),
+    ] = None,
+    export_key: Annotated[
+        Path | None,
+        typer.Option("--export-key", help="Public export keys of the host that made an export."),
+    ] = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
     """Verify the log with its public key. Exit 0 good, 1 tampered, 3 cannot tell."""
+    from airgap.audit.export.sign import load_export_public
+    from airgap.audit.quorum import load_policy
     from airgap.audit.verify import verify_log
 
     folder, key = _folder(log, root), _key(log, vkey, root)
     if not folder.is_dir():
         raise FaultError("audit.absent", f"no folder {folder}", hint="check the path")
     with _Bar("verifying") as bar:
-        verdict = verify_log(folder, vkey=key, anchors=anchors or (), progress=bar)
+        verdict = verify_log(
+            folder,
+            vkey=key,
+            anchors=anchors or (),
+            policy=load_policy(policy) if policy else None,
+            export_keys=load_export_public(export_key) if export_key else None,
+            progress=bar,
+        )
     show(verdict.as_document(), _verdict_text(verdict, key), json=json)
     raise typer.Exit(verdict.exit)
 
@@ -89,36 +120,109 @@ def export(
     log: _Log = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that does not exist yet.")],
-    rows: Annotated[str, typer.Option("--format", help="jsonl or csv.")] = "jsonl",
+    rows: Annotated[str, typer.Option("--format", help="Derived rows, such as jsonl or csv.")] = (
+        "jsonl"
+    ),
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since",
+            help="Go on from a size: a number, LAST for the last export, COSIGNED for the last "
+            "cosigned head. What lies before comes by its hashes, with a consistency proof.",
+        ),
+    ] = "0",
+    payloads: Annotated[bool, typer.Option(help="Whether encrypted payloads travel along.")] = True,
     root: Root = None,
     json: Json = False,
 ) -> None:
     """Export evidence and derived rows. An export of your own log is itself on record."""
-    from airgap.audit.export.manifest import Manifest, export_log
     from airgap.audit.export.rows import FORMATS
-    from airgap.audit.layout import Layout
+    from airgap.audit.export.write import Plan
+    from airgap.audit.layout import Layout, last_checkpoint
 
     if rows not in FORMATS:
-        raise UsageError("usage.argument", f"--format: {rows!r:.40}", hint="use jsonl or csv")
+        known = ", ".join(sorted(FORMATS))
+        raise UsageError("usage.argument", f"--format: {rows!r:.40}", hint=f"use one of {known}")
     if out.exists():
         raise UsageError("usage.argument", f"--out: {out} exists", hint="name a new folder")
-    source, target = Layout(_folder(log, root)), out.absolute()
-
-    def write(head: Checkpoint) -> Manifest:
-        with _Bar("exporting") as bar:
-            return export_log(source, target, head=head, rows=rows, progress=bar)
-
-    manifest = write(_head(source)) if log is not None else _recorded(root, rows, target, write)
+    target = out.absolute()
+    if log is not None:
+        source = Layout(_folder(log, root))
+        found = last_checkpoint(source.journal)
+        if found is None:
+            raise RefusedError("audit.absent", f"no signed head in {source.folder}")
+        plan = Plan(found[0], rows, _since(since, 0, 0), payloads=payloads)
+        manifest = _written(source, target, plan)
+    else:
+        manifest = _recorded(root, rows, target, since, payloads=payloads)
     document = manifest.model_dump(exclude={"files"}) | {
         "out": str(target),
         "files": len(manifest.files),
     }
     text = (
-        f"{manifest.size} records of {manifest.origin} in {target}\n"
+        f"records {manifest.first} to {manifest.size - 1} of {manifest.origin} in {target}\n"
         f"rows: {manifest.rows_file}, each with seq and leaf hash; evidence: log/\n"
         f"verify it elsewhere: airgap audit verify {out} --vkey FILE --anchors RECEIPTS"
     )
     show(document, text, json=json)
+
+
+def status(log: _Log = None, *, root: Root = None, json: Json = False) -> None:
+    """Show how the log stands: size, anchors, space, and how old the last export is."""
+    from airgap.audit.status import read_status
+
+    found = read_status(_folder(log, root), _key(log, None, root))
+    show(found.as_document(), found.text(), json=json)
+
+
+def prove(
+    seq: Annotated[int, typer.Argument(min=0, help="Number of the record.")],
+    log: _Log = None,
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the .tlog-proof file here.")
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Prove that a record lies in the log: a receipt that anybody checks with the public key."""
+    from airgap.audit.layout import Layout, last_checkpoint
+    from airgap.audit.tree import StoredTree
+
+    layout = Layout(_folder(log, root))
+    found = last_checkpoint(layout.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
+    receipt = StoredTree(layout).receipt(seq, found[0])
+    if out is not None:
+        _write_text(out, receipt.as_proof())
+    document = receipt.as_document() | {"out": str(out) if out else None}
+    show(document, receipt.as_proof().rstrip("\n") if out is None else f"wrote {out}", json=json)
+
+
+def head(
+    log: _Log = None,
+    *,
+    qr: Annotated[
+        Path | None, typer.Option("--qr", help="Also write the signed head as a QR code, SVG.")
+    ] = None,
+    show_qr: Annotated[bool, typer.Option("--show-qr", help="Draw it on the terminal.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Print the newest signed head for paper: what you keep shows a rollback later."""
+    from airgap.audit.layout import Layout, last_checkpoint
+    from airgap.audit.paper import Paper
+
+    layout = Layout(_folder(log, root))
+    found = last_checkpoint(layout.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
+    paper = Paper(found[0])
+    if qr is not None:
+        _write_text(qr, paper.svg())
+    text = paper.text() + (f"\n{paper.terminal()}" if show_qr else "")
+    show(paper.as_document() | {"qr": str(qr) if qr else None}, text, json=json)
 
 
 def check_receipt(
@@ -145,20 +249,28 @@ def check_receipt(
     raise typer.Exit(found.exit)
 
 
-def _recorded(root: Path | None, rows: str, out: Path, write: Any) -> Any:
+def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: bool) -> Manifest:
     """Export the user's own log between a durable intent and a durable outcome."""
     from airgap.audit import AuditLog, Event, new_ulid
     from airgap.audit.checkpoint import parse_checkpoint
+    from airgap.audit.export.sign import ExportKey
+    from airgap.audit.export.write import Plan
+    from airgap.audit.layout import Layout
     from policy.terms import Digest
 
     tree = root_folder(root)
+    key_file = tree / "keys" / "export.pem"
+    key = ExportKey.load(key_file) if key_file.exists() else ExportKey.create(key_file)
     req = new_ulid()
     with AuditLog.open(tree / "audit", key=tree / "keys" / "audit.pem", create=False) as log:
-        start = log.append(Event(kind="export", phase="intent", req=req, data={"format": rows}))
+        start = _since(since, log.last_export.size, log.anchored)
+        intent = log.append(Event(kind="export", phase="intent", req=req, data={"format": rows}))
         result: dict[str, Any] = {"format": rows, "result": "failed"}
         code = "host.io"
         try:
-            manifest = write(parse_checkpoint(start.note.encode()))
+            head = parse_checkpoint(intent.note.encode())
+            plan = Plan(head, rows, start, log.last_export.number + 1, payloads=payloads, key=key)
+            manifest = _written(Layout(log.folder), out, plan)
         except RefusedError as error:
             code = error.code
             raise
@@ -167,39 +279,72 @@ def _recorded(root: Path | None, rows: str, out: Path, write: Any) -> Any:
             raise
         else:
             digest = Digest.of((out / "manifest.json").read_bytes())
-            result |= {"first": 0, "last": manifest.size - 1, "root": manifest.root}
+            result |= {"first": manifest.first, "last": manifest.size - 1, "root": manifest.root}
             result |= {"manifest": str(digest), "result": "complete"}
             code = ""
         finally:
             log.append(Event(kind="export", phase="outcome", req=req, err=code, data=result))
+        log.note_export(manifest.size)
     return manifest
+
+
+def _written(source: Layout, out: Path, plan: Plan) -> Manifest:
+    from airgap.audit.export.write import export_log
+
+    with _Bar("exporting") as bar:
+        return export_log(source, out, plan, progress=bar)
+
+
+def _since(text: str, exported: int, cosigned: int) -> int:
+    """Return the size that `--since` names."""
+    named = {"LAST": exported, "COSIGNED": cosigned}
+    if text in named:
+        return named[text]
+    if not text.isascii() or not text.isdecimal() or len(text) > 15:  # noqa: PLR2004
+        raise UsageError(
+            "usage.argument", f"--since: {text!r:.40}", hint="use LAST, COSIGNED or a number"
+        )
+    return int(text)
+
+
+def _follow(folder: Path, wanted: Filter, last: int, *, json: bool) -> None:
+    """Print what is there and then what comes, one line a record."""
+    import orjson
+
+    from airgap.audit.query import follow
+
+    for record in follow(folder, wanted, last=last):
+        if json:
+            stdout.out(orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode())
+        else:
+            stdout.print(_table([record], headed=False))
+
+
+def _write_text(path: Path, content: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(content)
+    except OSError as error:
+        raise FaultError(
+            "host.io", f"cannot write {path}: {error.strerror}", hint="name a new file"
+        ) from error
 
 
 def _folder(log: Path | None, root: Path | None) -> Path:
     return root_folder(root) / "audit" if log is None else log.expanduser().absolute()
 
 
-def _key(log: Path | None, vkey: Path | None, root: Path | None) -> Vkey | None:
+def _key(log: Path | None, vkey: Path | None, root: Path | None) -> Ring | None:
     """Return the verifier key: the given one, or for the user's own log the one beside its key.
 
     A swapped key of one's own cannot give a good verdict: anchors that the old key signed fail it.
     """
-    from airgap.audit import load_vkey
+    from airgap.audit import load_ring
 
     own = root_folder(root) / "keys" / "audit.vkey"
     if vkey is None and (log is not None or not own.exists()):
         return None
-    return load_vkey(vkey or own)
-
-
-def _head(source: Any) -> Checkpoint:
-    """Return the newest head of a copy, for an export that nobody records."""
-    from airgap.audit.layout import last_checkpoint
-
-    found = last_checkpoint(source.journal)
-    if found is None:
-        raise RefusedError("audit.absent", f"no signed head in {source.folder}", hint="check LOG")
-    return found[0]
+    return load_ring(vkey or own)
 
 
 class _Bar:
@@ -222,7 +367,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _table(records: list[Record]) -> Text:
+def _table(records: list[Record], *, headed: bool = True) -> Text:
     """Return aligned lines; whole cells, for a terminal may wrap them but must not cut them."""
     from rich.text import Text
 
@@ -242,7 +387,8 @@ def _table(records: list[Record]) -> Text:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     used = [c for c in range(len(widths)) if any(row[c] for row in rows[1:])]
     lines = ["  ".join(row[c].ljust(widths[c]) for c in used).rstrip() for row in rows]
-    return Text("\n").join([Text(lines[0], style="bold"), *(Text(line) for line in lines[1:])])
+    body = [Text(line) for line in lines[1:]]
+    return Text("\n").join([Text(lines[0], style="bold"), *body] if headed else body)
 
 
 def _decision(record: Record) -> str:
@@ -258,7 +404,7 @@ def _result(record: Record) -> str:
     return ", ".join(parts)
 
 
-def _verdict_text(verdict: Verdict, key: Vkey | None) -> str:
+def _verdict_text(verdict: Verdict, key: Ring | None) -> str:
     from rich.markup import escape
 
     colour = {0: "green", 1: "red", 3: "yellow"}[verdict.exit]
@@ -268,6 +414,8 @@ def _verdict_text(verdict: Verdict, key: Vkey | None) -> str:
         f"anchored to {verdict.anchored_size} by {verdict.anchors} outside heads, "
         f"{verdict.size - verdict.anchored_size} past the last anchor"
     )
-    lines.append(f"key {key.key_id.hex()}  root {verdict.root}" if key else "no verifier key")
+    lines.append(
+        f"key {key.newest.key_id.hex()}  root {verdict.root}" if key else "no verifier key"
+    )
     lines += [escape(str(finding)) for finding in verdict.findings]
     return "\n".join(lines)

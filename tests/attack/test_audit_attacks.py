@@ -25,7 +25,7 @@ import pytest
 from airgap.audit import Event, Peer, State, new_ulid, parse_receipt, verify_log, verify_receipt
 from airgap.audit.checkpoint import sign_checkpoint
 from airgap.audit.disk import Disk
-from airgap.audit.export.manifest import export_log
+from airgap.audit.export.write import Plan, export_log
 from airgap.audit.layout import Layout, journal_line, last_checkpoint, parse_journal_line
 from airgap.audit.query import read_records
 from airgap.audit.tiles import Edge, Tiles
@@ -922,7 +922,7 @@ def test_t40_a_short_prompt_cannot_be_guessed_from_its_commitment(tmp_path):
 def exported(tree, out, rows="jsonl"):
     layout = Layout(tree / "audit")
     found = last_checkpoint(layout.journal)
-    export_log(layout, out, head=found[0], rows=rows)
+    export_log(layout, out, Plan(found[0], rows))
     return out
 
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from airgap.audit import load_vkey, verify_log
-from airgap.audit.export.manifest import export_log
+from airgap.audit.export.write import Plan, export_log
 from airgap.audit.layout import MAX_JOURNAL_LINE, Layout, journal_line, last_checkpoint
 from airgap.audit.query import read_records
 from airgap.cli.app import build
@@ -77,7 +77,7 @@ def test_a_special_file_in_a_log_ends_show_and_export(tree):
     with pytest.raises(OSError, match="not a plain file"):
         list(read_records(tree / "audit"))
     with pytest.raises(OSError, match="not a plain file"):
-        export_log(Layout(tree / "audit"), tree / "out", head=head, rows="jsonl")
+        export_log(Layout(tree / "audit"), tree / "out", Plan(head, "jsonl"))
     assert not (tree / "out").exists()
     assert not list(tree.glob(".out*"))
 
@@ -88,7 +88,7 @@ def test_an_export_copies_no_device(tree):
         path.unlink()
         path.symlink_to("/dev/zero")
     with pytest.raises(OSError, match="not a plain file"):
-        export_log(Layout(tree / "audit"), tree / "out", head=head, rows="jsonl")
+        export_log(Layout(tree / "audit"), tree / "out", Plan(head, "jsonl"))
 
 
 def test_a_pipe_is_no_anchor_no_key_and_no_receipt(tree):
@@ -115,7 +115,7 @@ def test_a_file_of_gigabytes_costs_no_memory(tree, name):
 
 def test_an_export_with_gigabytes_of_manifest_or_checkpoint_costs_no_memory(tree):
     head = last_checkpoint(tree / "audit/log/checkpoints.jsonl")[0]
-    export_log(Layout(tree / "audit"), tree / "out", head=head, rows="jsonl")
+    export_log(Layout(tree / "audit"), tree / "out", Plan(head, "jsonl"))
     for name in ("manifest.json", "log/checkpoint"):
         copy = shutil.copytree(tree / "out", tree / name.replace("/", "-"))
         os.truncate(copy / name, SPARSE)

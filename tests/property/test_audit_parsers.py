@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airgap.audit import Actor, Commit, DecisionRef, Event, new_ulid
+from airgap.audit.anchors import parse_anchor
 from airgap.audit.checkpoint import (
     parse_checkpoint,
     parse_ring,
@@ -19,7 +20,6 @@ from airgap.audit.checkpoint import (
     sign_checkpoint,
     verify_checkpoint,
 )
-from airgap.audit.anchors import parse_anchor
 from airgap.audit.export.manifest import parse_manifest
 from airgap.audit.export.rows import FORMATS, guard
 from airgap.audit.grammar import read_line
@@ -54,8 +54,8 @@ LINE = encode(
     logs.intent("sha256:" + "cd" * 32, new_ulid(6, b"\2" * 10)).fields(uid=3, auth="self") | OWNED
 )
 MANIFEST = (
-    b'{"format":"airgap-audit-export/1","origin":"o","size":1,"root":"r","rows":"csv",'
-    b'"rows_file":"records.csv","files":[{"path":"log/a","bytes":1,"sha256":"%s","sha384":"%s"}]}'
+    b'{"format":"airgap-audit-export/1","origin":"o","number":1,"first":0,"size":1,"root":"r",'
+    b'"since":{"size":1,"root":"r"},"rows":"csv","rows_file":"records.csv","payloads":true,"files":[{"path":"log/a","bytes":1,"sha256":"%s","sha384":"%s"}]}'
     % (b"0" * 64, b"0" * 96)
 )
 

@@ -199,8 +199,14 @@ def test_an_export_is_on_record_and_verifies_elsewhere(tree, tmp_path, capsys):
     notes = {note["check"]: note["found"] for note in verdict["findings"]}
     assert status == 0
     assert notes["open intents"] == "1 without an outcome: the export itself"
-    assert notes["manifest"].startswith("no signature of its own")
-    assert sorted(p.name for p in out.iterdir()) == ["log", "manifest.json", "records.jsonl"]
+    assert notes["manifest"].startswith("its two signatures were not checked")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "log", "manifest.json", "manifest.sig", "records.jsonl",
+    ]  # fmt: skip
+    keys = ("--export-key", tree / "keys/export.pub")
+    status, verdict = result(capsys, "verify", out, *anchors, *keys)
+    assert (status, verdict["code"]) == (0, "")
+    assert not [f for f in verdict["findings"] if f["check"].startswith("manifest")]
     assert list(out.parent.iterdir()) == [out]
 
 

@@ -1,0 +1,442 @@
+"""The log as a service: one owner of the files, many clients on a Unix socket (design, modes).
+
+The same `AuditLog` serves; what differs is who owns the files and where the actor comes from. The
+kernel says who a client is (SO_PEERCRED); a uid in a message does not exist. A client waits two
+seconds and then denies: a service that is stopped, paused or full admits nothing.
+
+A message is four bytes of length and one JSON object. Requests: `hello`, `append`, `store`,
+`denials`. Whoever breaks the protocol is cut off.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import socket
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import structlog
+
+from airgap.audit.clock import Peer
+from airgap.audit.log import MAX_OBJECT, AuditLog
+from airgap.audit.payloads import MAX_BLOB, PayloadKey
+from airgap.audit.receipt import Receipt, parse_receipt
+from airgap.audit.record import Actor, Commit, DecisionRef, Event, Record, commitment
+from policy.errors import CODES, AirgapError, FaultError, RefusedError, UsageError
+from policy.terms import Digest
+
+CODE: Final = "audit.service"
+DEADLINE_S: Final = 2.0
+IDLE_S: Final = 3_600.0
+MAX_CLIENTS: Final = 256
+MAX_MESSAGE: Final = MAX_BLOB * 4 // 3 + 65_536
+_LENGTH: Final = struct.Struct(">I")
+_CREDENTIALS: Final = struct.Struct("3i")
+# What only the owner of the log may state; everything else a client reports of itself.
+_OWNERS: Final = frozenset({
+    "boot", "shutdown", "halt", "recovery", "heartbeat", "clock.step", "key.rotate", "export",
+    "prune", "spill.purge", "import.cosign", "verify.result",
+})  # fmt: skip
+
+operator = structlog.get_logger("airgap.audit.service")
+
+
+class Log(Protocol):
+    """What a broker needs of a log, in its own process or behind the socket."""
+
+    @property
+    def origin(self) -> str:
+        """The log's name."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds `log/`; a client may be unable to read it."""
+        ...
+
+    def append(self, event: Event) -> Receipt:
+        """Return once the event is durable and signed; see `AuditLog.append`."""
+        ...
+
+    def put_object(self, content: bytes) -> Digest:
+        """Store evidence; see `AuditLog.put_object`."""
+        ...
+
+    def commit(self, payload: bytes, nonce: bytes, *, req: str, side: str) -> Commit:
+        """Commit to a payload and, where the site keeps payloads, seal it first."""
+        ...
+
+    def denials(self, uid: int, since: str) -> Iterator[Record]:
+        """Yield the denials of an account since a time, UTC text."""
+        ...
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
+
+
+# -- the wire ----------------------------------------------------------------------------------
+
+
+def event_to_wire(event: Event) -> dict[str, Any]:
+    """Return an event as JSON; it names no uid, for a client cannot vouch for one."""
+    fields = event.fields(uid=0, auth="self")
+    actor = fields.pop("actor", {})
+    for name in ("uid", "auth"):
+        actor.pop(name, None)
+    return fields | ({"actor": actor} if actor else {})
+
+
+def event_from_wire(fields: dict[str, Any]) -> Event:
+    """Return the event of a message; RefusedError `audit.record` for anything else."""
+    try:
+        actor, decision = fields.get("actor"), fields.get("decision")
+        tok, error = fields.get("tok"), fields.get("err")
+        known = {"kind", "phase", "req", "project", "policy", "model", "lat_ms", "label", "part"}
+        extra = set(fields) - known - {"actor", "decision", "tok", "err", "in", "out", "data"}
+        if extra:
+            raise RefusedError("audit.record", f"an event has no field {min(extra)!r:.40}")
+        return Event(
+            **{name: fields[name] for name in known & fields.keys()},
+            actor=Actor(**actor) if actor is not None else None,
+            decision=DecisionRef(**decision) if decision is not None else None,
+            in_=Commit(**fields["in"]) if "in" in fields else None,
+            out=Commit(**fields["out"]) if "out" in fields else None,
+            tok=(tok["in"], tok["out"]) if tok is not None else None,
+            err=error["code"] if error is not None else "",
+            data=fields.get("data"),
+        )
+    except (TypeError, KeyError, AttributeError, ValueError) as error_:
+        raise RefusedError("audit.record", f"the event is malformed: {error_!s:.80}") from None
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    content = json.dumps(message).encode()
+    connection.sendall(_LENGTH.pack(len(content)) + content)
+
+
+def _receive(connection: socket.socket, limit: int) -> dict[str, Any] | None:
+    """Return the next message, None at the end; RefusedError for what is none."""
+    head = _exactly(connection, _LENGTH.size)
+    if not head:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > limit:
+        raise RefusedError(CODE, f"a message of {length} bytes; the limit is {limit}")
+    content = _exactly(connection, length)
+    try:
+        message = json.loads(content)
+    except (ValueError, RecursionError):
+        raise RefusedError(CODE, "a message is no JSON") from None
+    if not isinstance(message, dict):
+        raise RefusedError(CODE, "a message is no object")
+    return message
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    """Return `count` bytes; fewer only as none, where the other end has closed."""
+    parts: list[bytes] = []
+    missing = count
+    while missing:
+        part = connection.recv(min(missing, 1 << 16))
+        if not part:
+            if parts:
+                raise RefusedError(CODE, "the connection ended within a message")
+            return b""
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+# -- the owner of the log ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Service:
+    """Serves one open log on one socket until told to stop."""
+
+    log: AuditLog
+    path: Path
+    mode: int = 0o600
+    group: int = -1
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _clients: set[socket.socket] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Accept clients; `ready` is called when the socket is there.
+
+        Raises:
+            RefusedError: `audit.service`; something that is no dead socket lies in the way.
+
+        """
+        server = self._bind()
+        try:
+            server.settimeout(0.2)
+            ready()
+            while not self._stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = server.accept()
+                    self._take(connection)
+        finally:
+            server.close()
+            self.path.unlink(missing_ok=True)
+            with self._lock:
+                for connection in self._clients:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        """End `run`; safe in a signal handler."""
+        self._stop.set()
+
+    def _bind(self) -> socket.socket:
+        """Bind the socket, in place of a dead one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if self.path.exists() or self.path.is_symlink():
+            if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                raise RefusedError(CODE, f"{self.path} is no socket; it is left alone")
+            self.path.unlink()  # The log's lock is ours, so whoever bound it is gone.
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            before = os.umask(0o177)
+            try:
+                server.bind(str(self.path))
+            finally:
+                os.umask(before)
+            if self.group >= 0:
+                os.chown(self.path, -1, self.group)
+            self.path.chmod(self.mode)
+            server.listen(64)
+        except BaseException:
+            server.close()
+            raise
+        return server
+
+    def _take(self, connection: socket.socket) -> None:
+        with self._lock:
+            if len(self._clients) >= MAX_CLIENTS:
+                connection.close()
+                operator.warning("audit.clients", limit=MAX_CLIENTS)
+                return
+            self._clients.add(connection)
+        threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Answer one client until it goes; what it left open is closed as unknown."""
+        opened: dict[str, tuple[str, str]] = {}
+        peer = Peer(0, 0)
+        try:
+            connection.settimeout(IDLE_S)
+            pid, uid, _ = _CREDENTIALS.unpack(
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            peer = Peer(uid, pid)
+            while (message := _receive(connection, MAX_MESSAGE)) is not None:
+                _send(connection, self._answer(message, peer, opened))
+        except (OSError, RefusedError) as error:
+            operator.warning("audit.client", pid=peer.pid, uid=peer.uid, error=str(error)[:120])
+        finally:
+            with self._lock:
+                self._clients.discard(connection)
+            connection.close()
+            self._close_orphans(opened, peer)
+
+    def _answer(
+        self, message: dict[str, Any], peer: Peer, opened: dict[str, tuple[str, str]]
+    ) -> dict[str, Any]:
+        try:
+            return self._do(message, peer, opened)
+        except AirgapError as error:
+            return {
+                "code": error.code, "message": error.message, "hint": error.hint,
+                "exit": error.exit_status,
+            }  # fmt: skip
+        except OSError as error:
+            text = f"the log's disk: {error.strerror}"
+            return {"code": "host.io", "message": text, "hint": "", "exit": 3}
+
+    def _do(
+        self, message: dict[str, Any], peer: Peer, opened: dict[str, tuple[str, str]]
+    ) -> dict[str, Any]:
+        match message:
+            case {"op": "hello"}:
+                return {"origin": self.log.origin, "folder": str(self.log.folder)}
+            case {"op": "append", "event": dict(fields)}:
+                return {"receipt": self._append(fields, peer, opened)}
+            case {"op": "store", "content": str(text), "payload": bool(payload)}:
+                return {"digest": self._store(text, payload=payload)}
+            case {"op": "denials", "since": str(since)}:
+                found = self.log.denials(peer.uid, since)
+                return {"records": [dict(record) for record in found]}
+        raise RefusedError(CODE, "no such request")
+
+    def _append(
+        self, fields: dict[str, Any], peer: Peer, opened: dict[str, tuple[str, str]]
+    ) -> str:
+        event = event_from_wire(fields)
+        if event.kind in _OWNERS:
+            raise RefusedError(CODE, f"{event.kind} is for the owner of the log to state")
+        if event.phase in {"chunk", "outcome"} and event.req not in opened:
+            raise RefusedError("audit.order", f"{event.req} has no open intent of this client")
+        receipt = self.log.append(event, peer=peer)
+        if event.phase == "intent":
+            opened[event.req] = (event.kind, event.project)
+        elif event.phase == "outcome":
+            opened.pop(event.req, None)
+        return receipt.as_proof()
+
+    def _store(self, text: str, *, payload: bool) -> str:
+        try:
+            content = base64.b64decode(text, validate=True)
+        except ValueError:
+            raise RefusedError(CODE, "the content is not base64") from None
+        if payload:
+            return str(self.log.put_payload(content))
+        return str(self.log.put_object(content))
+
+    def _close_orphans(self, opened: dict[str, tuple[str, str]], peer: Peer) -> None:
+        for req, (kind, project) in opened.items():
+            with contextlib.suppress(AirgapError):
+                self.log.append(
+                    Event(kind, "outcome", req=req, project=project, data={"result": "unknown"}),
+                    peer=peer,
+                )
+
+
+# -- a client ------------------------------------------------------------------------------------
+
+
+class RemoteLog:
+    """The log behind a socket; a drop-in for `AuditLog` in a broker. Threads may share it."""
+
+    def __init__(
+        self, path: Path, *, payload_key: PayloadKey | None = None, deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Connect to the service at `path`; FaultError `audit.service` when there is none."""
+        self._path, self._deadline_s, self._payload_key = path, deadline_s, payload_key
+        self._lock = threading.Lock()
+        self._connection: socket.socket | None = None
+        hello = self._ask({"op": "hello"})
+        self.origin = str(hello.get("origin", ""))
+        self.folder = Path(str(hello.get("folder", "")))
+
+    def append(self, event: Event) -> Receipt:
+        """Return the receipt once the event is durable and signed, within the deadline.
+
+        Raises:
+            RefusedError: As `AuditLog.append`.
+            FaultError: As there, or `audit.service`; deny the request.
+
+        """
+        answer = self._ask({"op": "append", "event": event_to_wire(event)})
+        return parse_receipt(str(answer.get("receipt", "")).encode())
+
+    def put_object(self, content: bytes) -> Digest:
+        """Store evidence; as `AuditLog.put_object`."""
+        if len(content) > MAX_OBJECT:
+            raise RefusedError("audit.object", f"{len(content)} bytes; the limit is {MAX_OBJECT}")
+        return self._put(content, payload=False)
+
+    def commit(self, payload: bytes, nonce: bytes, *, req: str, side: str) -> Commit:
+        """Commit to a payload; where a payload key is known, seal it here and store the blob."""
+        commit = commitment(payload, nonce)
+        if self._payload_key is None:
+            return commit
+        blob = self._payload_key.seal(payload, nonce, origin=self.origin, req=req, side=side)
+        return Commit(commit.commit, commit.bytes, str(self._put(blob, payload=True)))
+
+    def denials(self, uid: int, since: str) -> Iterator[Record]:
+        """Yield one's own denials; the service knows the uid and takes no other."""
+        for record in self._ask({"op": "denials", "since": since}).get("records", []):
+            if record["actor"]["uid"] == uid:
+                yield record
+
+    def close(self) -> None:
+        """Close the connection; what is open is then closed as unknown."""
+        with self._lock:
+            self._drop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _put(self, content: bytes, *, payload: bool) -> Digest:
+        text = base64.b64encode(content).decode()
+        answer = self._ask({"op": "store", "content": text, "payload": payload})
+        return Digest.parse(str(answer.get("digest", "")))
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and return its answer; a broken connection is never used again."""
+        with self._lock:
+            try:
+                connection = self._connected()
+                _send(connection, message)
+                answer = _receive(connection, MAX_MESSAGE)
+            except TimeoutError:
+                self._drop()
+                raise FaultError(
+                    "audit.timeout",
+                    f"the audit service gave no answer within {self._deadline_s:g} s",
+                    hint="nothing is admitted without a record; see the service's own journal",
+                ) from None
+            except (OSError, RefusedError) as error:
+                self._drop()
+                raise self._gone(str(error)) from None
+            if answer is None:
+                self._drop()
+                raise self._gone("it closed the connection")
+        if "code" in answer:
+            raise _error_of(answer)
+        return answer
+
+    def _connected(self) -> socket.socket:
+        if self._connection is None:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(self._deadline_s)
+            try:
+                connection.connect(str(self._path))
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _gone(self, why: str) -> FaultError:
+        return FaultError(
+            CODE,
+            f"no audit service at {self._path}: {why[:120]}",
+            hint="start it: airgap audit serve; nothing is admitted without a record",
+        )
+
+
+def _error_of(answer: dict[str, Any]) -> AirgapError:
+    """Return the error that the service answered with, as the class of its exit status."""
+    code = answer.get("code")
+    if not isinstance(code, str) or code not in CODES:
+        code = CODE
+    kinds: dict[Any, type[AirgapError]] = {1: RefusedError, 2: UsageError}
+    kind = kinds.get(answer.get("exit"), FaultError)
+    message, hint = str(answer.get("message", ""))[:500], str(answer.get("hint", ""))[:300]
+    return kind(code, message, hint=hint)

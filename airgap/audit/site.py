@@ -1,0 +1,75 @@
+"""The log as site.toml sets it up: in this process, or behind the socket of a service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from airgap.audit.capacity import Capacity
+from airgap.audit.log import AuditLog, open_log
+from airgap.audit.payloads import PayloadKey, load_payload_key
+from airgap.audit.retention import PROFILES, Profile, site_profile
+from airgap.audit.service import RemoteLog
+from airgap.config import AuditSettings, Site
+from policy.errors import RefusedError
+
+PAYLOAD_KEY: Final = Path("keys") / "payloads.pub"
+
+
+def open_site_log(root: Path, site: Site) -> AuditLog | RemoteLog:
+    """Return the log that a broker of this tree writes to.
+
+    Raises:
+        RefusedError: `audit.payload`, payloads shall be kept and there is no key to seal them to;
+            else as `open_log`.
+        FaultError: `audit.service`, the service is not there; else as `open_log`.
+
+    """
+    if site.audit.socket is not None:
+        return RemoteLog(Path(site.audit.socket), payload_key=payload_key(root, site.audit))
+    return open_own_log(root, site)
+
+
+def open_own_log(root: Path, site: Site, *, mode: str = "embedded") -> AuditLog:
+    """Return the log of a tree, in this process; raises as `open_site_log`."""
+    return open_log(
+        root,
+        site=site.institution.name,
+        mode=mode,
+        capacity=capacity(site.audit),
+        payload_key=payload_key(root, site.audit),
+    )
+
+
+def capacity(settings: AuditSettings) -> Capacity:
+    """Return quota and export limits."""
+    return Capacity(
+        quota_bytes=settings.quota_mb << 20, refuse_overdue=settings.refuse_overdue_export
+    )
+
+
+def payload_key(root: Path, settings: AuditSettings) -> PayloadKey | None:
+    """Return the key that payloads are sealed to, None where none is kept."""
+    if settings.payloads == "none":
+        return None
+    path = root / PAYLOAD_KEY
+    if not path.is_file():
+        raise RefusedError(
+            "audit.payload",
+            f"site.toml keeps payloads, and there is no key at {path}",
+            hint="airgap audit payload-key FILE on the holder's machine; bring FILE.pub here",
+        )
+    return load_payload_key(path)
+
+
+def retention(settings: AuditSettings) -> Profile:
+    """Return the retention profile of the site; RefusedError `audit.retention` without a term."""
+    if settings.retention != "site":
+        return PROFILES[settings.retention]
+    if settings.retention_months is None:
+        raise RefusedError(
+            "audit.retention",
+            'site.toml: retention = "site" names no term',
+            hint="set retention_months in [audit]",
+        )
+    return site_profile(settings.retention_months)

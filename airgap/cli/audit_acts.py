@@ -1,0 +1,503 @@
+"""`airgap audit` acts: keys, witnesses, payloads, acts of two people, and the service."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, stderr
+from policy.errors import FaultError, RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from airgap.audit import AuditLog
+    from airgap.audit.people import Act
+    from airgap.config import Site
+
+Key = Annotated[str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")]
+Passphrase = Annotated[
+    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="A file that does not exist yet.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of this witness, on its own machine.")]
+
+
+def register(group: typer.Typer) -> None:
+    """Add the commands to the group `audit`."""
+    group.command(name="rotate-key")(rotate_key)
+    group.command(name="payload-key")(payload_key)
+    group.command(name="open")(open_payload)
+    group.command(name="act")(act)
+    group.command(name="countersign")(countersign)
+    group.command(name="prune")(prune)
+    group.command(name="purge")(purge)
+    group.command(name="serve")(serve)
+    witness = typer.Typer(no_args_is_help=True, help="Let a second person's machine cosign heads.")
+    witness.command(name="init")(witness_init)
+    witness.command(name="trust")(witness_trust)
+    witness.command(name="request")(witness_request)
+    witness.command(name="cosign")(witness_cosign)
+    witness.command(name="import")(witness_import)
+    group.add_typer(witness, name="witness")
+
+
+# -- keys and payloads ----------------------------------------
+
+
+def rotate_key(*, root: Root = None, json: Json = False) -> None:
+    """End the epoch of the log's key; hand the new verifier key to everyone who verifies."""
+    from airgap.audit import Actor
+
+    tree = root_folder(root)
+    with _own(tree) as log:
+        vkey = log.rotate_key(Actor(_account()))
+        size = log.size
+    document = {"vkey": str(vkey), "from_size": size, "ring": str(tree / "keys" / "audit.vkey")}
+    text = f"{vkey}\nsigns from record {size} on; every verifier needs {document['ring']}"
+    show(document, text, json=json)
+
+
+def payload_key(
+    out: Annotated[Path, typer.Argument(help="The holder's private key; FILE.pub comes beside.")],
+    *,
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> None:
+    """Make the key pair of whoever may read payloads, on that person's own machine."""
+    from airgap.audit.payloads import HolderKey
+    from bundle.keys import read_passphrase
+
+    key = HolderKey.generate()
+    key.write(out, read_passphrase(passphrase_file))
+    public = out.with_suffix(".pub")
+    document = {"private": str(out), "public": str(public), "key": key.public.key_id}
+    text = (
+        f"wrote {out} (stays with its holder) and {public}\n"
+        f'on the host: copy {public.name} to keys/payloads.pub and set payloads = "sealed"'
+    )
+    show(document, text, json=json)
+
+
+def open_payload(
+    seq: Annotated[int, typer.Argument(min=0, help="Number of a record that names a payload.")],
+    log: Annotated[
+        Path | None, typer.Argument(help="Folder that holds `log/`. Default: your own log.")
+    ] = None,
+    *,
+    key: Annotated[Path, typer.Option("--key", help="The holder's private key.")],
+    side: Annotated[str, typer.Option("--side", help="in or out.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the bytes here. Default: print.")
+    ] = None,
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Open an encrypted payload, as its holder, and check it against the record's commitment."""
+    from airgap.audit.layout import Layout, last_checkpoint
+    from airgap.audit.payloads import load_holder_key
+    from airgap.audit.retention import find_line, open_sealed
+    from bundle.keys import read_passphrase
+
+    layout = Layout(root_folder(root) / "audit" if log is None else log.expanduser().absolute())
+    found = last_checkpoint(layout.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no audit log in {layout.folder}")
+    holder = load_holder_key(key, read_passphrase(passphrase_file))
+    side, payload = open_sealed(
+        layout, find_line(layout, seq), holder, origin=found[0].origin, side=side
+    )
+    if out is not None:
+        _write(out, payload)
+    text = payload.decode("utf-8", "backslashreplace")
+    document = {
+        "seq": seq, "side": side, "bytes": len(payload), "commitment": "holds",
+        "payload": text if out is None else None, "out": str(out) if out else None,
+    }  # fmt: skip
+    show(document, text if out is None else f"wrote {out}; the commitment holds", json=json)
+
+
+# -- acts of two people ----------------------------------------
+
+
+def act(
+    kind: Annotated[str, typer.Argument(help="prune or purge.")],
+    *,
+    key: Key,
+    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
+    out: Out,
+    last: Annotated[
+        int | None, typer.Option("--last", help="prune: the last record. Default: all that may go.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", help="prune: manifest.json of the export.")
+    ] = None,
+    record: Annotated[
+        int | None, typer.Option("--record", help="purge: a record that names the payload.")
+    ] = None,
+    side: Annotated[str, typer.Option("--side", help="purge: in or out.")] = "",
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Write down a pruning or a purge and sign it as its first person."""
+    from airgap.audit.people import PAYLOAD_TYPE
+    from bundle.envelope import sign_statement
+
+    tree = root_folder(root)
+    if kind == "prune":
+        statement = _prune_act(tree, last, manifest, reason)
+    elif kind == "purge" and record is not None:
+        statement = _purge_act(tree, record, side, reason)
+    else:
+        raise UsageError(
+            "usage.argument", f"{kind!r:.40}", hint="act prune, or act purge --record SEQ"
+        )
+    signer = _signer(key, passphrase_file, tree)
+    envelope = sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+    _write(out, envelope.to_bytes() + b"\n")
+    show(_act_document(statement, out), f"{_act_words(statement)}\nwrote {out}", json=json)
+
+
+def countersign(
+    statement: Annotated[Path, typer.Argument(help="The file that `audit act` wrote.")],
+    *,
+    key: Key,
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign an act as its second person, after reading it."""
+    from airgap.audit.disk import Disk
+    from airgap.audit.people import parse_act, read_act
+    from bundle.envelope import add_signature
+
+    tree = root_folder(root)
+    envelope = read_act(statement)
+    found = parse_act(envelope.payload)
+    stderr.print(_act_words(found), markup=False, soft_wrap=True)
+    signed = add_signature(envelope, _signer(key, passphrase_file, tree))
+    Disk().put(statement, signed.to_bytes() + b"\n")
+    show(_act_document(found, statement), f"signed {statement}", json=json)
+
+
+def prune(
+    statement: Annotated[
+        Path | None, typer.Argument(help="The act, signed by two people. Default: only look.")
+    ] = None,
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Drop old segments that were exported and cosigned; leaf hashes stay. Without an act: look."""
+    from airgap.audit import Actor
+    from airgap.audit.people import read_act
+    from airgap.audit.retention import plan
+    from airgap.audit.retention import prune as prune_log
+    from airgap.audit.site import retention
+    from bundle.trust import load_trust
+
+    tree = root_folder(root)
+    profile = retention(_site(tree).audit)
+    now = datetime.now(UTC)
+    with _own(tree) as log:
+        if statement is None:
+            found = plan(log, profile, now)
+        else:
+            found = prune_log(
+                log, read_act(statement), trust=load_trust(tree / "trust").document,
+                profile=profile, now=now, actor=Actor(_account()),
+            )  # fmt: skip
+    count = found.last + 1 - found.first
+    document = {
+        "first": found.first, "last": found.last, "records": count, "profile": profile.name,
+        "pruned": statement is not None, "held_by": list(found.reasons),
+    }  # fmt: skip
+    what = "pruned" if statement is not None else "may go"
+    text = f"{count} records {what} ({profile.name}: {profile.basis})"
+    show(document, "\n".join([text, *found.reasons]), json=json)
+
+
+def purge(
+    statement: Annotated[Path, typer.Argument(help="The act, signed by two people.")],
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Destroy one encrypted payload; its record, commitment and proofs stay valid."""
+    from airgap.audit import Actor
+    from airgap.audit.people import read_act
+    from airgap.audit.retention import purge as purge_payload
+    from bundle.trust import load_trust
+
+    tree = root_folder(root)
+    with _own(tree) as log:
+        done = purge_payload(
+            log, read_act(statement), trust=load_trust(tree / "trust").document,
+            now=datetime.now(UTC), actor=Actor(_account()),
+        )  # fmt: skip
+    text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"
+    show(_act_document(done, statement), text, json=json)
+
+
+# -- witnesses -------------------------------------------------------------------------------------
+
+
+def witness_init(
+    folder: Folder,
+    *,
+    name: Annotated[str, typer.Option("--name", help="Such as isso.example/w1.")],
+    json: Json = False,
+) -> None:
+    """Make the key of a witness; its vkey goes into the policies of those who verify."""
+    from airgap.audit.witness import Witness
+
+    witness = Witness.create(folder.absolute(), name)
+    text = f"witness {name.replace('/', '-')} {witness.vkey}\nthat line goes into policy.tlog"
+    show({"vkey": str(witness.vkey), "folder": str(folder)}, text, json=json)
+
+
+def witness_trust(
+    folder: Folder,
+    vkey: Annotated[Path, typer.Argument(help="audit.vkey of the log, compared with its owner.")],
+    *,
+    json: Json = False,
+) -> None:
+    """Let a witness know a log, or the new key of one that it knows."""
+    from airgap.audit import load_ring
+    from airgap.audit.witness import Witness
+
+    ring = load_ring(vkey)
+    Witness.load(folder.absolute()).trust(ring)
+    document = {"log": ring.name, "keys": [key.key_id.hex() for key in ring.keys]}
+    show(document, f"knows {ring.name} with {len(ring.keys)} key(s)", json=json)
+
+
+def witness_request(
+    log: Annotated[
+        Path | None, typer.Argument(help="Folder that holds `log/`. Default: your own log.")
+    ] = None,
+    *,
+    out: Out,
+    old: Annotated[
+        int | None,
+        typer.Option("--old", help="Size that the witness has. Default: the last cosigned head."),
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Write a request to cosign the newest head, for a witness to take away on media."""
+    from airgap.audit import load_ring
+    from airgap.audit.layout import Layout, last_checkpoint
+    from airgap.audit.status import read_status
+    from airgap.audit.tree import StoredTree
+    from airgap.audit.witness import Request
+
+    tree = root_folder(root)
+    layout = Layout(tree / "audit" if log is None else log.expanduser().absolute())
+    found = last_checkpoint(layout.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
+    if old is None:
+        own = tree / "keys" / "audit.vkey"
+        ring = load_ring(own) if log is None and own.exists() else None
+        old = read_status(layout.folder, ring).anchored
+    request = Request(old, StoredTree(layout).consistency(old, found[0]), found[0])
+    _write(out, request.as_text().encode())
+    document = {"old": old, "size": found[0].size, "out": str(out)}
+    show(document, f"wrote {out}: from {old} to {found[0].size} records", json=json)
+
+
+def witness_cosign(
+    folder: Folder,
+    request: Annotated[Path, typer.Argument(help="The request, as it came.")],
+    *,
+    out: Out,
+    json: Json = False,
+) -> None:
+    """Check that a log only grew, store its new head, and only then cosign it."""
+    from airgap.audit.witness import MAX_REQUEST, Witness, parse_request
+
+    found = parse_request(_read(request, MAX_REQUEST + 1))
+    note = Witness.load(folder.absolute()).cosign(found, int(time.time()))
+    _write(out, note.encode())
+    document = {"origin": found.checkpoint.origin, "size": found.checkpoint.size, "out": str(out)}
+    show(document, f"cosigned {found.checkpoint.size} records; wrote {out}", json=json)
+
+
+def witness_import(
+    note: Annotated[Path, typer.Argument(help="What the witness wrote.")],
+    *,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Trust policy. Default: log/policy.tlog; given once, it is kept there."),
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Take a cosigned head back: it becomes an anchor of your own log, on record."""
+    from airgap.audit.checkpoint import MAX_NOTE
+    from airgap.audit.cosigning import import_cosigned
+
+    tree = root_folder(root)
+    with _own(tree) as log:
+        found = import_cosigned(log, _read(note, MAX_NOTE + 1), policy)
+    document = {"size": found.size, "witnesses": found.witnesses, "quorum": found.quorum}
+    text = f"{found.size} records cosigned by {', '.join(found.witnesses)}; " + (
+        "the quorum of the policy is met" if found.quorum else "not yet a quorum of the policy"
+    )
+    show(document, text, json=json)
+
+
+# -- the service ----------------------------------------
+
+
+def serve(
+    *,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", help="Default: [audit] socket of site.toml.")
+    ] = None,
+    group: Annotated[
+        str, typer.Option("--group", help="Whose members may connect. Default: you alone.")
+    ] = "",
+    root: Root = None,
+) -> None:
+    """Own the log and serve it to brokers on a Unix socket, until interrupted."""
+    import grp
+
+    from airgap.audit.service import Service
+    from airgap.audit.site import open_own_log
+
+    tree = root_folder(root)
+    site = _site(tree)
+    path = socket or (Path(site.audit.socket) if site.audit.socket else None)
+    if path is None:
+        raise UsageError(
+            "usage.argument", "no socket", hint="give --socket, or set it in [audit] of site.toml"
+        )
+    number = -1
+    if group:
+        try:
+            number = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise UsageError("usage.argument", f"--group: no group {group!r:.40}") from None
+    with open_own_log(tree, site, mode="service") as log:
+        service = Service(log, path.absolute(), 0o660 if group else 0o600, number)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: service.stop())
+        service.run(
+            lambda: stderr.print(f"serving {log.origin} at {path}", markup=False, soft_wrap=True)
+        )
+
+
+# -- small things ----------------------------------------
+
+
+def _own(tree: Path) -> AuditLog:
+    """Open the log of this tree; nobody else may hold it."""
+    from airgap.audit import AuditLog
+    from airgap.audit.site import capacity, payload_key
+
+    settings = _site(tree).audit if (tree / "site.toml").exists() else None
+    return AuditLog.open(
+        tree / "audit",
+        key=tree / "keys" / "audit.pem",
+        create=False,
+        capacity=capacity(settings) if settings else None,
+        payload_key=payload_key(tree, settings) if settings else None,
+    )
+
+
+def _site(tree: Path) -> Site:
+    from airgap.config import load_site
+
+    return load_site(tree)
+
+
+def _account() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def _signer(key: str, passphrase_file: Path | None, tree: Path) -> Any:
+    from airgap.cli.approve import signer_of
+
+    return signer_of(key, passphrase_file, tree)
+
+
+def _prune_act(tree: Path, last: int | None, manifest: Path | None, reason: str) -> Act:
+    from airgap.audit.people import Act
+    from airgap.audit.retention import export_digest, plan
+    from airgap.audit.site import retention
+
+    profile, now = retention(_site(tree).audit), datetime.now(UTC).replace(microsecond=0)
+    with _own(tree) as log:
+        found = plan(log, profile, now)
+        origin = log.origin
+    if last is None and found.last < found.first:
+        raise RefusedError("audit.retention", f"nothing may be pruned: {'; '.join(found.reasons)}")
+    return Act(
+        act="prune", origin=origin, issued=now, reason=reason, profile=profile.name,
+        last=found.last if last is None else last,
+        manifest=export_digest(manifest) if manifest else None,
+    )  # fmt: skip
+
+
+def _purge_act(tree: Path, record: int, side: str, reason: str) -> Act:
+    from airgap.audit.layout import Layout, last_checkpoint
+    from airgap.audit.people import Act
+    from airgap.audit.retention import choose_payload, find_line
+
+    layout = Layout(tree / "audit")
+    found = last_checkpoint(layout.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no audit log in {layout.folder}")
+    payload = choose_payload(find_line(layout, record), side)[1]
+    return Act(
+        act="spill.purge", origin=found[0].origin, reason=reason, record=record, payload=payload,
+        issued=datetime.now(UTC).replace(microsecond=0),
+    )  # fmt: skip
+
+
+def _act_words(found: Act) -> str:
+    what = (
+        f"prune {found.origin} up to record {found.last} ({found.profile})"
+        if found.act == "prune"
+        else f"purge payload {found.payload} of record {found.record} in {found.origin}"
+    )
+    return f"{what}: {found.reason}"
+
+
+def _act_document(found: Act, path: Path) -> dict[str, Any]:
+    return found.model_dump(mode="json", exclude_none=True) | {"file": str(path)}
+
+
+def _read(path: Path, limit: int) -> bytes:
+    from airgap.audit.disk import open_plain
+
+    try:
+        with open_plain(path) as file:
+            return file.read(limit)
+    except OSError as error:
+        raise FaultError(
+            "host.io", f"cannot read {path}: {error.strerror}", hint="check the path"
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise FaultError(
+            "host.io", f"cannot write {path}: {error.strerror}", hint="name a new file"
+        ) from error
