@@ -79,7 +79,16 @@ class Log(Protocol):
         """Yield the denials of an account since a time, UTC text."""
         ...
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Use it for a while."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Give it back."""
         ...
 

@@ -9,14 +9,14 @@ from airgap.audit.capacity import Capacity
 from airgap.audit.log import AuditLog, open_log
 from airgap.audit.payloads import PayloadKey, load_payload_key
 from airgap.audit.retention import PROFILES, Profile, site_profile
-from airgap.audit.service import RemoteLog
+from airgap.audit.service import Log, RemoteLog
 from airgap.config import AuditSettings, Site
 from policy.errors import RefusedError
 
 PAYLOAD_KEY: Final = Path("keys") / "payloads.pub"
 
 
-def open_site_log(root: Path, site: Site) -> AuditLog | RemoteLog:
+def open_site_log(root: Path, site: Site) -> Log:
     """Return the log that a broker of this tree writes to.
 
     Raises:

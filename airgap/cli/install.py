@@ -43,7 +43,7 @@ def install(
 ) -> None:
     """Verify BUNDLE, ask the policy, activate it, and put all of it on record."""
     from airgap.approvals import load_approvals
-    from airgap.audit import open_log
+    from airgap.audit.site import open_site_log
     from airgap.cli.policy import account_name
     from airgap.config import load_site
     from airgap.gate import load_rules
@@ -71,7 +71,7 @@ def install(
         submitter=None if person is None else person.id,
     )
     before = last_record(folder)
-    with open_log(folder, site=site.institution.name) as log, bar("install") as progress:
+    with open_site_log(folder, site) as log, bar("install") as progress:
         done = bring_in(
             bundle,
             root=folder,

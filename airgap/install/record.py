@@ -9,9 +9,10 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, new_ulid
+from airgap.audit import Actor, DecisionRef, Event, Receipt, new_ulid
 from airgap.audit.layout import Layout, read_lines, segment_count
 from airgap.audit.record import parse_line
+from airgap.audit.service import Log
 from airgap.config import LegalDay, Person, Site
 from airgap.gate import Rules, decide_admission
 from airgap.install.installer import InstallEvent
@@ -56,7 +57,7 @@ def admission(
 
 
 def recorder(
-    log: AuditLog, *, actor: Actor | None, project: str | None
+    log: Log, *, actor: Actor | None, project: str | None
 ) -> Callable[[InstallEvent], Receipt]:
     """Return the callable that puts each step of one install on record, durably."""
     request = new_ulid()
@@ -137,9 +138,7 @@ def _trust_event(event: InstallEvent, request: str, actor: Actor | None) -> Even
     return Event("admin.trust", phase, req=request, actor=actor, data=facts)
 
 
-def _admission_event(
-    log: AuditLog, event: InstallEvent, request: str, project: str | None
-) -> Event:
+def _admission_event(log: Log, event: InstallEvent, request: str, project: str | None) -> Event:
     decision = event.decision
     if not isinstance(decision, Decision) or event.manifest is None:
         raise TypeError("an admission is recorded with the decision of the policy")

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 import structlog
 
-from airgap.audit import Actor, AuditLog, DecisionRef, Event, Receipt, commitment, new_ulid
+from airgap.audit import Actor, DecisionRef, Event, Receipt, commitment, new_ulid
+from airgap.audit.service import Log
 from airgap.config import Limits
 from airgap.enclave import Enclave
 from airgap.enclave.channel import ProgramError
@@ -136,7 +137,7 @@ class Answer:
 class Broker:
     """Serves one installed model to one person; the log, worker and helper are open and proven."""
 
-    log: AuditLog
+    log: Log
     worker: Enclave
     helper: Enclave
     model: Model
@@ -172,7 +173,8 @@ class Broker:
                 request,
                 job,
                 "outcome",
-                out=commitment(content, nonce),
+                decision=release.ref,
+                out=self.log.commit(content, nonce, req=request, side="out"),
                 tok=(totals.prompt_tokens, totals.tokens),
                 lat_ms=elapsed_ms(started),
                 data={"result": "complete", "samples": len(samples), "task": prepared.task},
@@ -355,7 +357,7 @@ class Broker:
             job,
             "intent",
             decision=permit.ref,
-            in_=commitment(*opening),
+            in_=self.log.commit(*opening, req=request, side="in"),
             data={
                 "task": printable(job.task),
                 "n": settings.n,

@@ -22,8 +22,9 @@ import structlog
 
 from airgap import gate
 from airgap.approvals import load_approvals
-from airgap.audit import AuditLog, Event, new_ulid, open_log
-from airgap.audit.query import read_records
+from airgap.audit import Event, new_ulid
+from airgap.audit.service import Log, RemoteLog
+from airgap.audit.site import open_site_log
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Enclave, SealSpec, launch
 from airgap.enclave.running import noted
@@ -81,7 +82,7 @@ def open_broker(
     chosen = choose_project(site, person, project)
     described = describe(installed)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open_log(root, site=site.institution.name))
+        log = stack.enter_context(open_site_log(root, site))
         with loading(log, installed):
             worker, helper = (
                 stack.enter_context(sealed(log, spec))
@@ -108,7 +109,7 @@ def open_broker(
 
 
 @contextlib.contextmanager
-def loading(log: AuditLog, installed: InstalledBundle) -> Iterator[None]:
+def loading(log: Log, installed: InstalledBundle) -> Iterator[None]:
     """Put the load of a model on record, before it begins and as it ended."""
     request = new_ulid()
 
@@ -141,11 +142,11 @@ class UseRules:
     rules: gate.Rules
     installed: InstalledBundle
     person: Person
-    log: AuditLog
+    log: Log
     clock: Clock
     approvals: Approvals
     held: Holds
-    holds: int | None = None  # counted on first use; this process alone writes the log
+    holds: int | None = None  # counted on first use, while this process alone writes the log
 
     def __call__(
         self,
@@ -158,9 +159,9 @@ class UseRules:
         """Return the decision on one use; see `broker.UsePolicy`."""
         now = self.clock()
         day = self.site.legal_day(now)
-        if self.holds is None:
+        if self.holds is None or isinstance(self.log, RemoteLog):
             settled = self.held.settled()
-            self.holds = hazard_holds(self.log.folder, os.getuid(), now, settled)
+            self.holds = hazard_holds(self.log, os.getuid(), now, settled)
         decision = gate.decide_use(
             self.site,
             self.rules,
@@ -182,9 +183,7 @@ class UseRules:
         return decision
 
 
-def hazard_holds(
-    folder: Path, uid: int, now: datetime, settled: frozenset[int] = frozenset()
-) -> int:
+def hazard_holds(log: Log, uid: int, now: datetime, settled: frozenset[int] = frozenset()) -> int:
     """Return how often a hazard rule held this account in the last 30 days, from the log.
 
     `settled` are the records of holds that named people have released.
@@ -192,12 +191,8 @@ def hazard_holds(
     since = (now - HOLDS_COUNT).strftime("%Y-%m-%dT%H:%M:%S")
     return sum(
         1
-        for record in read_records(folder)
-        if record["kind"] == "denial"
-        and record["actor"]["uid"] == uid
-        and record.get("decision", {}).get("rule") == "HAZ"
-        and record["ts"] >= since
-        and record["seq"] not in settled
+        for record in log.denials(uid, since)
+        if record.get("decision", {}).get("rule") == "HAZ" and record["seq"] not in settled
     )
 
 
@@ -306,7 +301,7 @@ def describe(installed: InstalledBundle) -> Model:
 
 
 @contextlib.contextmanager
-def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
+def sealed(log: Log, spec: SealSpec) -> Iterator[Enclave]:
     """Start a sealed process; its evidence is in the log first, and its end as soon as it ends."""
     lock = threading.Lock()
     begun, ends = False, list[Mapping[str, Any]]()
@@ -343,7 +338,7 @@ def sealed(log: AuditLog, spec: SealSpec) -> Iterator[Enclave]:
         yield enclave
 
 
-def record_end(log: AuditLog, spec: SealSpec, rung: str, end: Mapping[str, Any]) -> None:
+def record_end(log: Log, spec: SealSpec, rung: str, end: Mapping[str, Any]) -> None:
     """Append how a sealed process ended; an incident is a kind of its own."""
     data: dict[str, Any] = {
         "rung": rung,

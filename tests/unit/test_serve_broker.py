@@ -223,7 +223,7 @@ def test_an_output_that_the_screen_holds_is_not_released(broker):
         ("denial", "event", ""),
         ("inference", "outcome", "refused"),
     ]
-    assert hazard_holds(broker.log.folder, 0, datetime.now(UTC)) in {0, 1}  # by this test's uid
+    assert hazard_holds(broker.log, 0, datetime.now(UTC)) in {0, 1}  # by this test's uid
 
 
 BROKEN_STREAMS = {
