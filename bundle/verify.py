@@ -278,8 +278,10 @@ class SealedBundle:
             problem = error
         if problem is None and self._holds(index, chunk):
             return chunk
-        if self.medium.repair(index, chunk, self._holds) and self._holds(index, chunk):
-            return chunk
+        if self.medium.repair(index, chunk, self._holds):
+            if self._holds(index, chunk):
+                return chunk
+            problem = None  # the parity that should make up for it lies: that is the news
         raise problem or self._bad_chunk(index, start, start + len(chunk))
 
     def _chunk(self, index: int, buffer: bytearray, sink: Sink | None) -> _Chunk:
@@ -290,8 +292,8 @@ class SealedBundle:
             return _Chunk(index, buffer, chunk, held=True)
         try:
             return _Chunk(index, buffer, self._fetch(index, buffer), held=False)
-        except RefusedError:
-            if not self.medium.is_absent(index):
+        except RefusedError as error:
+            if error.code == "chunk.leaf" or not self.medium.is_absent(index):
                 raise
             return _Chunk(index, buffer, None, held=False)
 
