@@ -1,6 +1,6 @@
 """DSSE envelopes, read strictly and verified key by key; FORMAT.md section 8.
 
-The pre-authentication encoding and Ed25519 need ten lines on top of `cryptography`.
+The pre-authentication encoding and the schemes need few lines on top of `cryptography`.
 securesystemslib counts key ids instead of keys, stops at the threshold and lets foreign exceptions
 out on bad input: a wrapper would be longer than this module and would still have to do all of it.
 It is the second implementation in the tests instead.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bundle.canonical import canonical_json, parse_canonical
-from bundle.keys import PublicKey, Signer, decode_base64, encode_base64
+from bundle.keys import SCHEMES, PublicKey, Signer, decode_base64, encode_base64
 from policy.errors import RefusedError
 
 ENVELOPE_SIZE = 131_072
@@ -72,24 +72,29 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def sign_statement(payload: bytes, payload_type: str, signer: Signer) -> Envelope:
-    """Return a new envelope with one signature."""
-    return add_signature(Envelope(payload, payload_type, ()), signer)
+def sign_statement(payload: bytes, payload_type: str, *signers: Signer) -> Envelope:
+    """Return a new envelope with one signature a signer."""
+    return add_signature(Envelope(payload, payload_type, ()), *signers)
 
 
-def add_signature(envelope: Envelope, signer: Signer) -> Envelope:
-    """Return the envelope with one more signature.
+def add_signature(envelope: Envelope, *signers: Signer) -> Envelope:
+    """Return the envelope with one more signature of each signer.
+
+    A person of the profile `cnsa2` signs with two keys.
 
     Raises:
-        RefusedError: `seal.malformed`; this key has signed already.
+        RefusedError: `seal.malformed`; one of these keys has signed already.
 
     """
-    keyid = signer.public_key.keyid
-    if any(item.keyid == keyid for item in envelope.signatures):
-        raise RefusedError("seal.malformed", f"key {keyid} has signed this already")
-    sig = signer.sign(pae(envelope.payload_type, envelope.payload))
-    signatures = sorted([*envelope.signatures, Signature(keyid, sig)], key=lambda s: s.keyid)
-    return Envelope(envelope.payload, envelope.payload_type, tuple(signatures))
+    message = pae(envelope.payload_type, envelope.payload)
+    signed = {item.keyid: item for item in envelope.signatures}
+    for signer in signers:
+        keyid = signer.public_key.keyid
+        if keyid in signed:
+            raise RefusedError("seal.malformed", f"key {keyid} has signed this already")
+        signed[keyid] = Signature(keyid, signer.sign(message))
+    ordered = tuple(signed[keyid] for keyid in sorted(signed))
+    return Envelope(envelope.payload, envelope.payload_type, ordered)
 
 
 def parse_envelope(raw: bytes, *, code: str = "seal.malformed") -> Envelope:
@@ -135,7 +140,9 @@ def find_signers(
             continue
         if not key.supported:
             raise RefusedError(
-                "seal.algorithm", f"key {item.keyid} has scheme {key.scheme!r:.40}, not ed25519"
+                "seal.algorithm",
+                f"key {item.keyid} has scheme {key.scheme!r:.40} and {len(key.public)} bytes, "
+                f"which is none of {', '.join(SCHEMES)}",
             )
         # One bad signature must not veto enough good ones: anyone can append a bad one.
         if key.find_valid(item.sig, message):
