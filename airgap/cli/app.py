@@ -30,6 +30,7 @@ GROUPS = (
     "airgap.cli.policy",
     "airgap.cli.hold",
     "airgap.cli.audit",
+    "airgap.cli.report",
     "airgap.cli.enclave",
     "airgap.cli.demo",
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from airgap.cli.approve import Confirm, Key, Passphrase, document_digest, signer_of
 from airgap.cli.common import Json, Root, root_folder, show, stderr
@@ -45,7 +46,7 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
         f"  {row['task']} ({row['stage']})  {row['state']}"
         for row in rows
     ]
-    show({"holds": rows}, "\n".join(lines) or "nothing is held", json=json)
+    show({"holds": rows}, Text("\n".join(lines) or "nothing is held"), json=json)
 
 
 def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
@@ -65,7 +66,8 @@ def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
             "faults": desk.faults(found),
         }
     lines = [f"{name:>10}  {value}" for name, value in row.items()]
-    show(row, "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}"), json=json)
+    text = "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}")
+    show(row, Text(text), json=json)
 
 
 def release(
