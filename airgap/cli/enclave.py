@@ -246,14 +246,21 @@ def show_filters(
 # -- doctor ----------------------------------------------------------------------------------------
 
 
-def doctor(root: Root = None, *, json: Json = False) -> None:
+def doctor(
+    root: Root = None,
+    *,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="Print what was tried, channel by channel.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Probe the seal on this host: the rung that it reaches, and what would raise it."""
     from airgap.enclave.doctor import examine
 
     folder = root_folder(root)
     with stderr.status("probing: a control without a seal, then a sealed twin"):
         found = examine(min_rung=_min_rung(folder), state=folder / "enclave")
-    show(found.as_document(), _page(found), json=json)
+    show(found.as_document(), _page(found, channels=channels), json=json)
     if found.reached is None:
         raise typer.Exit(1)
 
@@ -267,7 +274,7 @@ def _min_rung(folder: Any) -> str | None:
     return load_site(folder).enclave.min_rung
 
 
-def _page(found: Examination) -> Any:
+def _page(found: Examination, *, channels: bool) -> Any:
     """Lay the examination out for one screen."""
     from rich.console import Group
     from rich.table import Table
@@ -283,7 +290,7 @@ def _page(found: Examination) -> Any:
     parts: list[Any] = [head, "", rungs]
     shown = reached or next((r for r in found.rungs if r.verdict and r.verdict.rows), None)
     if shown is not None and shown.verdict is not None:
-        parts += ["", *_probe(shown)]
+        parts += ["", *_probe(shown, channels=channels)]
     word = Text(
         f"SEALED/{reached.name}" if reached else "REFUSED", "bold green" if reached else "bold red"
     )
@@ -332,7 +339,7 @@ def _reason(rung: Rung) -> str:
     return LAYERS[rung.name] if rung.sealed else rung.reason
 
 
-def _probe(rung: Rung) -> list[Any]:
+def _probe(rung: Rung, *, channels: bool) -> list[Any]:
     """Return the table of channels that the control could use, and what could not be tried."""
     from rich import box
     from rich.table import Table
@@ -361,6 +368,12 @@ def _probe(rung: Rung) -> list[Any]:
         f"{verdict.control_open} open, {verdict.control_heard} heard by a receiver; sealed "
         f"{verdict.sealed_open} open, {verdict.sealed_heard} heard",
     )
+    if not channels:
+        count = sum(len(line.split()) - 1 for line in untested)
+        return [
+            title,
+            Text(f"{count} of them not even the control could use; --channels lists all"),
+        ]
     if untested:
         words = f"not even the control could: {'; '.join(untested)}"
         return [title, table, Text(words, style="dim")]

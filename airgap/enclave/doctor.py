@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from airgap.enclave import host, twin
+from airgap.enclave import host, tables, twin
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.twin import Row, Verdict
@@ -89,37 +89,97 @@ def _examine(name: str, facts: HostSurvey, obstacles: dict[str, str], state: Pat
 
 
 def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[str]:
-    """Return steps that work offline, most useful first; empty on rung A."""
+    """Return steps that work offline, most useful first; empty on rung A.
+
+    Commands are those of the host's own family where it is known, else of both.
+    """
     if any(rung.name == "A" and rung.sealed for rung in rungs):
         return []
-    out = []
-    if facts.arch != "x86_64":
-        out.append("use an x86-64 machine: no filter has been proven on another architecture")
+    reasons = {rung.name: (rung.code, rung.reason) for rung in rungs if not rung.sealed}
+    found = [
+        *_of_this_machine(facts, reasons),
+        *_namespaces(facts, reasons),
+        *_landlock(facts),
+    ]
+    if facts.autofs:
+        found.append(f"stop the automounter at {facts.autofs[0]}: systemctl disable --now autofs")
+    closed = next((reason for code, reason in reasons.values() if code == "enclave.files"), None)
+    if closed is not None:
+        found.append(f"install where other users may read (/opt/airgap, not a home): {closed}")
+    if not found:
+        words = "; ".join(f"{name}: {reason}" for name, (_, reason) in reasons.items())
+        found.append(f"no known remedy; the layers answered: {words}"[:600])
+    return found
+
+
+def _of_this_machine(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return what concerns the machine and the account."""
+    found = []
+    if facts.arch not in tables.ENABLED:
+        found.append("use an x86-64 machine: no filter has been proven on another architecture")
+    if facts.uid == facts.overflow_uid:
+        found.append(
+            f"start from another account than uid {facts.uid}: useradd --system airgap, then "
+            "runuser -u airgap -- airgap doctor"
+        )
+    if facts.seccomp_actions is not None and "errno" not in facts.seccomp_actions.split():
+        found.append("boot a kernel with CONFIG_SECCOMP_FILTER=y")
+    if any(code == "enclave.limits" for code, _ in reasons.values()):
+        found.append("raise the limits of this process: ulimit -n 1024")
+    return found
+
+
+def _namespaces(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return what lets a user make namespaces, and root make its own."""
+    found = []
+    code, reason = reasons.get("A", ("", ""))
     if not facts.sys_admin and facts.max_user_namespaces == 0:
-        out.append(
-            "sysctl -w user.max_user_namespaces=15000 (RHEL STIG RHEL-09-213105 allows it when "
-            "documented with the ISSM), or start from root: it needs no user namespace"
+        found.append(
+            "allow user namespaces: sysctl -w user.max_user_namespaces=15000, and for good: "
+            "echo user.max_user_namespaces=15000 > /etc/sysctl.d/90-airgap.conf (RHEL STIG "
+            "RHEL-09-213105 allows it when documented with the ISSM); or start from root, which "
+            "needs none"
         )
     if not facts.sys_admin and facts.apparmor_userns == 1:
-        out.append(
+        found.append(
             "give this interpreter an AppArmor profile with `userns,` (Ubuntu 24.04): "
-            "/etc/apparmor.d/airgap, then apparmor_parser -r /etc/apparmor.d/airgap; "
-            "leave kernel.apparmor_restrict_unprivileged_userns as it is"
+            "cp packaging/apparmor/airgap /etc/apparmor.d/airgap, then apparmor_parser -r "
+            "/etc/apparmor.d/airgap; leave kernel.apparmor_restrict_unprivileged_userns as it is"
         )
-    if facts.landlock_abi < 1:
-        out.append(
-            "boot with Landlock: kernel 5.13 or later and lsm=landlock,… on its command line "
-            "(grubby --update-kernel=ALL --args=… or GRUB_CMDLINE_LINUX and update-grub)"
-        )
-    if facts.autofs:
-        out.append(f"stop the automounter at {facts.autofs[0]} (systemctl stop autofs)")
-    unreadable = next((rung for rung in rungs if rung.code == "enclave.files"), None)
-    if unreadable is not None:
-        out.append(f"install where other users may read: {unreadable.reason}")
-    if not out:
-        reasons = "; ".join(f"{rung.name}: {rung.reason}" for rung in rungs)
-        out.append(f"no known remedy; the layers answered: {reasons}"[:600])
-    return out
+    if code in {"enclave.namespaces", "enclave.root", "enclave.identity"}:
+        if facts.own_filters:
+            found.append(
+                f"this process runs under {facts.own_filters} system call filter(s) of a container "
+                f"or service ({reason}): start outside of it, or allow unshare, mount and "
+                "pivot_root in it"
+            )
+        elif "selinux" in (facts.lsm or ""):
+            found.append(
+                "see whether SELinux denied it: ausearch -m AVC -ts recent | audit2allow -M "
+                "airgap, read airgap.te, then semodule -i airgap.pp; leave SELinux enforcing"
+            )
+    return found
+
+
+def _landlock(facts: HostSurvey) -> list[str]:
+    """Return what turns Landlock on: the list of modules that runs now, with it in front."""
+    if facts.landlock_abi >= 1:
+        return []
+    others = [name for name in (facts.lsm or "").split(",") if name not in {"", "landlock"}]
+    wanted = ",".join(["landlock", *(others or ["lockdown", "yama", "integrity"])])
+    red_hat = f'grubby --update-kernel=ALL --args="lsm={wanted}"'
+    debian = f'GRUB_CMDLINE_LINUX="lsm={wanted}" in /etc/default/grub, then update-grub'
+    family = family_of(facts.distro)
+    commands = {"red hat": red_hat, "debian": debian}.get(family) or f"{red_hat} (RHEL); {debian}"
+    return [f"boot with Landlock (kernel 5.13 or later, RHEL 9.6 or later): {commands}; reboot"]
+
+
+def family_of(distro: str) -> str:
+    """Return `red hat`, `debian` or nothing, by the pretty name of a distribution."""
+    name = distro.lower()
+    if any(word in name for word in ("red hat", "rhel", "rocky", "alma", "centos", "fedora")):
+        return "red hat"
+    return "debian" if any(word in name for word in ("ubuntu", "debian")) else ""
 
 
 # -- the table, short enough for one screen -------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -273,6 +274,13 @@ def _lasting(descriptors: dict[int, str] | None) -> dict[int, str] | None:
     if descriptors is None:
         return None
     return {number: target for number, target in descriptors.items() if not _of_gpu(target)}
+
+
+def started_at(pid: int) -> float:
+    """Return when a process was started, in seconds of the wall clock; OSError when it is gone."""
+    _, _, ticks = _stat(Path(f"/proc/{pid}/stat").read_text())
+    now, up = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
+    return now - up + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def own_namespaces() -> dict[str, str]:

@@ -12,10 +12,12 @@ import ctypes
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 from airgap.enclave import convert, evidence, host, linux, probe
 from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
+from airgap.enclave.process import DESCRIPTORS
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import Caps, SealSpec, start
 from policy.errors import AirgapError
@@ -40,6 +43,7 @@ _PROGRAMS = ("/usr/bin/true", "/bin/true", "/usr/bin/env", "/bin/sh")  # any wil
 ABSTRACT, QUEUE, SHM_KEY = "airgap-probe", "airgap-probe", 0x41475052
 _IP, _IP6, _PREFIX6 = "192.0.2.1", "2001:db8::1", 64
 _OUTSIDE_PIPE, _OUTSIDE_SOCKET = 601, 600
+FOLDER = "airgap-probe-"  # followed by the pid of the probe
 _CONTROL_S, _SETTLE_S = 15.0, 0.05
 _LINE = re.compile(rb"[0-9a-f]{16}:[a-z0-9_]+")
 
@@ -60,7 +64,9 @@ def run(
     # planned by what the worker was planned by.
     facts = host.survey()
     own_network = enter_network()
-    folder = Path(tempfile.mkdtemp(prefix="airgap-probe-"))
+    raise_descriptors()
+    remove_stale(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
     try:
         with Outside(folder, uid, own_network=own_network) as outside:
             twin = SealSpec(
@@ -76,6 +82,37 @@ def run(
             return _compare(rung, twin, facts, outside)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def raise_descriptors() -> None:
+    """Take what the hard limit allows: two descriptors outside have numbers of their own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS), hard))
+
+
+def remove_stale(parent: Path) -> None:
+    """Remove folders that probes of this user left behind when they were killed.
+
+    Only a real folder of our own uid, whose name tells a process that is gone or younger than it.
+    """
+    for path in parent.glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError, ValueError):
+            status = path.lstat()
+            owner = int(path.name.removeprefix(FOLDER).partition("-")[0])
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            if not _lives(owner, status.st_mtime):
+                shutil.rmtree(path, ignore_errors=True)  # follows no link
+
+
+def _lives(pid: int, made: float) -> bool:
+    """Say whether the process that made a folder at `made` may still be there."""
+    try:
+        started = evidence.started_at(pid)
+    except OSError:
+        return False
+    return started <= made + 1
 
 
 def _compare(rung: str, spec: SealSpec, facts: HostSurvey, outside: Outside) -> dict[str, Any]:
@@ -430,17 +467,21 @@ class Outside:
         held = self._connection()
         self._pid = os.fork()
         if not self._pid:
-            os.dup2(held.fileno(), _OUTSIDE_SOCKET)
-            os.dup2(write, _OUTSIDE_PIPE)
-            self._become_worker()
-            content = ctypes.create_string_buffer(64)
-            os.write(tell, struct.pack("<Q", ctypes.addressof(content)))
-            while True:
-                signal.pause()
+            try:
+                os.dup2(held.fileno(), _OUTSIDE_SOCKET)
+                os.dup2(write, _OUTSIDE_PIPE)
+                self._become_worker()
+                content = ctypes.create_string_buffer(64)
+                os.write(tell, struct.pack("<Q", ctypes.addressof(content)))
+                while True:
+                    signal.pause()
+            finally:
+                os._exit(1)
         self._children.append(self._pid)
+        os.close(tell)  # else a child that failed would never be seen to have ended
         (self._address,) = struct.unpack("<Q", os.read(told, 8))
-        for end in (told, tell, write):
-            os.close(end)
+        os.close(told)
+        os.close(write)
         held.close()
 
         def receive() -> None:

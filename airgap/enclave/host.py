@@ -56,6 +56,7 @@ class HostSurvey:
     threads: int
     onnxruntime: str | None
     telemetry: tuple[str, ...]
+    own_filters: int = 0  # filters that this process runs under already: of a container, a service
 
     def as_document(self) -> dict[str, Any]:
         """Return the facts as JSON-ready values."""
@@ -92,6 +93,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
         threads=int(status.get("Threads", "1")),
         onnxruntime=onnxruntime_version(),
         telemetry=telemetry_hits(),
+        own_filters=int(status.get("Seccomp_filters", "0")),
     )
 
 

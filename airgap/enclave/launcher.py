@@ -154,6 +154,9 @@ def take_channel(incoming: int, outgoing: int) -> None:
     """Put the two pipe ends where the worker expects them."""
     import fcntl  # noqa: PLC0415 - used once
 
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft <= 2 * OPEN_DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * OPEN_DESCRIPTORS), hard))
     spare = [
         fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, OPEN_DESCRIPTORS) for end in (incoming, outgoing)
     ]
@@ -351,7 +354,17 @@ def check_readable(plan: Plan) -> None:
     for path in plan["check"]:
         for entry in entries(path):
             if not os.access(entry, os.R_OK):
-                raise Refusal("files", f"uid {os.getuid()} inside the seal cannot read {entry!r}")
+                where = closed_above(entry)
+                because = f": the folder {where!r} is closed to it" if where else ""
+                words = f"uid {os.getuid()} inside the seal cannot read {entry!r}{because}"
+                raise Refusal("files", words)
+
+
+def closed_above(path: str) -> str | None:
+    """Return the first folder above `path` that this process may not pass, None where it may."""
+    parts = path.split("/")[1:-1]
+    above = ("/" + "/".join(parts[:depth]) for depth in range(len(parts) + 1))
+    return next((folder for folder in above if not os.access(folder, os.X_OK)), None)
 
 
 def entries(path: str) -> Iterator[str]:

@@ -205,8 +205,10 @@ def identity_of(facts: HostSurvey, uid: int | None) -> tuple[list[int] | None, l
     if facts.uid != 0:
         return None, [os.getuid(), os.getgid()]
     chosen = free_uid() if uid is None else uid
-    if chosen == 0:
-        raise PlanError("identity", "the worker's uid would be 0")
+    if chosen in {0, facts.overflow_uid}:
+        raise PlanError(
+            "identity", f"the worker's uid would be {chosen}, which is no account of its own"
+        )
     if mapped(facts, chosen):
         return [chosen, chosen], None
     if any(first <= 0 < first + count and outside == 0 for first, outside, count in facts.uid_map):

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import resource
 import signal
 import subprocess
 import threading
@@ -49,6 +50,7 @@ class Process:
         self._reaping = threading.RLock()
         self._pidfd = -1
         self.pid = 0
+        require_descriptors()
         incoming, self._to = os.pipe()
         self._from, outgoing = os.pipe()
         try:
@@ -63,6 +65,7 @@ class Process:
         self.reader, self.writer = Reader(self._from), Writer(self._to)
         self._stderr = _Drain(self._popen, stderr_cap)
         try:
+            self._stderr.start()
             self.send(channel.PLAN, json.dumps(plan).encode())
             self._meet()
         except BaseException:
@@ -113,8 +116,7 @@ class Process:
     def refusal(self, error: ChannelError) -> AirgapError:
         """Turn a broken channel into what it means for the caller, and end the process."""
         end = self.kill()
-        words = self.words()
-        tail = f"; its last words: {words[-400:]!r}" if words else ""
+        tail = last_words(self.words())
         if end["signal"] == signal.SIGSYS:
             return SealRefused(
                 "incident", f"the process made a forbidden call and was killed{tail}"
@@ -308,10 +310,9 @@ def program_error(frame: Frame, words: str) -> AirgapError:
     room = code.partition(".")[0]
     if frame.kind == channel.ERROR and code in CODES and room in _PROGRAM_ROOMS:
         return RefusedError(code, message[:limit], hint=str(found.get("hint", ""))[:limit])
-    tail = f"; its last words: {words[-400:]!r}" if words else ""
     return FaultError(
         "enclave.program",
-        f"the sealed program failed: {message[:limit]}{tail}",
+        f"the sealed program failed: {message[:limit]}{last_words(words)}",
         hint="the request was not answered; nothing left the seal",
     )
 
@@ -339,6 +340,46 @@ def planning() -> Iterator[None]:
 # -- starting processes ---------------------------------------------------------------------------
 
 
+DESCRIPTORS = 640  # hard limit that launcher and probe need: the probe uses numbers above 600
+_OWN_DESCRIPTORS = 64
+
+
+def require_descriptors() -> None:
+    """Refuse a limit on open files under which launcher or probe would fail in a puzzling way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = (soft, _OWN_DESCRIPTORS) if soft < _OWN_DESCRIPTORS else (hard, DESCRIPTORS)
+    if least[0] < least[1]:
+        raise SealRefused(
+            "limits",
+            f"this process may open {least[0]} files (ulimit -n), the seal needs {least[1]}",
+        )
+
+
+def start_thread(
+    target: Callable[..., None], name: str, arguments: tuple[object, ...] = ()
+) -> threading.Thread:
+    """Start a thread that does not keep this process alive."""
+    thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise FaultError(
+            "enclave.worker",
+            "no thread can be started: this process has reached its limits",
+            hint="raise them (ulimit -d, -v, -u), then start it again",
+        ) from error
+    return thread
+
+
+def last_words(words: str) -> str:
+    """Return the end of what a process wrote, as the end of a message; of a trace its last line."""
+    if not words.strip():
+        return ""
+    if "Traceback (most recent call last)" in words:
+        words = words.rstrip().rpartition("\n")[2]
+    return f"; its last words: {words[-400:]!r}"
+
+
 class _Drain:
     """Reads an error pipe to its end and keeps the first bytes."""
 
@@ -347,8 +388,11 @@ class _Drain:
         self._cap = cap
         self._kept = bytearray()
         self.total = 0  # bytes that came, kept or not
-        self._thread = threading.Thread(target=self._read, name="enclave-stderr", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread = start_thread(self._read, "enclave-stderr")
 
     def _read(self) -> None:
         pipe = self._popen.stderr
@@ -365,7 +409,8 @@ class _Drain:
 
     def close(self) -> None:
         """Wait for the end of the pipe, which comes with the end of the process."""
-        self._thread.join(_GRACE_S)
+        if self._thread is not None:
+            self._thread.join(_GRACE_S)
         if self._popen.stderr is not None:
             self._popen.stderr.close()
 
@@ -382,7 +427,7 @@ class _Spawner:
         self._wishes: queue.SimpleQueue[tuple[Callable[[], object], queue.SimpleQueue[Any]]] = (
             queue.SimpleQueue()
         )
-        threading.Thread(target=self._run, name="enclave-spawner", daemon=True).start()
+        start_thread(self._run, "enclave-spawner")
 
     def _run(self) -> None:
         while True:

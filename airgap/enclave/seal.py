@@ -27,7 +27,14 @@ from airgap.enclave.evidence import Finding
 from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan
-from airgap.enclave.process import Process, how, json_object, planning, program_error
+from airgap.enclave.process import (
+    Process,
+    how,
+    json_object,
+    planning,
+    program_error,
+    start_thread,
+)
 from airgap.enclave.refused import SealRefused
 from policy.errors import AirgapError, FaultError, RefusedError
 
@@ -144,7 +151,10 @@ def climb(spec: SealSpec, facts: HostSurvey, make: Make[T]) -> T:
             if refused.layer not in _OF_RUNG_A or rung == rungs[-1]:
                 raise
             tried.append({"rung": rung, "reason": f"{refused.code}: {refused.message}"})
+    words = {entry["reason"] for entry in tried if entry["rung"] in host.allowed_rungs(min_rung)}
     reasons = "; ".join(f"{entry['rung']}: {entry['reason']}" for entry in tried)
+    if len(words) == 1:
+        reasons = words.pop()  # one reason for all: say it once
     raise _no_rung(f"this host reaches no rung from {min_rung} up ({reasons})", facts, tried)
 
 
@@ -332,7 +342,7 @@ class Enclave:
         weakref.finalize(self, process.kill)  # forgotten or not, it ends with this object
         if spec.reverify_s > 0:
             watched = weakref.ref(self), self._closing, spec.reverify_s
-            threading.Thread(target=_watch, args=watched, name="enclave-watch", daemon=True).start()
+            start_thread(_watch, "enclave-watch", watched)
 
     def __enter__(self) -> Self:
         return self

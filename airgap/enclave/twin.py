@@ -23,6 +23,7 @@ from airgap.enclave import filters, host, probe
 from airgap.enclave import plan as plans
 from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
+from airgap.enclave.process import last_words, require_descriptors
 from airgap.enclave.refused import SealRefused
 from policy.errors import CODES
 
@@ -177,6 +178,7 @@ def own_code() -> str:
 
 def _run(wanted: dict[str, Any]) -> dict[str, Any]:
     """Run the fixture as a process of its own."""
+    require_descriptors()
     where = json.dumps({"packages": plans.package_folders(), "site": plans.site_folders()})
     entry = f"{plans.package_folders()['airgap']}/enclave/entry.py"
     environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
@@ -195,8 +197,8 @@ def _run(wanted: dict[str, Any]) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"refused": {"layer": "probe", "message": f"the probe took over {_LIMIT_S:g} s"}}
     except ValueError:
-        words = done.stderr[-1000:].decode(errors="replace")
-        return {"refused": {"layer": "probe", "message": f"the probe did not report: {words!r}"}}
+        words = last_words(done.stderr[-4000:].decode(errors="replace"))
+        return {"refused": {"layer": "probe", "message": f"the probe did not report{words}"}}
     return dict(report)
 
 

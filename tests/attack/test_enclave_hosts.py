@@ -52,6 +52,25 @@ every = (1 << 13) - 1
 rules = [(f"/{name}", every) for name in os.listdir("/") if name != "proc"]
 landlock.restrict([*rules, ("/proc", landlock.READ | landlock.EXECUTE), ("/", landlock.READ)], 1)
 """
+# A filter, as of a container, that lets nobody make a namespace.
+NO_UNSHARE = """
+from airgap.enclave import filters, linux
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, linux.NUMBER["unshare"]), (0x06, 0, 0, 0x50000 | 1)]
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+filters.install(filters._pack([*code, (0x06, 0, 0, filters.ALLOW)]))
+"""
+# What max_user_namespaces = 0 does to root: the number reads 0, and a user namespace is ENOSPC.
+NO_USER_NAMESPACES_FOR_ROOT = """
+from airgap.enclave import filters, linux
+import errno, tempfile
+from pathlib import Path
+zero = Path(tempfile.mkdtemp()) / "zero"
+zero.write_text("0")
+linux.mount(str(zero), "/proc/sys/user/max_user_namespaces", None, linux.MS_BIND)
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, linux.NUMBER["unshare"]), (0x20, 0, 0, 16),
+        (0x45, 0, 1, linux.CLONE_NEWUSER), (0x06, 0, 0, 0x50000 | errno.ENOSPC)]
+filters.install(filters._pack([*code, (0x06, 0, 0, filters.ALLOW)]))
+"""
 NO_LANDLOCK = NO_CALL.format(name="landlock_create_ruleset")
 
 
@@ -83,6 +102,26 @@ def test_a_host_without_user_namespaces_leaves_a_user_rung_b():
     assert "max_user_namespaces is 0" in found["reasons"]["A"]
     assert found["heard"]["B"] >= 10  # over loopback and Unix paths alone
     assert any("sysctl -w user.max_user_namespaces" in step for step in found["advice"])
+
+
+def test_a_host_without_user_namespaces_still_gives_root_rung_a():
+    found = doctor_on("root", NO_USER_NAMESPACES_FOR_ROOT)
+    assert (found["status"], found["verdict"]) == (0, "SEALED/A"), found["reasons"]
+    assert found["reasons"]["U"] == "user.max_user_namespaces is 0"
+
+
+def test_a_filter_of_a_container_leaves_a_user_rung_b_and_is_named():
+    found = doctor_on("user", NO_UNSHARE)
+    assert (found["status"], found["verdict"]) == (0, "SEALED/B"), found["reasons"]
+    assert found["reasons"]["A"].startswith("EPERM")
+    assert any("under 1 system call filter(s) of a container" in step for step in found["advice"])
+
+
+def test_a_filter_of_a_container_is_a_refusal_for_root_and_is_named():
+    found = doctor_on("root", NO_UNSHARE)
+    assert (found["status"], found["verdict"]) == (1, "REFUSED")
+    assert found["reasons"]["A"].startswith("EPERM")
+    assert any("under 1 system call filter(s) of a container" in step for step in found["advice"])
 
 
 def test_a_host_that_denies_capabilities_inside_gives_a_user_rung_u():

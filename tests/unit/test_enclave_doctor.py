@@ -39,7 +39,10 @@ def test_a_good_host_reaches_a(hosts, capsys, tmp_path):
     assert dispatch(["doctor", "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "SEALED/A" in out
-    assert "tcp4" in out
+    assert "tcp4" not in out
+    assert len(out.splitlines()) <= 24  # one screen
+    assert dispatch(["doctor", "--root", str(tmp_path), "--channels"]) == 0
+    assert "tcp4" in capsys.readouterr().out
     assert dispatch(["doctor", "--root", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["verdict"] == "SEALED/A"
@@ -53,7 +56,7 @@ def test_a_host_without_user_namespaces_reaches_b_and_says_why(hosts, capsys, tm
     out = capsys.readouterr().out
     assert "SEALED/B" in out
     assert "max_user_namespaces is 0" in out
-    assert "to raise it: sysctl -w user.max_user_namespaces" in out
+    assert "sysctl -w user.max_user_namespaces" in out
 
 
 def test_a_host_without_landlock_reaches_a_and_says_what_b_lacks(hosts, capsys, tmp_path):
@@ -76,7 +79,7 @@ def test_a_leak_is_shown_and_refused(hosts, capsys, tmp_path):
     leaking = report("A")
     leaking["received"]["stage2"] = ["tcp4"]
     hosts(replace(FACTS, landlock_abi=0), {"A": leaking})
-    assert dispatch(["doctor", "--root", str(tmp_path)]) == 1
+    assert dispatch(["doctor", "--root", str(tmp_path), "--channels"]) == 1
     out = capsys.readouterr().out
     assert "enclave.probe" in out
     assert "LEAK" in out
@@ -137,3 +140,39 @@ def test_telemetry_and_restrictions_are_shown(hosts, capsys, tmp_path):
     assert "restricted by AppArmor" in out
     assert "/net" in out
     assert "uid of its own" in out
+
+
+def test_advice_is_for_the_family_of_the_host():
+    bare = replace(FACTS, landlock_abi=0, lsm="lockdown,selinux")
+    red_hat = doctor.advise(replace(bare, distro="Rocky Linux 9.4"), [])[0]
+    assert 'grubby --update-kernel=ALL --args="lsm=landlock,lockdown,selinux"' in red_hat
+    assert "update-grub" not in red_hat
+    ubuntu = doctor.advise(replace(bare, distro="Ubuntu 24.04"), [])[0]
+    assert "update-grub" in ubuntu
+    assert "grubby" not in ubuntu
+    other = doctor.advise(replace(bare, distro="unknown"), [])[0]
+    assert "grubby" in other
+    assert "update-grub" in other
+
+
+def test_a_filter_of_a_container_and_selinux_are_named():
+    denied = [Rung("A", False, "enclave.namespaces", "EPERM", 0.1, None)]
+    inside = doctor.advise(replace(FACTS, own_filters=1), denied)
+    assert any("container" in step for step in inside)
+    selinux = doctor.advise(replace(FACTS, lsm="lockdown,selinux"), denied)
+    assert any("ausearch -m AVC" in step and "leave SELinux enforcing" in step for step in selinux)
+
+
+def test_no_advice_weakens_the_host():
+    worst = replace(
+        FACTS,
+        max_user_namespaces=0,
+        apparmor_userns=1,
+        landlock_abi=0,
+        autofs=("/net",),
+        lsm="selinux,apparmor",
+    )
+    denied = [Rung("A", False, "enclave.namespaces", "EPERM", 0.1, None)]
+    words = " ".join(doctor.advise(worst, denied))
+    for bad in ("setenforce", "permissive", "restrict_unprivileged_userns=0", "aa-disable"):
+        assert bad not in words
