@@ -8,6 +8,7 @@ Nothing here writes; FORMAT.md section 11.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -30,7 +31,7 @@ from bundle.media import Help, open_medium
 from bundle.medium import Medium
 from bundle.scan import ScanReport, scan_payload
 from bundle.scan.bom import PATH as BOM
-from bundle.statement import VerifiedSeal, require_matches, verify_seal
+from bundle.statement import VerifiedSeal, require_matches, require_subject, verify_seal
 from bundle.tar import Layout, require_gaps
 from bundle.trust import Trust, follow_chain
 from policy.errors import AirgapError, RefusedError
@@ -38,7 +39,7 @@ from policy.terms import Digest
 
 MAX_WORKERS = 8
 SMALL_FILE = 64 * 1024 * 1024
-SCANNED_START = 128 * 1024 * 1024  # of external data, which is scanned no further than its header
+HEADER_LIMIT = 100 * 1024 * 1024  # of a safetensors file, the only weights that have a header
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,8 @@ class SealedBundle:
         """Return a listed file of any size; KeyError if not listed.
 
         It is mapped where it lies. Where the body lies in no single file, small files are read and
-        hashed again; of external data, which no parser reads beyond its header, the start is read.
+        hashed again. Of larger weights only the header, where they have one, is filled in: the scan
+        looks at no other byte of them.
         """
         entry = self._entry(path)
         body = self._mapped
@@ -193,7 +195,11 @@ class SealedBundle:
         if entry.size <= SMALL_FILE:
             return memoryview(self.read(path))
         whole = memoryview(mmap.mmap(-1, entry.size))
-        wanted = SCANNED_START if entry.role == "external-data" else entry.size
+        wanted = entry.size
+        if entry.role == "external-data":
+            self._read_span(entry, whole[:8])
+            header = min(HEADER_LIMIT, int.from_bytes(whole[:8], "little"))
+            wanted = 8 + header if path.endswith(".safetensors") else 8
         self._read_span(entry, whole[: min(wanted, entry.size)])
         return whole.toreadonly()
 
@@ -247,13 +253,12 @@ class SealedBundle:
 
     def _read_span(self, entry: FileEntry, buffer: memoryview) -> None:
         """Fill `buffer` from the start of a file: at once if that gives the listed digest."""
-        try:
-            self.medium.read_into(entry.offset, buffer)
-            found = hashlib.new(entry.checked.algorithm, buffer).digest()
-            if len(buffer) == entry.size and found == entry.checked.raw:
-                return
-        except RefusedError:
-            pass  # a chunk that can be repaired is no reason to stop
+        if len(buffer) == entry.size:
+            with contextlib.suppress(RefusedError):  # it may be repaired, chunk by chunk
+                self.medium.read_into(entry.offset, buffer)
+                wanted = entry.checked
+                if hashlib.new(wanted.algorithm, buffer).digest() == wanted.raw:
+                    return
         size, filled = self.manifest.body.chunk_size, 0
         chunk = bytearray(min(size, self.manifest.body.size))
         while filled < len(buffer):
@@ -369,7 +374,7 @@ def open_bundle(
         newest = follow_chain(trust, head.trust)
         _require_root_in_force(newest, now)
         seal = verify_seal(parse_envelope(head.envelope), newest.document)
-        _require_subject(seal, head.manifest)
+        require_subject(seal.statement, head.manifest)
         sealed = SealedBundle(medium, seal, newest)
         _require_fresh(sealed, now, floors)
     except BaseException:
@@ -438,14 +443,6 @@ def _require_root_in_force(trust: Trust, now: datetime) -> None:
             "trust.root",
             f"the trust root expired at {format_time(trust.document.expires)}",
             hint="carry a renewed root here, signed by the holders of the root keys",
-        )
-
-
-def _require_subject(seal: VerifiedSeal, manifest: bytes) -> None:
-    expected, found = seal.statement.subject[0].digest.sha256, Digest.of(manifest).hex
-    if expected != found:
-        raise RefusedError(
-            "seal.subject", f"the seal is that of manifest {expected}, the bundle carries {found}"
         )
 
 

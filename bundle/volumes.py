@@ -9,10 +9,12 @@ chunks, which are then hashed like any other. FORMAT.md section 14.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -372,11 +374,17 @@ class VolumeSet(Medium):
         body, facts = self._body, self.facts_of_set
         if body is None:
             return []
-        return [
-            facts.count + 1 + row
-            for row in range(facts.parity)
-            if any(self._parity_chunk(row, k, body) is None for k in range(facts.chunks))
-        ]
+        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            return [
+                facts.count + 1 + row
+                for row in range(facts.parity)
+                if not all(
+                    pool.map(
+                        lambda column, row=row: self._parity_chunk(row, column, body) is not None,
+                        range(facts.chunks),
+                    )
+                )
+            ]
 
     # -- for those who mend a set ---------------------------------------------------------------
 
