@@ -38,7 +38,7 @@ OPSET = 21
 HEAD_INPUTS = (*("select", "seen", "penalty", "legal", "constrained", "target", "top_k"),)
 HEAD_OUTPUTS = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
 _MS = "com.microsoft"
-_TYPES = {"F32": 1, "F16": 10, "BF16": 16}  # TensorProto.DataType
+_TYPES = {"F32": 1, "U8": 2, "F16": 10, "BF16": 16}  # TensorProto.DataType
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,16 @@ class Placed:
 
     file: str
     tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """Codes and scales in the place of a matrix; `bundle.staging.quantize` writes them."""
+
+    codes: Placed
+    scales: Placed
+    bits: int
+    block: int
 
 
 def interface(layers: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -64,15 +74,20 @@ def interface(layers: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
-def write_graph(shape: Architecture, tensors: Mapping[str, Placed]) -> bytes:
+def write_graph(
+    shape: Architecture,
+    tensors: Mapping[str, Placed],
+    quantized: Mapping[str, Quantized] | None = None,
+) -> bytes:
     """Return the ONNX file.
 
     Args:
         shape: The architecture.
         tensors: Every tensor of it, checked by `architecture.require_tensors`.
+        quantized: What takes the place of some matrices.
 
     """
-    return _Writer(shape, tensors).write()
+    return _Writer(shape, tensors, quantized or {}).write()
 
 
 @dataclass
@@ -81,6 +96,7 @@ class _Writer:
 
     shape: Architecture
     tensors: Mapping[str, Placed]
+    quantized: Mapping[str, Quantized]
     nodes: list[Any] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -222,7 +238,7 @@ class _Writer:
         """Picked positions only: logits, penalty, grammar, the best k, and both normalisers."""
         name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
         picked = self.op("Gather", [normed, "select"], axis=0)
-        logits = self.op("Gemm", [picked, self.weight(name)], transB=1)
+        logits = self.product(picked, name)
         self.op(
             "ReduceLogSumExp", [logits, self.integers("last_axis", [-1])], ["log_z"], keepdims=0
         )
@@ -299,10 +315,27 @@ class _Writer:
 
     def linear(self, value: str, name: str, *, bias: bool) -> str:
         """float32[tokens, in] times the stored [out, in], transposed in the product."""
-        inputs = [value, self.weight(f"{name}.weight")]
-        if bias:
-            inputs.append(self.weight(f"{name}.bias"))
-        return self.op("Gemm", inputs, transB=1)
+        return self.product(value, f"{name}.weight", self.weight(f"{name}.bias") if bias else "")
+
+    def product(self, value: str, name: str, bias: str = "") -> str:
+        """Multiply by a stored matrix, or by the codes that take its place."""
+        if name not in self.quantized:
+            inputs = [value, self.weight(name), *([bias] if bias else [])]
+            return self.op("Gemm", inputs, transB=1)
+        codes = self.quantized[name]
+        rows, width = self.tensors[name].tensor.shape
+        inputs = [value, self.external(codes.codes), self.external(codes.scales)]
+        inputs += ["", "", bias] if bias else []
+        return self.op(
+            "MatMulNBits",
+            inputs,
+            domain=_MS,
+            K=width,
+            N=rows,
+            bits=codes.bits,
+            block_size=codes.block,
+            accuracy_level=1,  # sums in float32: a row's result does not depend on its neighbours
+        )
 
     def silu(self, value: str) -> str:
         """Value times its sigmoid."""
@@ -333,23 +366,26 @@ class _Writer:
         return wide
 
     def stored(self, name: str) -> str:
-        """The tensor as it lies in the publisher's file."""
+        """Name the tensor as it lies in the publisher's file."""
+        return self.external(self.tensors[name])
+
+    def external(self, placed: Placed) -> str:
+        """Name a tensor that lies in a file beside the graph."""
         from onnx import TensorProto
 
-        if name not in self.weights:
-            placed = self.tensors[name]
-            tensor = TensorProto(name=name, dims=placed.tensor.shape)
-            tensor.data_type = _TYPES[placed.tensor.dtype]
-            tensor.data_location = TensorProto.EXTERNAL
-            size = placed.tensor.end - placed.tensor.start
+        tensor = placed.tensor
+        if tensor.name not in self.weights:
+            proto = TensorProto(name=tensor.name, dims=tensor.shape)
+            proto.data_type = _TYPES[tensor.dtype]
+            proto.data_location = TensorProto.EXTERNAL
             for key, value in (
                 ("location", placed.file),
-                ("offset", str(placed.tensor.start)),
-                ("length", str(size)),
+                ("offset", str(tensor.start)),
+                ("length", str(tensor.end - tensor.start)),
             ):
-                tensor.external_data.add(key=key, value=value)
-            self.weights[name] = tensor
-        return name
+                proto.external_data.add(key=key, value=value)
+            self.weights[tensor.name] = proto
+        return tensor.name
 
     def signature(self) -> tuple[list[Any], list[Any]]:
         """Return the declared inputs and outputs."""

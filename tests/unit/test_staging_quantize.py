@@ -1,0 +1,105 @@
+"""Fewer bits a weight: the recipe, the file, and the graph that reads it."""
+
+import hashlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from random_models import (
+    VOCABULARY,
+    FastGraph,
+    all_logits,
+    placed_tensors,
+    save_random,
+    torch_logits,
+)
+
+from bundle.scan.onnx import parse_onnx
+from bundle.scan.safetensors import parse_safetensors
+from bundle.scan.strict import open_view
+from bundle.staging.graph import write_graph
+from bundle.staging.quantize import BITS, dequantize_rows, is_linear, quantize, quantize_rows
+
+IDS = np.random.default_rng(1).integers(3, VOCABULARY, (1, 24))
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 5), width=st.integers(1, 100))
+def test_a_code_is_never_further_than_a_step_from_its_weight(bits, seed, rows, width):
+    weights = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    codes, scales = quantize_rows(weights, bits)
+    back = dequantize_rows(codes, scales, bits)
+    step = abs(scales).repeat(32, axis=1)
+    assert (abs(back[:, :width] - weights) <= step[:, :width] * 1.001).all()
+    assert (back[:, width:] == 0.0).all()
+    largest = abs(weights).max(axis=1)
+    assert np.allclose(abs(back).max(axis=1), largest, rtol=1e-6)  # the largest is met exactly
+
+
+def test_a_block_of_zeros_stays_zero():
+    codes, scales = quantize_rows(np.zeros((2, 64), np.float32), 4)
+    assert (dequantize_rows(codes, scales, 4) == 0.0).all()
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_the_graph_gives_the_logits_of_the_weights_that_the_codes_stand_for(precision, tmp_path):
+    save_random(tmp_path, "llama-bias")
+    shape, placed = placed_tensors(tmp_path)
+    found = quantize(placed, tmp_path, tmp_path / "codes.safetensors", precision=precision)
+    assert set(found) == {name for name, one in placed.items() if is_linear(name, one.tensor)}
+    assert "lm_head.weight" in found
+    assert "model.embed_tokens.weight" not in found
+    (tmp_path / "fast.onnx").write_bytes(write_graph(shape, placed, found))
+    parse_onnx(
+        open_view(tmp_path / "fast.onnx"), sizes=lambda name: (tmp_path / name).stat().st_size
+    )
+    graph = FastGraph(tmp_path, shape)
+    ours = all_logits(graph.run(IDS, [24], graph.cache(1, 24), np.arange(24)))
+    (tmp_path / "stands-for").mkdir()
+    want = torch_logits(stand_for(tmp_path, placed, found), IDS)[0]
+    assert abs(ours - want).max() < 2e-4
+    assert abs(ours - torch_logits(tmp_path, IDS)[0]).max() > 1e-3  # and not the published ones
+
+
+def stand_for(folder, placed, found):
+    """Write a snapshot whose matrices are what the codes stand for."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target = folder / "stands-for"
+    tensors = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    raw = (folder / "codes.safetensors").read_bytes()
+    for name, one in found.items():
+        rows, width = placed[name].tensor.shape
+        codes, scales = (
+            np.frombuffer(raw[t.start : t.end], dtype=kind).reshape(t.shape)
+            for t, kind in ((one.codes.tensor, np.uint8), (one.scales.tensor, np.float32))
+        )
+        assert codes.shape[0] == rows
+        tensors[name] = torch.tensor(dequantize_rows(codes, scales, one.bits)[:, :width])
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folder / "config.json", target)
+    return target
+
+
+def test_the_file_is_strict_safetensors_and_the_same_each_time(tmp_path):
+    save_random(tmp_path, "llama")
+    _, placed = placed_tensors(tmp_path)
+    told, digests = [], set()
+    for name in ("a.safetensors", "b.safetensors"):
+        quantize(
+            placed,
+            tmp_path,
+            tmp_path / name,
+            precision="int4",
+            progress=lambda done, total: told.append((done, total)),
+        )
+        parse_safetensors(open_view(tmp_path / name))
+        digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert len(digests) == 1
+    assert told[-1][0] == told[-1][1] == len(told) // 2
+    with pytest.raises(FileExistsError):
+        quantize(placed, tmp_path, tmp_path / "a.safetensors", precision="int4")
