@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -201,3 +202,48 @@ def replace(path: Path, content: bytes):
 def copy(folder, target):
     shutil.copytree(folder, target)
     return target
+
+
+def people_of(folder, **roles):
+    """Return a trust root of people by role, and a signer for each: `people_of(f, ada="isso")`."""
+    from bundle.keys import load_signer, new_key
+    from bundle.trust import KeyEntry, Person, RootDocument, Threshold, Thresholds
+
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    made = {name: new_key(folder, name, person=name, roles=(role,)) for name, role in roles.items()}
+    one = Threshold(people=1)
+    document = RootDocument(
+        version=1,
+        issued=at,
+        expires=at.replace(year=2036),
+        profile="default",
+        keys={key.keyid: KeyEntry(scheme=key.scheme, public=key.public) for key in made.values()},
+        people={
+            name: Person(name=name, keys=(key.keyid,), roles=key.roles, valid_from=at)
+            for name, key in made.items()
+        },
+        thresholds=Thresholds(root=one, seal=one, policy=one, revocation=one),
+    )
+    return document, {name: load_signer(folder / f"{name}.pem") for name in made}
+
+
+def signed_act(act, *signers):
+    """Return an act signed by all of these."""
+    from airgap.audit.people import PAYLOAD_TYPE
+    from bundle.envelope import add_signature, sign_statement
+
+    envelope = sign_statement(act.to_bytes(), PAYLOAD_TYPE, signers[0])
+    for signer in signers[1:]:
+        envelope = add_signature(envelope, signer)
+    return envelope
+
+
+def fill(log, size):
+    """Append denials until the log has `size` records, most of them without waiting."""
+    event = denial()
+    while log.size < size - 600:
+        for _ in range(511):
+            log._submit(event, None, None)
+        log.append(event)
+    while log.size < size:
+        log.append(event)

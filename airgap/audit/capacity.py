@@ -76,6 +76,7 @@ class Usage:
         """Count what is quickly counted; objects and payloads, many small files, in the back."""
         self._layout, self._capacity = layout, capacity
         self.bytes = sum(_count(layout.log / name) for name in ("seg", "tile"))
+        self.bytes += layout.journal.stat().st_size
         if capacity.quota_bytes:
             threading.Thread(target=self._count_rest, name="audit-usage", daemon=True).start()
 

@@ -92,7 +92,7 @@ def require_two(
             hint="write the act down again and let both people sign",
         )
     keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
-    people = {who for keyid in keyids if (who := root.find_person(keyid)) is not None}
+    people = root.people_of(keyids)
     able = {
         same_person(who): who
         for who in sorted(people)

@@ -84,6 +84,8 @@ class Stream:
         self.edge = Edge()
         self._prev = FIRST_PREV.encode()
         self._place = ""
+        self._kept = read_kept(layout)
+        self._leaves = question.leaves | self._kept.keys()
         self._broken = False  # the chain broke: later lines are hashed, not judged
         self._beat = _Beat()
         self._intents: dict[bytes, tuple[str, int]] = {}  # by request: kind and record
@@ -138,7 +140,7 @@ class Stream:
 
     def _read(self, path: Path, *, last: bool) -> bool:
         """Take one segment; False when nothing after it can be read."""
-        edge, made, sizes, leaves = self.edge, self._made, self.asked.sizes, self.asked.leaves
+        edge, made, sizes, leaves = self.edge, self._made, self.asked.sizes, self._leaves
         sha256 = hashlib.sha256
         for raw in read_lines(path):
             seq = edge.size
@@ -169,14 +171,13 @@ class Stream:
 
     def _read_pruned(self) -> None:
         """Take the leaf hashes of what is no longer there, and the lines of it that were kept."""
-        kept = read_kept(self.layout) if self.found.first else {}
         edge, made, asked = self.edge, self._made, self.asked
         self._place = "log/tile/0"
         for index in range(self.found.first // SEGMENT):
             for leaf in pruned_leaves(self.layout, index):
                 seq = edge.size
-                if seq in kept:
-                    self._judge_kept(kept[seq], leaf, seq)
+                if seq in self._kept:
+                    self._judge_kept(self._kept.pop(seq), leaf, seq)
                 edge.append(leaf, made)
                 if edge.size in asked.sizes:
                     self.found.roots[edge.size] = edge.root()
@@ -385,6 +386,11 @@ class Stream:
 
     def _finish(self) -> None:
         findings, live = self.findings, self.asked.live
+        for seq, line in self._kept.items():  # of lines that are there, too: the same ones
+            if self.found.leaves.get(seq) != hashlib.sha256(b"\0" + line).digest():
+                findings.add(
+                    TAMPERED, "record", "log/kept.jsonl", seq, found="a line with another leaf hash"
+                )
         if self._missing_tiles:
             findings.add(
                 NOTE if live else TAMPERED, "tile", "log/tile",
