@@ -15,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -65,6 +66,19 @@ class Sink(Protocol):
 
     def put(self, index: int, chunk: memoryview) -> None:
         """Take a chunk that has been verified; in order, from one thread."""
+
+
+class Ledger(Protocol):
+    """What an interrupted verification of the very same files has seen."""
+
+    def has(self, index: int) -> bool:
+        """Tell whether this chunk held, its headers included."""
+
+    def mark(self, index: int) -> None:
+        """Remember that it does; from one thread."""
+
+
+Remember = Callable[["SealedBundle"], AbstractContextManager[Ledger | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +222,13 @@ class SealedBundle:
         sink: Sink | None = None,
         progress: Progress | None = None,
         *,
+        ledger: Ledger | None = None,
         workers: int | None = None,
     ) -> None:
         """Read every chunk once, compare it with its leaf, and compare all headers and padding.
 
-        Memory is bounded by a few chunks. A bad chunk never reaches the sink.
+        Memory is bounded by a few chunks. A bad chunk never reaches the sink. What the ledger has
+        is not read again.
 
         Raises:
             RefusedError: `chunk.leaf`, `archive.*`.
@@ -224,18 +240,31 @@ class SealedBundle:
         buffers = deque(bytearray(min(body.chunk_size, body.size)) for _ in range(count + 2))
         pending: deque[Future[_Chunk]] = deque()
         absent: list[int] = []
+
+        def settle() -> bytearray:
+            done = pending.popleft().result()
+            if done.bytes is None:
+                absent.append(done.index)
+                return done.buffer
+            self._settle(done, done.bytes, sink, progress)
+            if ledger is not None:
+                ledger.mark(done.index)
+            return done.buffer
+
         pool = ThreadPoolExecutor(count, thread_name_prefix="verify")
         try:
             for index in range(len(self.leaves)):
-                if self.medium.is_absent(index) and not (sink is not None and sink.holds(index)):
+                if ledger is not None and ledger.has(index):
+                    continue
+                if self._must_ask(index, sink):
                     while pending:  # a volume may be taken out of its drive now
-                        buffers.append(self._settle(pending.popleft(), sink, progress, absent))
+                        buffers.append(settle())
                     self.medium.ask(index)
                 if not buffers:
-                    buffers.append(self._settle(pending.popleft(), sink, progress, absent))
+                    buffers.append(settle())
                 pending.append(pool.submit(self._chunk, index, buffers.popleft(), sink))
             while pending:
-                self._settle(pending.popleft(), sink, progress, absent)
+                settle()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         if absent:
@@ -267,6 +296,10 @@ class SealedBundle:
             part = good[within : within + len(buffer) - filled]
             buffer[filled : filled + len(part)] = part
             filled += len(part)
+
+    def _must_ask(self, index: int, sink: Sink | None) -> bool:
+        """Tell whether a chunk lies on a volume that is not there, and nowhere else."""
+        return self.medium.is_absent(index) and not (sink is not None and sink.holds(index))
 
     def _holds(self, index: int, chunk: memoryview) -> bool:
         return merkle.leaf_hash(chunk, self._h) == self.leaves[index]
@@ -303,23 +336,14 @@ class SealedBundle:
             return _Chunk(index, buffer, None, held=False)
 
     def _settle(
-        self,
-        future: Future[_Chunk],
-        sink: Sink | None,
-        progress: Progress | None,
-        absent: list[int],
-    ) -> bytearray:
-        done = future.result()
+        self, done: _Chunk, chunk: memoryview, sink: Sink | None, progress: Progress | None
+    ) -> None:
         start = done.index * self.manifest.body.chunk_size
-        if done.bytes is None:
-            absent.append(done.index)
-            return done.buffer
-        require_gaps(self.layout, done.bytes, start)
+        require_gaps(self.layout, chunk, start)
         if sink is not None and not done.held:
-            sink.put(done.index, done.bytes)
+            sink.put(done.index, chunk)
         if progress is not None:
-            progress(start + len(done.bytes), self.manifest.body.size)
-        return done.buffer
+            progress(start + len(chunk), self.manifest.body.size)
 
     def _bad_chunk(self, index: int, start: int, end: int) -> RefusedError:
         cause = self.medium.find_cause(start, end)
@@ -391,10 +415,15 @@ def verify_bundle(
     floors: Floors | None = None,
     more: Help | None = None,
     progress: Progress | None = None,
+    remember: Remember | None = None,
 ) -> VerifyReport:
-    """Run steps 0 to 8 and write nothing; refusals as the steps say."""
+    """Run steps 0 to 8 and write nothing; refusals as the steps say.
+
+    `remember` gives what an interrupted run has seen; by default nothing is kept.
+    """
     with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
-        sealed.verify_body(progress=progress)
+        with nullcontext() if remember is None else remember(sealed) as ledger:
+            sealed.verify_body(progress=progress, ledger=ledger)
         scan = verify_contents(sealed.manifest, sealed.view)
         sealed.medium.check_spares()
         return VerifyReport(

@@ -41,13 +41,18 @@ def verify(
     base: BasePath = None,
     transit_key: TransitKeys = None,
     passphrase_file: Passphrase = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Keep in the tree what holds, and go on after a stop."),
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Verify BUNDLE against the trust root of this host, and write nothing.
+    """Verify BUNDLE against the trust root of this host, and write nothing but what --resume keeps.
 
     BUNDLE is a bundle, a delta, a volume or the folder of a set, encrypted or not.
     """
+    from airgap.install.ledger import kept_ledger
     from airgap.install.store import Store
     from bundle.trust import load_trust
     from bundle.verify import verify_bundle
@@ -62,6 +67,9 @@ def verify(
             floors=Store(folder / "store").floors(),
             more=open_help(volume, transit_key, passphrase_file, base, store=folder / "store"),
             progress=progress,
+            remember=(lambda sealed: kept_ledger(folder / "store" / "verify", sealed))
+            if resume
+            else None,
         )
     show(report.as_document(), verify_view(report), json=json)
 
