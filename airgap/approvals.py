@@ -188,7 +188,7 @@ def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
 def signers_of(envelope: Envelope, root: RootDocument, *, at: datetime) -> tuple[Approver, ...]:
     """Return the people enrolled at that time whose signatures hold, each once, in order."""
     keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
-    people = {who for keyid in keyids if (who := root.find_person(keyid)) is not None}
+    people = root.people_of(keyids)
     return tuple(
         Approver(who, frozenset(root.people[who].roles))
         for who in sorted(people)
@@ -253,10 +253,13 @@ def on_record(root: Path, kind: str, person: str, about: Digest) -> Iterator[Non
     if not (root / "audit" / "log").is_dir():
         yield  # a staging tree: nothing is decided there
         return
-    from airgap.audit import Actor, Event, new_ulid, open_log  # noqa: PLC0415 - reading needs no log
+    # Reading approvals needs no log.
+    from airgap.audit import Actor, Event, new_ulid  # noqa: PLC0415
+    from airgap.audit.site import open_site_log  # noqa: PLC0415
+    from airgap.config import load_site  # noqa: PLC0415
 
     request, actor = new_ulid(), Actor(person)
-    with open_log(root, site="") as log:
+    with open_site_log(root, load_site(root)) as log:
         log.append(Event(kind, "intent", req=request, actor=actor, data={"object": about}))
         result = "failed"
         try:

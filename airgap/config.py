@@ -186,6 +186,30 @@ class EnclaveSettings(Frozen):
     reverify_s: int = Field(default=60, ge=5, le=3600)
 
 
+class SequenceScreener(Frozen):
+    """An installed screener for sequences; `mode` says how thorough it is, in its own words.
+
+    `database_sha256` is the digest over the sorted lines `SHA-256  NAME` of its files.
+    """
+
+    program: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,400}\.py$")]
+    name: Words
+    version: Words
+    mode: Words
+    database: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,400}$")]
+    database_sha256: Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
+    kinds: tuple[Literal["protein", "nucleic_acid"], ...] = Field(
+        default=("protein",), strict=False
+    )
+    seconds: int = Field(default=300, ge=1, le=86_400)
+
+
+class ScreenSettings(Frozen):
+    """Hazard screens of the site, beside those that are shipped."""
+
+    sequences: SequenceScreener | None = None
+
+
 class AuditSettings(Frozen):
     """The usage log: who writes it, what it keeps, and when it warns or stops."""
 
@@ -221,6 +245,7 @@ class Site(Frozen):
     policy: PolicySettings = PolicySettings()
     enclave: EnclaveSettings = EnclaveSettings()
     audit: AuditSettings = AuditSettings()
+    screen: ScreenSettings = ScreenSettings()
     limits: Limits = Limits()
 
     def find_project(self, project: str) -> Project | None:

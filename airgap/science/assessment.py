@@ -33,6 +33,9 @@ from airgap.science.tasks import Subject, Task
 TEXT_SHOWN = 2_000
 """Characters of an unreadable completion that are kept."""
 INDICES_KEPT = 100
+TEXT_SCREENED = 20_001
+"""Characters of a new sequence that are handed on; a screener takes one less, so this one holds."""
+SEQUENCES_KEPT = 1_001
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,16 @@ def assess(
         rows.append(_row(place + 1, members))
     shown, loose = _show_invalid(task, invalid)
     structures = [mol for members in ordered for mol in members[0][1].structures]
+    sequences = _new_sequences(task, subject, invalid)
     document: dict[str, Any] = {
         "task": task.name,
         "rows": rows,
         "invalid": shown,
         "track": _track(subject, groups) if task.name == "binding-site" else None,
-        "output_screen": _screen(task, screener, _ticking([*structures, *loose], tick, steps)),
+        "output_screen": screener.incomplete("new sequences were not screened").document()
+        if sequences
+        else _screen(task, screener, _ticking([*structures, *loose], tick, steps)),
+        "sequences": sequences,
         "summary": _summary(samples, rows, invalid),
         "unchecked": task.unchecked,
     }
@@ -310,6 +317,21 @@ def _show_invalid(
             }
         )
     return shown, [molecule for molecule in structures.values() if molecule is not None]
+
+
+def _new_sequences(
+    task: Task, subject: Subject, invalid: Sequence[tuple[Sample, Completion, _Fault]]
+) -> list[str]:
+    """Return residues that the model wrote and that are no beginning of the given sequence.
+
+    Their text is withheld, but they are protein: without a screener for sequences they hold.
+    """
+    if task.name != "binding-site":
+        return []
+    written = (re.sub(r"<[^<>]*>", "", sample.text).strip() for sample, _, _ in invalid)
+    return sorted(
+        {text[:TEXT_SCREENED] for text in written if not subject.sequence.startswith(text)}
+    )[:SEQUENCES_KEPT]
 
 
 def _text_runs(task: Task, text: str) -> list[str]:

@@ -210,7 +210,10 @@ _ROWS: dict[str, type[Row]] = {
 
 
 class Assessed(_Strict):
-    """Reply of `assess`; `parts` counts the frames that its rows came in before it."""
+    """Reply of `assess`; `parts` counts the frames that its rows came in before it.
+
+    `sequences` are residues that the model wrote beyond a copy, for a screener and nobody else.
+    """
 
     task: Line
     rows: list[Row] = Field(max_length=ROWS_LIMIT)
@@ -219,6 +222,7 @@ class Assessed(_Strict):
     output_screen: ScreenResult
     summary: Summary
     unchecked: Line
+    sequences: list[Text] = Field(default=[], max_length=1_001)
     parts: Count = 0
 
 

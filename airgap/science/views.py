@@ -117,7 +117,7 @@ def short(digest: str) -> str:
 
 def document(prepared: Prepared, assessed: Assessed, header: Header) -> dict[str, Any]:
     """Return the whole result as one JSON document; the screens stay behind as one line each."""
-    result = assessed.model_dump(mode="json", exclude={"output_screen", "parts"})
+    result = assessed.model_dump(mode="json", exclude={"output_screen", "parts", "sequences"})
     return {
         "format": "airgap/result/1",
         **result,

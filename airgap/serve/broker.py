@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,6 +146,7 @@ class Broker:
     limits: Limits = field(default_factory=Limits)
     restricted: Path | None = None  # whole records of hazard decisions; None keeps none
     holds: Holds | None = None  # None: what is held cannot be released
+    screen_sequences: Callable[[Sequence[str]], ScreenResult] | None = None  # None: they hold
 
     def infer(self, job: Job, on_progress: OnProgress = lambda *_: None) -> Answer:
         """Run `job` and return the answer.
@@ -430,7 +431,11 @@ class Broker:
         }
         frames = list(self.helper.stream(canonical(request), HELPER_S))
         parts = [frame.payload for frame in frames if frame.is_part]
-        return results.parse_assessed(frames[-1].payload, parts)
+        assessed = results.parse_assessed(frames[-1].payload, parts)
+        if assessed.sequences and self.screen_sequences is not None:
+            screened = self.screen_sequences(assessed.sequences)
+            assessed = assessed.model_copy(update={"output_screen": screened})
+        return assessed
 
     # -- records -------------------------------------------------------------------------------
 

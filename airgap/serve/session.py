@@ -8,6 +8,7 @@ broker (docs/design/architecture.md, 4).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -26,23 +27,26 @@ from airgap.audit import Event, new_ulid
 from airgap.audit.service import Log, RemoteLog
 from airgap.audit.site import open_site_log
 from airgap.config import Person, Site, load_site
-from airgap.enclave import Enclave, SealSpec, launch
+from airgap.enclave import Enclave, SealSpec, launch, run_sealed
 from airgap.enclave.running import noted
 from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
+from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import load_trust
 from policy.approvals import Approval, Approvals
 from policy.engine import Decision
 from policy.errors import AirgapError, RefusedError
+from policy.terms import Digest
 
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 PRECISION = "fp32"
 HOLDS_COUNT = timedelta(days=30)
+SCREEN_PACKS = Path("policy") / "screens"
 
 operator = structlog.get_logger("airgap.session")
 
@@ -103,9 +107,26 @@ def open_broker(
                 limits=site.limits,
                 restricted=root / "restricted",
                 holds=holds,
+                screen_sequences=sequence_screen(log, site, root),
             ),
             chosen,
         )
+
+
+def sequence_screen(log: Log, site: Site, root: Path) -> SequenceScreen | None:
+    """Return the screener for sequences that the site names, sealed, its evidence on record."""
+    if site.screen.sequences is None:
+        return None
+
+    def record(evidence: dict[str, Any]) -> None:
+        kept, rung = log.put_object(canonical(evidence)), str(evidence["rung"])
+        log.append(
+            Event("enclave.seal", data={"rung": rung, "profile": "convert", "evidence": kept})
+        )
+
+    state = root / "enclave"
+    run = functools.partial(run_sealed, min_rung=site.enclave.min_rung, state=state)
+    return SequenceScreen(site.screen.sequences, run=run, scratch=state, on_evidence=record)
 
 
 @contextlib.contextmanager
@@ -215,10 +236,23 @@ def specs(
         state=state,
         reverify_s=reverify_s,
     )
+    packs = screen_packs(state.parent)
     helper = SealSpec(
-        profile="screen", program=HELPER, min_rung=min_rung, state=state, reverify_s=reverify_s
+        profile="screen",
+        program=HELPER,
+        config={"packs": [str(path) for path in packs]},
+        read_only=packs,
+        artifacts={f"screen pack {p.name}": str(Digest.of(p.read_bytes())) for p in packs},
+        min_rung=min_rung,
+        state=state,
+        reverify_s=reverify_s,
     )
     return worker, helper
+
+
+def screen_packs(root: Path) -> tuple[Path, ...]:
+    """Return the screen packs that the site adds to those that are shipped."""
+    return tuple(sorted((root / SCREEN_PACKS).glob("*.toml")))
 
 
 def account_name() -> str:

@@ -276,11 +276,11 @@ def test_holds_that_were_released_are_no_probing(broker):
     hold = held(broker, frames=writes(FAMILY))
     other = held(broker, frames=writes(FAMILY))
     now = datetime.now(UTC)
-    assert hazard_holds(broker.log.folder, os.getuid(), now, broker.holds.settled()) == 2
+    assert hazard_holds(broker.log, os.getuid(), now, broker.holds.settled()) == 2
     broker.holds.add_release(released(hold, "eve", "xia"))
     broker.holds.add_release(released(other, "eve"))
     assert broker.holds.settled() == {hold.seq}
-    assert hazard_holds(broker.log.folder, os.getuid(), now, broker.holds.settled()) == 1
+    assert hazard_holds(broker.log, os.getuid(), now, broker.holds.settled()) == 1
 
 
 BAD_RELEASES = {

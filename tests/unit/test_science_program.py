@@ -48,7 +48,8 @@ def test_every_task_goes_from_input_to_drawings(task):
     prepared, assessed, drawings = run(task, texts, **inputs)
     assert prepared.task == assessed.task == task
     assert assessed.rows
-    assert assessed.output_screen.status == "complete"
+    new = task == "binding-site"  # one of its answers is no copy: protein that nobody screened
+    assert assessed.output_screen.status == ("incomplete" if new else "complete")
     if task != "binding-site":
         assert set(map(str, range(1, len(assessed.rows) + 1))) <= set(drawings)
 
@@ -312,7 +313,11 @@ def test_votes_per_residue_count_exact_copies_only():
     }
     assert [one["reason"][-12:] for one in reply["invalid"]] == ["differs at 4", "differs at 4"]
     assert all(one["text"] is None for one in reply["invalid"])
-    assert "exact copy" in reply["output_screen"]["mode"]
+    assert reply["sequences"] == ["MKTT"]  # a copy that was cut short holds nothing new
+    assert reply["output_screen"]["reason"] == "new sequences were not screened"
+    exact = assess("binding-site", [*texts[:3], texts[4]], {"sequence": "MKTA"})
+    assert (exact["sequences"], exact["output_screen"]["status"]) == ([], "complete")
+    assert "exact copy" in exact["output_screen"]["mode"]
 
 
 def test_material_nodes_get_their_dots_back_and_are_never_parsed_as_one_molecule():
