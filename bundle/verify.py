@@ -241,6 +241,9 @@ class SealedBundle:
         pending: deque[Future[_Chunk]] = deque()
         absent: list[int] = []
 
+        def known(index: int) -> bool:
+            return ledger is not None and ledger.has(index)
+
         def settle() -> bytearray:
             done = pending.popleft().result()
             if done.bytes is None:
@@ -254,7 +257,7 @@ class SealedBundle:
         pool = ThreadPoolExecutor(count, thread_name_prefix="verify")
         try:
             for index in range(len(self.leaves)):
-                if ledger is not None and ledger.has(index):
+                if known(index):
                     continue
                 if self._must_ask(index, sink):
                     while pending:  # a volume may be taken out of its drive now
