@@ -247,3 +247,20 @@ def fill(log, size):
         log.append(event)
     while log.size < size:
         log.append(event)
+
+
+def mounted(folder, options, *, kind="tmpfs", source="tmpfs"):
+    """Mount a file system on a new folder, or skip the test."""
+    import subprocess
+
+    import pytest
+
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a file system")
+    done = subprocess.run(
+        ["mount", "-t", kind, "-o", options, str(source), str(folder)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")

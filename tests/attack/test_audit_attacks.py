@@ -541,18 +541,6 @@ def assert_halted(log):
             log.put_object(b"{}")
 
 
-def mounted(folder, options, *, kind="tmpfs", source="tmpfs"):
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a file system")
-    done = subprocess.run(
-        ["mount", "-t", kind, "-o", options, str(source), str(folder)],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
-
-
 def test_t28_a_file_system_that_remounts_itself_read_only_halts_the_log(tmp_path):
     """ext4 does so on an error (`errors=remount-ro`); the kernel lets root trigger one."""
     image, disk = tmp_path / "image", tmp_path / "disk"
@@ -560,7 +548,7 @@ def test_t28_a_file_system_that_remounts_itself_read_only_halts_the_log(tmp_path
     os.truncate(image, 16 << 20)
     if subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=False).returncode:
         pytest.skip("needs mkfs.ext4")
-    mounted(disk, "loop,errors=remount-ro", kind="ext4", source=image)
+    logs.mounted(disk, "loop,errors=remount-ro", kind="ext4", source=image)
     try:
         found = ["findmnt", "-n", "-o", "SOURCE", str(disk)]
         device = Path(subprocess.run(found, check=True, capture_output=True, text=True).stdout)
@@ -591,7 +579,7 @@ def test_t28_a_file_system_that_turned_read_only_halts_the_log(tmp_path):
 
 def test_t29_a_full_disk_halts_and_the_reserve_holds_the_recovery_record(tmp_path):
     disk = tmp_path / "disk"
-    mounted(disk, "size=1m")
+    logs.mounted(disk, "size=1m")
     key = logs.write_key(tmp_path / "k.pem")
     acked = 0
     try:
@@ -835,7 +823,7 @@ def _power_cut(work, number, *, control):
     os.truncate(image, 48 << 20)
     if subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=False).returncode:
         pytest.skip("needs mkfs.ext4")
-    mounted(disk, "loop", kind="ext4", source=image)
+    logs.mounted(disk, "loop", kind="ext4", source=image)
     try:
         logs.write_key(disk / "keys" / "audit.pem")
         os.sync()
