@@ -37,7 +37,7 @@ from airgap.enclave.seal import Caps, SealSpec, start
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
-    from airgap.enclave.probe import Targets  # a name for type checkers alone
+    from airgap.enclave.channels import Targets  # a name for type checkers alone
 
 _PROGRAMS = ("/usr/bin/true", "/bin/true", "/usr/bin/env", "/bin/sh")  # any will do
 ABSTRACT, QUEUE, SHM_KEY = "airgap-probe", "airgap-probe", 0x41475052
