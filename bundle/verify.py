@@ -13,7 +13,7 @@ import hashlib
 import mmap
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -238,40 +238,21 @@ class SealedBundle:
         body = self.manifest.body
         count = workers or min(MAX_WORKERS, len(os.sched_getaffinity(0)))
         buffers = deque(bytearray(min(body.chunk_size, body.size)) for _ in range(count + 2))
-        pending: deque[Future[_Chunk]] = deque()
-        absent: list[int] = []
-
-        def known(index: int) -> bool:
-            return ledger is not None and ledger.has(index)
-
-        def settle() -> bytearray:
-            done = pending.popleft().result()
-            if done.bytes is None:
-                absent.append(done.index)
-                return done.buffer
-            self._settle(done, done.bytes, sink, progress)
-            if ledger is not None:
-                ledger.mark(done.index)
-            return done.buffer
-
+        run = _Run(self, sink, progress, ledger)
         pool = ThreadPoolExecutor(count, thread_name_prefix="verify")
         try:
-            for index in range(len(self.leaves)):
-                if known(index):
-                    continue
+            for index in run.indices():
                 if self._must_ask(index, sink):
-                    while pending:  # a volume may be taken out of its drive now
-                        buffers.append(settle())
+                    buffers.extend(run.drain())  # a volume may be taken out of its drive now
                     self.medium.ask(index)
                 if not buffers:
-                    buffers.append(settle())
-                pending.append(pool.submit(self._chunk, index, buffers.popleft(), sink))
-            while pending:
-                settle()
+                    buffers.append(run.settle())
+                run.pending.append(pool.submit(self._chunk, index, buffers.popleft(), sink))
+            run.drain()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        if absent:
-            raise self.medium.absence(absent)
+        if run.absent:
+            raise self.medium.absence(run.absent)
 
     @cached_property
     def _mapped(self) -> memoryview | None:
@@ -338,16 +319,6 @@ class SealedBundle:
                 raise
             return _Chunk(index, buffer, None, held=False)
 
-    def _settle(
-        self, done: _Chunk, chunk: memoryview, sink: Sink | None, progress: Progress | None
-    ) -> None:
-        start = done.index * self.manifest.body.chunk_size
-        require_gaps(self.layout, chunk, start)
-        if sink is not None and not done.held:
-            sink.put(done.index, chunk)
-        if progress is not None:
-            progress(start + len(chunk), self.manifest.body.size)
-
     def _bad_chunk(self, index: int, start: int, end: int) -> RefusedError:
         cause = self.medium.find_cause(start, end)
         if cause is not None:
@@ -369,6 +340,45 @@ class _Chunk:
     buffer: bytearray
     bytes: memoryview | None
     held: bool  # the sink has it already
+
+
+@dataclass(slots=True)
+class _Run:
+    """One reading of a body: the chunks that are under way, in their order."""
+
+    sealed: SealedBundle
+    sink: Sink | None
+    progress: Progress | None
+    ledger: Ledger | None
+    pending: deque[Future[_Chunk]] = field(default_factory=deque)
+    absent: list[int] = field(default_factory=list)
+
+    def indices(self) -> Iterator[int]:
+        """Yield the chunks to be read."""
+        for index in range(len(self.sealed.leaves)):
+            if self.ledger is None or not self.ledger.has(index):
+                yield index
+
+    def drain(self) -> list[bytearray]:
+        """Wait for all that is under way; return the buffers."""
+        return [self.settle() for _ in range(len(self.pending))]
+
+    def settle(self) -> bytearray:
+        """Wait for the oldest chunk, check its headers and hand it on; return its buffer."""
+        done = self.pending.popleft().result()
+        if done.bytes is None:
+            self.absent.append(done.index)
+            return done.buffer
+        body = self.sealed.manifest.body
+        start = done.index * body.chunk_size
+        require_gaps(self.sealed.layout, done.bytes, start)
+        if self.sink is not None and not done.held:
+            self.sink.put(done.index, done.bytes)
+        if self.ledger is not None:
+            self.ledger.mark(done.index)
+        if self.progress is not None:
+            self.progress(start + len(done.bytes), body.size)
+        return done.buffer
 
 
 def open_bundle(
