@@ -204,8 +204,10 @@ class VolumeSet(Medium):
             raise RefusedError(
                 "volume.set", f"the volumes say set {facts.set}, the seal is that of {digest}"
             )
-        if facts.count != -(-body.leaves // facts.chunks) or (
-            facts.parity and facts.count + facts.parity > parity.MAX_VOLUMES
+        if (
+            facts.chunks > body.leaves
+            or facts.count != -(-body.leaves // facts.chunks)
+            or (facts.parity and facts.count + facts.parity > parity.MAX_VOLUMES)
         ):
             raise RefusedError(
                 "volume.order",

@@ -300,6 +300,17 @@ def test_all_volumes_agree_on_a_lie(volumes):
     assert refusal(verify, volumes).code == "volume.order"
 
 
+def test_a_set_of_one_volume_has_one_description(full, tmp_path):
+    medium = open_medium(full)
+    (path,) = split(medium, tmp_path, volume_size=1 << 30)
+    medium.close()
+    assert verify(path).medium["count"] == 1
+    raw = path.read_bytes()
+    for lie in (b'"chunks":13', b'"chunks":99', b'"chunks":11'):
+        path.write_bytes(raw.replace(b'"chunks":12', lie))
+        assert refusal(verify, path).code == "volume.order"
+
+
 def test_all_volumes_name_another_set(volumes):
     for number in range(1, COUNT + 1):
         raw = name(volumes, number).read_bytes()
