@@ -18,7 +18,7 @@ from policy.facts import check_facts, complete_facts, list_age
 from policy.lineage import Registry
 from policy.logic import AnyPath, Comparison, F, T, Truth, compare
 from policy.pack import DUES, CompiledRule, Obligation, Packs, Program, Rule
-from policy.paths import PathResult, Start, boundaries, path_finder
+from policy.paths import PathResult, Start, Walks, boundaries, path_finder
 from policy.snapshots import ListSnapshot, Snapshots
 from policy.terms import STARTS, Digest, Fact, Outcome, Scope
 
@@ -119,10 +119,11 @@ class Evaluator:
         """Evaluate every rule in scope as of `day`."""
         age = list_age(self.held.values(), day)
         values, paths = list(self._fixed), {}
+        walks = Walks(self._finder, day)
         for at in self.program.moving:
             leaf = self.program.leaves[at]
             if isinstance(leaf, AnyPath):
-                paths[at] = self._finder.find(leaf, self.starts[leaf.start], day)
+                paths[at] = self._finder.find(leaf, self.starts[leaf.start], day, walks)
                 values[at] = paths[at].truth
             else:
                 values[at] = compare(leaf, age)

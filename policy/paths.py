@@ -75,24 +75,46 @@ class PathResult(NamedTuple):
     words: str
 
 
-class _Reached(NamedTuple):
-    """A party on the way, and how it was reached."""
+# A party on the way: its key, its name, its id, whether every step to it is sure, the step that led
+# here, and what came before. A plain tuple, because a decision makes some hundred of them.
+_Reached = tuple[str, str, str | None, bool, Origin | Step, "_Reached | None"]
 
-    name: str
-    party: str | None
-    sure: bool
-    step: Origin | Step
-    before: _Reached | None
 
-    def hops(self) -> tuple[Hop, ...]:
-        """The steps from the start to here."""
-        found: list[Hop] = []
-        here: _Reached | None = self
-        while here is not None:
-            by = here.step.edge_id if isinstance(here.step, Step) else here.step.source
-            found.append(Hop(here.step.relation, here.name, by))
-            here = here.before
-        return tuple(reversed(found))
+def _hops(here: _Reached) -> tuple[Hop, ...]:
+    """The steps from the start to here."""
+    found: list[Hop] = []
+    at: _Reached | None = here
+    while at is not None:
+        _, name, _, _, step, before = at
+        by = step.edge_id if isinstance(step, Step) else step.source
+        found.append(Hop(step.relation, name, by))
+        at = before
+    return tuple(reversed(found))
+
+
+class Walks:
+    """What was reached from each start of one evaluation, so that leaves may share a walk.
+
+    Relations that no edge and no origin bears lead nowhere: without them many leaves walk alike.
+    """
+
+    def __init__(self, finder: PathFinder, day: date) -> None:
+        self._finder = finder
+        self._day = day
+        self._live: dict[str, frozenset[str]] = {}
+        self._reached: dict[tuple[str, frozenset[str]], list[_Reached]] = {}
+
+    def of(self, leaf: AnyPath, start: Start) -> list[_Reached]:
+        """What `leaf` reaches from its start."""
+        live = self._live.get(leaf.start)
+        if live is None:
+            live = self._finder.relations.union([each.relation for each in start.origins])
+            self._live[leaf.start] = live
+        key = (leaf.start, leaf.via & live)
+        reached = self._reached.get(key)
+        if reached is None:
+            reached = self._reached[key] = self._finder.walk(start, key[1], self._day)
+        return reached
 
 
 @lru_cache(maxsize=8)
@@ -109,38 +131,69 @@ class PathFinder:
     def __init__(self, registry: Registry, held: Mapping[str, ListSnapshot | None]) -> None:
         self.registry = registry
         self.held = held
-        self._looks: dict[tuple[object, ...], tuple[Truth, str]] = {}
+        self._looks: dict[tuple[object, ...], dict[str, tuple[Truth, str]]] = {}
+        self.relations = frozenset(edge.relation for edge in registry.edges)
+        self._opened: dict[tuple[str, date], tuple[Step, ...]] = {}
 
-    def find(self, leaf: AnyPath, start: Start, day: date) -> PathResult:
-        """Walk every path once, nearest first; a sure hit decides, else the first unknown."""
-        via = leaf.via
+    def find(
+        self, leaf: AnyPath, start: Start, day: date, walks: Walks | None = None
+    ) -> PathResult:
+        """Look at every party that a path reaches; a sure hit decides, else the first unknown.
+
+        `walks` remembers what was reached, for the other leaves of the same evaluation.
+        """
         doubt = self._doubt_of_start(leaf, start) if start.unknown else None
-        registry = self.registry
-        reached = [
-            _Reached(each.party, registry.party_of(each.party), each.sure, each, None)
-            for each in start.origins
-            if each.relation in via or each.relation == SELF
-        ]
+        reached = self.walk(start, leaf.via, day) if walks is None else walks.of(leaf, start)
+        target = (leaf.hits_list, leaf.basis, leaf.domicile_in, "same_person_as" in leaf.via, day)
+        looks = self._looks.get(target)
+        if looks is None:
+            looks = self._remember(target)
+        for here in reached:
+            truth, words = looks.get(here[0]) or self._look(looks, leaf, here, day)
+            if truth == F:
+                continue
+            sure = here[3]
+            if truth == T and sure:
+                return PathResult(T, _hops(here), words)
+            if doubt is None:
+                weak = "" if sure else "; a step on the way is disputed or weakly sourced"
+                doubt = PathResult(U, _hops(here), words + weak)
+        return doubt or PathResult(F, (), self._clear_words(leaf))
+
+    def walk(self, start: Start, via: frozenset[str], day: date) -> list[_Reached]:
+        """Reach every party once for sure and once in doubt at most, nearest first."""
+        registry, opened = self.registry, self._opened
+        reached: list[_Reached] = []
         seen: set[tuple[str, bool]] = set()
-        for here in reached:  # grows while it is walked
-            name, party, sure, _, _ = here
-            key = party or name
+        waiting: list[_Reached] = []
+        for each in start.origins:
+            if each.relation in via or each.relation == SELF:
+                known = registry.party_of(each.party)
+                waiting.append((known or each.party, each.party, known, each.sure, each, None))
+        for here in waiting:  # grows while it is walked
+            key, _, party, sure, _, _ = here
             if (key, True) in seen or (key, sure) in seen:
                 continue
             seen.add((key, sure))
-            truth, words = self._look(leaf, party, name, day)
-            if truth == T and sure:
-                return PathResult(T, here.hops(), words)
-            if truth != F and doubt is None:
-                weak = "" if sure else "; a step on the way is disputed or weakly sourced"
-                doubt = PathResult(U, here.hops(), words + weak)
+            reached.append(here)
             if party is None:
                 continue
-            for step in registry.steps[party]:
+            steps = opened.get((party, day))
+            if steps is None:
+                steps = self._open(party, day)
+            for step in steps:
                 target = step.target
-                if step.relation in via and (target, True) not in seen and step.valid.holds(day):
-                    reached.append(_Reached(target, target, sure and step.sure, step, here))
-        return doubt or PathResult(F, (), self._clear_words(leaf))
+                if step.relation in via and (target, True) not in seen:
+                    waiting.append((target, target, target, sure and step.sure, step, here))
+        return reached
+
+    def _open(self, party: str, day: date) -> tuple[Step, ...]:
+        """The steps of a party that hold on `day`."""
+        if len(self._opened) > MAX_LOOKS:
+            self._opened.clear()
+        steps = tuple(step for step in self.registry.steps[party] if step.valid.holds(day))
+        self._opened[party, day] = steps
+        return steps
 
     @staticmethod
     def _doubt_of_start(leaf: AnyPath, start: Start) -> PathResult | None:
@@ -157,15 +210,20 @@ class PathFinder:
         edition = snapshot.text.edition if snapshot else "none held"
         return f"no hit on {leaf.hits_list} edition {edition}"
 
-    def _look(self, leaf: AnyPath, party: str | None, name: str, day: date) -> tuple[Truth, str]:
+    def _remember(self, target: tuple[object, ...]) -> dict[str, tuple[Truth, str]]:
+        """Begin to remember answers about one target on one day."""
+        if len(self._looks) > MAX_LOOKS:
+            self._looks.clear()
+        return self._looks.setdefault(target, {})
+
+    def _look(
+        self, looks: dict[str, tuple[Truth, str]], leaf: AnyPath, here: _Reached, day: date
+    ) -> tuple[Truth, str]:
         """Look at one party once for all leaves with this target."""
-        deferring = "same_person_as" in leaf.via
-        key = (leaf.hits_list, leaf.basis, leaf.domicile_in, party or name, deferring, day)
-        found = self._looks.get(key)
-        if found is None:
-            if len(self._looks) > MAX_LOOKS:
-                self._looks.clear()
-            found = self._looks[key] = self._look_afresh(leaf, party, name, day)
+        if len(looks) > MAX_LOOKS:
+            looks.clear()
+        key, name, party, *_ = here
+        found = looks[key] = self._look_afresh(leaf, party, name, day)
         return found
 
     def _look_afresh(
