@@ -1,8 +1,10 @@
 """Writing: one pass, the same bytes anywhere, nothing half-written, a full disk said cleanly."""
 
+import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import attacks
@@ -233,3 +235,14 @@ def test_what_cannot_be_written_is_a_fault(tmp_path):
 def test_the_untouched_release_passes(release):
     for name in ("one.agb", "two.agb", "one.agb.003"):
         assert verify_bundle(release / name, TRUST, now=bundles.NOW, more=Help())
+
+
+def test_the_bytes_of_the_default_profile_are_those_of_the_first_release(tmp_path):
+    """Written by the version before volumes, deltas and `cnsa2`, whose readers still take it."""
+    members = [
+        replace(m, source=b"{}") if m.path.endswith(("graphs.json", "bom.cdx.json")) else m
+        for m in bundles.make_members()
+    ]
+    bundles.make_bundle(tmp_path / "x.agb", members=members)
+    found = hashlib.sha256((tmp_path / "x.agb").read_bytes()).hexdigest()
+    assert found == "4031876ccb51f7dfb17dd62919ac599dd717e201ab5a6d38ae416a51e0704a96"
