@@ -47,6 +47,7 @@ KEY_FILE = Path("keys") / "hold.pub"
 HOLD_LIMIT = 32 * 1024 * 1024
 RECORD_LIMIT = 8 * 1024 * 1024
 CHAIN = 8  # holds of one request, one after another
+SAMPLE = 8  # of so many quiet flags one is drawn for review
 RELEASERS = 2  # people from whom on a hold no longer counts as probing
 _INFO = b"airgap/held-output/1"
 _SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
@@ -157,6 +158,20 @@ class Signed:
     release: Release
     about: Digest
     people: tuple[Approver, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A quiet flag: the whole record of a decision at tier H1, and the commitment in the log."""
+
+    commit: str
+    record: Mapping[str, Any]
+    classes: tuple[str, ...]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether it belongs to the sample that is reviewed: one in `SAMPLE`, by its commitment."""
+        return int(self.commit[:8], 16) % SAMPLE == 0
 
 
 # -- releases -------------------------------------------------------------------------------------
@@ -274,25 +289,36 @@ class Holds:
 
     def decision(self, hold: Hold) -> dict[str, Any]:
         """Return the whole record of the decision that held it; FaultError `audit.object`."""
-        path, wrapped = Layout(self._root / "audit").object(Digest.parse(hold.decision).hex), False
         if hold.restricted:
-            path, wrapped = self._root / "restricted" / f"{hold.restricted}.json", True
+            return self._restricted(self._root / "restricted" / f"{hold.restricted}.json")
+        wanted = Digest.parse(hold.decision)
+        path = Layout(self._root / "audit").object(wanted.hex)
+        raw = read_limited(path, RECORD_LIMIT, code="hold.file", what="the decision")
+        if Digest.of(raw) != wanted:
+            raise RefusedError("hold.file", f"{path} is not the record that the hold cites")
+        return dict(json.loads(raw))
+
+    def _restricted(self, path: Path) -> dict[str, Any]:
+        raw = read_limited(path, RECORD_LIMIT, code="hold.file", what="the decision")
         try:
-            raw = read_limited(path, RECORD_LIMIT, code="hold.file", what="the decision")
             document = json.loads(raw)
-            if wrapped:
-                content = document["record"].encode()
-                nonce = bytes.fromhex(document["nonce"])
-                if commitment(content, nonce).commit != hold.restricted:
-                    raise RefusedError("hold.file", f"{path} is not the record that was committed")
-                document = json.loads(content)
-            elif Digest.of(raw) != Digest.parse(hold.decision):
-                raise RefusedError("hold.file", f"{path} is not the record that the hold cites")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FaultError(
-                "audit.object", f"the decision of {hold.reference}: {error}"
-            ) from error
-        return dict(document)
+            content, nonce = document["record"].encode(), bytes.fromhex(document["nonce"])
+            if commitment(content, nonce).commit == path.stem:
+                return dict(json.loads(content))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FaultError("audit.object", f"{path} is no restricted record: {error}") from error
+        raise RefusedError("hold.file", f"{path} is not the record that was committed")
+
+    def alerts(self) -> list[Alert]:
+        """Return the quiet flags of tier H1, oldest first: what was released all the same."""
+        folder = self._root / "restricted"
+        found = []
+        for path in folder.glob("*.json") if folder.is_dir() else ():
+            record = self._restricted(path)
+            facts = {each["name"]: each.get("value") for each in record["facts"]}
+            if facts.get("screen.tier") == 1 and facts.get("screen.status") == "complete":
+                found.append(Alert(path.stem, record, tuple(facts.get("screen.classes") or ())))
+        return sorted(found, key=lambda each: (each.record["known_at"], each.commit))
 
     def blocking(self, hold: Hold) -> dict[str, int]:
         """Return the rules that held it, with the versions that did."""
@@ -359,6 +385,14 @@ class Holds:
         """Note the reference of the answer that a hold led to."""
         for hold in self._chain(request):
             self._write(f"{hold.request}.answered", answer.encode())
+
+    def purge(self, hold: Hold) -> list[str]:
+        """Remove a hold with what was typed and written; its records stay in the log."""
+        names = [f"{hold.request}{end}" for end in (".sealed", ".answered", ".json")]
+        gone = [name for name in names if (self._folder / name).exists()]
+        for name in gone:
+            (self._folder / name).unlink(missing_ok=True)
+        return gone
 
     def answered(self, hold: Hold) -> str:
         """Return the reference of the answer, empty while there is none."""

@@ -34,6 +34,8 @@ def register(app: typer.Typer) -> None:
     group.command("fetch")(fetch)
     group.command("open")(open_output)
     group.command("key")(make_key)
+    group.command("alerts")(alerts)
+    group.command("purge")(purge)
     app.add_typer(group, name="hold")
 
 
@@ -68,6 +70,41 @@ def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
     lines = [f"{name:>10}  {value}" for name, value in row.items()]
     text = "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}")
     show(row, Text(text), json=json)
+
+
+def alerts(
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All of them, not the sample.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """List the quiet flags of tier H1 that are drawn for review; for the hazard officer alone."""
+    desk = Desk.of(root)
+    if not desk.hazard_role:
+        raise RefusedError(
+            "site.person",
+            "this account is not that of a hazard officer",
+            hint="site.toml gives the role `hazard_officer`",
+        )
+    found = desk.holds.alerts()
+    rows = [
+        {
+            "commit": each.commit,
+            "known_at": each.record["known_at"],
+            **{name: each.record["request"][name] for name in ("person", "project", "task")},
+            "classes": list(each.classes),
+        }
+        for each in found
+        if every or each.drawn
+    ]
+    lines = [
+        f"{row['known_at'][:16]}  {row['person']}  {row['project']}  {row['task']}"
+        f"  {row['commit'][:16]}"
+        for row in rows
+    ]
+    head = f"{len(rows)} of {len(found)} quiet flags"
+    document = {"alerts": rows, "flags": len(found)}
+    show(document, Text("\n".join([head, *lines])), json=json)
 
 
 def release(
@@ -190,6 +227,18 @@ def open_output(
     content = desk.holds.open_output(desk.holds.find(hold), private)
     write_private(out, content)
     show({"out": str(out), "bytes": len(content)}, f"wrote {out}", json=json)
+
+
+def purge(hold: Reference, *, root: Root = None, json: Json = False) -> None:
+    """Remove what was typed and written of a hold; that it was held stays on record."""
+    from airgap.approvals import on_record
+    from airgap.cli.policy import account_name
+
+    desk = Desk.of(root)
+    found = desk.holds.find(hold)
+    with on_record(desk.tree, "admin.hold", account_name(), found.digest):
+        gone = desk.holds.purge(found)
+    show({"reference": found.reference, "removed": gone}, f"removed {', '.join(gone)}", json=json)
 
 
 def make_key(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from airgap.config import Site
     from airgap.dossier import LogFacts, Page
     from airgap.dossier.reports import About
+    from bundle.trust import RootDocument
     from policy.approvals import Approval
 
 Anchors = Annotated[
@@ -81,13 +82,16 @@ def controls(
 ) -> None:
     """Report what evidence there is by control family of NIST SP 800-171."""
     from airgap.dossier import FAMILIES, controls_report, gather
+    from airgap.dossier.reports import role_conflicts
 
     if family and family not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UsageError("usage.argument", f"--family {family!r:.20}", hint=f"one of {known}")
     desk = Desk.of(root, anchors)
     evidence = gather(desk.audit, desk.log, since=since, until=until)
-    finish(controls_report(evidence, desk.about, family=family), html, out, json=json)
+    conflicts = role_conflicts(desk.site, desk.trust())
+    page = controls_report(evidence, desk.about, family=family, conflicts=conflicts)
+    finish(page, html, out, json=json)
 
 
 def not_used(
@@ -285,6 +289,16 @@ class Desk:
     def audit(self) -> Path:
         """Folder of the log."""
         return self.tree / "audit"
+
+    def trust(self) -> RootDocument | None:
+        """Return the newest trust root; None where there is none to be read."""
+        from bundle.trust import load_trust
+        from policy.errors import AirgapError
+
+        try:
+            return load_trust(self.tree / "trust").document
+        except AirgapError:
+            return None
 
     def approvals(self) -> tuple[Approval, ...]:
         """Return the signed approvals of this tree."""

@@ -14,7 +14,8 @@ from airgap.dossier.page import Page, Section
 from airgap.dossier.usage import Evidence, LogFacts, Usage
 from bundle.canonical import canonical_json
 from bundle.fields import format_time
-from policy.approvals import Approval
+from bundle.trust import RootDocument
+from policy.approvals import Approval, same_person
 from policy.terms import Digest
 
 ROWS_SHOWN = 400
@@ -123,8 +124,13 @@ def award_report(
     )
 
 
-def controls_report(evidence: Evidence, about: About, *, family: str = "") -> Page:
-    """Report what evidence there is by control family; revision 2 first, revision 3 beside it."""
+def controls_report(
+    evidence: Evidence, about: About, *, family: str = "", conflicts: Sequence[str] = ()
+) -> Page:
+    """Report what evidence there is by control family; revision 2 first, revision 3 beside it.
+
+    `conflicts` are duties that one person bears and two should; see `role_conflicts`.
+    """
     rows = [row for row in ROWS if not family or row.family == family]
     document: dict[str, Any] = {
         "format": "airgap/report-controls/1",
@@ -145,7 +151,14 @@ def controls_report(evidence: Evidence, about: About, *, family: str = "") -> Pa
             }
             for row in rows
         ],
+        "role_conflicts": list(conflicts),
     }
+    duties = Section(
+        "Duties of one person that two should bear (3.1.4)",
+        head=("who and what",),
+        rows=[(each,) for each in conflicts],
+        empty="none in site.toml and the trust root",
+    )
     sections = [
         Section(
             f"Family {name} (revision 3: {FAMILIES[name]})"
@@ -179,7 +192,7 @@ def controls_report(evidence: Evidence, about: About, *, family: str = "") -> Pa
         title="Evidence by control family",
         subject="NIST SP 800-171, revisions 2 and 3",
         figures=[("records examined", f"{evidence.examined:,}"), ("rows", str(len(rows)))],
-        sections=[*sections, log_section(evidence.log, evidence)],
+        sections=[*sections, duties, log_section(evidence.log, evidence)],
         limits=limits,
         banner=banner_of(evidence.log),
     )
@@ -275,6 +288,44 @@ def not_used_report(
         limits=limits,
         banner=banner_of(evidence.log),
     )
+
+
+# Pairs of duties that one person should not bear (docs/design/policy.md, 7).
+_APART = (
+    (frozenset({"builder"}), None, "builds and approves releases"),
+    (
+        frozenset({"log_reviewer"}),
+        frozenset({"log_administrator", "system_administrator"}),
+        "reviews the log and administers it",
+    ),
+    (frozenset({"policy_author"}), frozenset({"policy"}), "writes rules and approves them"),
+    (
+        frozenset({"principal_investigator"}),
+        frozenset({"ehs", "biosafety", "export_control", "hazard_officer"}),
+        "leads a project and releases hazard holds",
+    ),
+)
+
+
+def role_conflicts(site: Site, trust: RootDocument | None) -> list[str]:
+    """Return who bears two duties that should lie with two people, by site.toml and trust root."""
+    roles: dict[str, set[str]] = {}
+    approvers: set[str] = set()
+    for person in site.person:
+        roles.setdefault(same_person(person.id), set()).update(person.roles)
+    for project in site.project:
+        for lead in project.principal_investigators:
+            roles.setdefault(same_person(lead), set()).add("principal_investigator")
+    for who, enrolled in trust.people.items() if trust else ():
+        roles.setdefault(same_person(who), set()).update(enrolled.roles)
+        if enrolled.approves:
+            approvers.add(same_person(who))
+    return [
+        f"{who} {words}: {', '.join(sorted(borne & one | borne & (two or set())))}"
+        for who, borne in sorted(roles.items())
+        for one, two, words in _APART
+        if borne & one and (who in approvers if two is None else borne & two)
+    ]
 
 
 # -- what reports share ---------------------------------------------------------------------------

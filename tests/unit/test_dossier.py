@@ -25,7 +25,7 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier import FAMILIES, NEVER_SAID, ROWS, Page, Section, render
-from airgap.dossier.reports import families, row_of
+from airgap.dossier.reports import families, role_conflicts, row_of
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.holds import Holds
 from airgap.serve.broker import Broker
@@ -188,6 +188,17 @@ def test_controls_are_listed_by_family_with_counts_and_shares(call):
     assert families() == tuple(FAMILIES)
     assert row_of("03.03.08") is row_of("3.3.8")
     assert row_of("3.99.1") is None
+
+
+def test_duties_that_one_person_should_not_bear_alone_are_listed(lab):
+    site = parse_site((lab[0] / "site.toml").read_bytes())
+    assert role_conflicts(site, PEOPLE.document) == []
+    both = enrolled(ada=("ehs",), ben=("builder",), ben2=("approver",), tom=("policy",)).document
+    assert role_conflicts(site, both) == [
+        "ada leads a project and releases hazard holds: ehs, principal_investigator",
+        "ben builds and approves releases: builder",
+    ]
+    assert role_conflicts(site, None) == []
 
 
 def test_control_numbers_are_well_formed():

@@ -326,6 +326,22 @@ def test_what_was_written_is_encrypted_to_the_reviewers_or_not_kept(broker, tmp_
         assert refused.value.code == "hold.key"
 
 
+def test_a_quiet_flag_is_kept_for_review_and_holds_nothing(broker, tmp_path):
+    # A medicine with the core of a paragraph, and no member of it.
+    broker.worker.frames = writes("CC(C)OP(=O)(F)OC(C)C")
+    answer = broker.infer(job(task="molecule", inputs={}))
+    assert answer.assessed.output_screen.tier == "H1"
+    (alert,) = broker.holds.alerts()
+    assert alert.classes == ("similarity",)
+    assert alert.record["request"]["person"] == "ada"
+    assert alert.drawn in {True, False}
+    held(broker, frames=writes(FAMILY))
+    assert len(broker.holds.alerts()) == 1
+    (tmp_path / "restricted" / f"{alert.commit}.json").write_text('{"nonce": 1}')
+    with pytest.raises(FaultError):
+        broker.holds.alerts()
+
+
 # -- commands -------------------------------------------------------------------------------------
 
 
@@ -439,6 +455,16 @@ def test_what_cannot_be_released_is_told_without_a_rule(call, tmp_path):
     assert [each["state"] for each in call("hold", "list")[1]["holds"]] == ["held", "held"]
 
 
+def test_a_hold_can_be_purged_and_stays_on_record(call, tree):
+    family = call("hold", "list")[1]["holds"][0]
+    status, done = call("hold", "purge", family["reference"])
+    assert (status, len(done["removed"])) == (0, 1)
+    assert family["reference"] not in {h["reference"] for h in call("hold", "list")[1]["holds"]}
+    records = list(read_records(tree / "audit"))
+    assert [r["phase"] for r in records if r["kind"] == "admin.hold"] == ["intent", "outcome"]
+    assert any(r["kind"] == "denial" for r in records)
+
+
 def test_only_the_hazard_officer_sees_rules_classes_and_inputs(call, tree, tmp_path):
     family, exact = call("hold", "list")[1]["holds"]
     assert {key: family[key] for key in ("stage", "task", "state")} == {
@@ -446,6 +472,7 @@ def test_only_the_hazard_officer_sees_rules_classes_and_inputs(call, tree, tmp_p
     }
     status, out = call("hold", "show", family["reference"], text=True)
     assert (status, "HAZ" in out, "hazard officer" in out) == (0, False, True)
+    assert call("hold", "alerts")[1]["code"] == "site.person"
     site = tree / "site.toml"
     site.write_text(site.read_text().replace('["principal_investigator"]', '["hazard_officer"]'))
     shown = call("hold", "show", exact["reference"].rpartition("#")[2])[1]
@@ -453,6 +480,7 @@ def test_only_the_hazard_officer_sees_rules_classes_and_inputs(call, tree, tmp_p
     assert shown["inputs"] == {"smiles": "CC(=O)Nc1ccc(O)cc1"}
     assert shown["faults"] == ["no release"]
     assert "HAZ-CWC1" in call("hold", "list")[1]["holds"][0]["rules"]
+    assert call("hold", "alerts")[1] == {"alerts": [], "flags": 0}
     sign(call, family["reference"], "eve", *first_words(tmp_path))
     assert "too few people" in call("hold", "show", family["reference"])[1]["faults"][0]
     _, refused = sign(call, exact["reference"], "eve", *first_words(tmp_path))
