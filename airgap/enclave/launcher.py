@@ -356,7 +356,8 @@ def check_readable(plan: Plan) -> None:
             if not os.access(entry, os.R_OK):
                 where = closed_above(entry)
                 because = f": the folder {where!r} is closed to it" if where else ""
-                words = f"uid {os.getuid()} inside the seal cannot read {entry!r}{because}"
+                uid = plan["identity"][0] if plan["identity"] else os.getuid()
+                words = f"uid {uid} inside the seal cannot read {entry!r}{because}"
                 raise Refusal("files", words)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +141,23 @@ def test_rung_u_has_namespaces_without_an_id_map_and_the_mounts_of_the_host():
     assert findings(shared, plan) == ["namespaces"]
 
 
+def test_a_gpu_worker_holds_its_nodes_and_memory_and_nothing_else():
+    node = {"path": "/dev/nvidia0", "mode": "gpu", "owner": None}
+    plan = {**PLAN, "binds": [*PLAN["binds"], node]}
+    held = {**evidence.DESCRIPTORS, 7: "/dev/nvidia0", 9: "/memfd:cuda (deleted)"}
+    with_gpu = replace(GOOD, descriptors=held)
+    assert findings(with_gpu, plan) == []
+    assert findings(with_gpu) == ["descriptors"]
+    for surprise in ("/dev/nvidia1", "socket:[5]", "/etc/passwd"):
+        more = replace(with_gpu, descriptors={**held, 10: surprise})
+        assert findings(more, plan) == ["descriptors"]
+    # The driver opens and closes as it works; a socket is still a difference.
+    now = replace(with_gpu, descriptors={**evidence.DESCRIPTORS, 8: "/dev/nvidiactl"})
+    assert evidence.differences(with_gpu, now) == []
+    grown = replace(with_gpu, descriptors={**held, 11: "socket:[5]"})
+    assert [f.layer for f in evidence.differences(with_gpu, grown)] == ["descriptors"]
+
+
 def test_before_stage_2_one_filter_is_right():
     early = replace(GOOD, filters=GOOD.filters - 1, dumpable=True)
     assert findings(early, own_filters=1, dumpable=None) == []
@@ -255,7 +271,7 @@ def test_a_process_that_is_gone_cannot_be_read():
     child = os.fork()
     if not child:
         os._exit(0)
-    time.sleep(0.05)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ProcessLookupError):  # dead, and not yet buried
         evidence.read(child)
     os.waitpid(child, 0)

@@ -409,10 +409,10 @@ def test_an_id_of_0_inside_is_refused(monkeypatch):
 def test_unreadable_inputs_are_named(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/weights").write_text("x")
-    launcher.check_readable({"check": [str(tmp_path)]})
+    launcher.check_readable({**make(), "check": [str(tmp_path)]})
     assert str(tmp_path / "model") in list(launcher.entries(str(tmp_path)))
     with pytest.raises(Refusal) as caught:
-        launcher.check_readable({"check": [str(tmp_path / "nothing")]})
+        launcher.check_readable({**make(), "check": [str(tmp_path / "nothing")]})
     assert caught.value.layer == "files"
 
 

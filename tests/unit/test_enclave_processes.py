@@ -125,6 +125,22 @@ def test_the_launcher_takes_every_layer_and_then_execs():
         assert len(frames[channel.LOADED]) > 100
 
 
+@needs_namespaces
+@pytest.mark.parametrize("rung", ["A", "U", "B"])
+def test_the_launcher_takes_the_layers_of_each_rung(rung):
+    made = plan_of(rung)
+    if rung == "A":  # as for a GPU: a /proc of the own PID namespace
+        made["binds"] = sorted(
+            [*made["binds"], {"path": "/proc", "mode": "proc", "owner": None}],
+            key=lambda bind: len(bind["path"]),
+        )
+        made["landlock"]["rules"].append(["/proc", "proc"])
+    frames = launch_to_exec(made)
+    if channel.REFUSED in frames and json.loads(frames[channel.REFUSED])["layer"] == "files":
+        pytest.skip("this interpreter cannot be read by another uid")
+    assert channel.LOADED in frames, frames
+
+
 def refused(made, **more):
     frames = launch_to_exec(made, **more)
     assert channel.REFUSED in frames, frames
@@ -313,7 +329,7 @@ def test_filters_that_are_not_the_published_ones_are_refused(monkeypatch):
     monkeypatch.setattr(evidence, "live_filters", lambda *_: False)
     with pytest.raises(SealRefused) as caught:
         start()
-    assert caught.value.code == "enclave.stage2"
+    assert caught.value.code == ("enclave.parent" if RUNG == "A" else "enclave.stage2")
 
 
 @needs_namespaces
@@ -417,6 +433,16 @@ def test_a_door_that_opened_is_refused():
     with pytest.raises(SealRefused) as caught:
         seal._self_test(b'{"self_test": {"tcp4": "EPERM", "open": "OPEN"}}', wanted)
     assert caught.value.code == "enclave.stage2"
+
+
+def test_with_a_gpu_a_file_may_be_missing_and_never_open():
+    wanted = {"last": "stage2_gpu"}
+    for answer in ("ENOENT", "EACCES", "EPERM"):
+        payload = json.dumps({"self_test": {"open": answer}}).encode()
+        assert seal._self_test(payload, wanted) == {"open": answer}
+    for door, answer in (("open", "OPEN"), ("tcp4", "ENOENT")):
+        with pytest.raises(SealRefused):
+            seal._self_test(json.dumps({"self_test": {door: answer}}).encode(), wanted)
 
 
 def test_public_names_are_fetched_from_their_modules():

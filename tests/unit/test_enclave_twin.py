@@ -51,6 +51,18 @@ def test_a_receiver_that_is_deaf_proves_nothing(name):
     assert name in twin.judge(report).reason
 
 
+def test_a_gpu_worker_may_start_a_memfd_before_stage_2_alone():
+    for profile, phase, sealed in (
+        ("worker-gpu", "stage1", True),
+        ("worker-gpu", "stage2", False),
+        ("worker-gpu", "convert", False),
+        ("worker", "stage1", False),
+    ):
+        report = {**copy.deepcopy(good()), "profile": profile}
+        report[phase]["memfd_exec"] = ["OPEN", ""]
+        assert twin.judge(report).sealed == sealed, (profile, phase)
+
+
 @pytest.mark.parametrize("phase", ["stage1", "stage2", "convert"])
 @pytest.mark.parametrize("name", sorted(twin.HEARD))
 def test_one_token_outside_is_a_leak_whatever_the_twin_says(phase, name):

@@ -105,6 +105,26 @@ def test_a_program_is_named_by_module_or_file(program, wire):
     assert json.loads(loaded.payload)["program"]["pid"] == os.getpid()
 
 
+def test_a_gpu_is_asked_before_the_program_is_loaded(wire, monkeypatch):
+    from airgap.enclave import gpu
+
+    monkeypatch.setattr(gpu, "initialise", lambda library: {"cuInit": 0, "driver": len(library)})
+    wanted = {"program": "sealed_programs:create", "config": {}, "request_cap": 1, "cuda": "lib"}
+    channel.send(wire[0], channel.PROGRAM, json.dumps(wanted).encode())
+    worker.load()
+    loaded = json.loads(channel.receive(wire[1], 1 << 20).payload)
+    assert loaded["gpu"] == {"cuInit": 0, "driver": 3}
+
+
+def test_a_gpu_that_is_not_there_is_a_refusal_of_its_layer(wire, monkeypatch):
+    leave(monkeypatch)
+    with pytest.raises(SystemExit):
+        worker.initialise_gpu("libcuda-of-nobody.so.1")
+    frame = channel.receive(wire[1], 1 << 20)
+    assert frame.kind == channel.REFUSED
+    assert json.loads(frame.payload)["layer"] == "gpu"
+
+
 @pytest.mark.parametrize("name", ["no_such_module", "/etc/hostname"])
 def test_a_program_that_is_not_there_does_not_load(name):
     with pytest.raises(ImportError):
