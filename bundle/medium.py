@@ -16,7 +16,7 @@ from bundle.envelope import Envelope
 from bundle.manifest import Manifest
 from bundle.source import PlainFile, Source
 from bundle.tar import BLOCK, require_end
-from policy.errors import FaultError, RefusedError
+from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
 Holds = Callable[[int, memoryview], bool]
@@ -81,8 +81,8 @@ class Medium:
         del start, end
         return None
 
-    def absence(self, indices: Sequence[int]) -> RefusedError:
-        """Return the refusal for chunks that were not there and could not be made up for."""
+    def absence(self, indices: Sequence[int]) -> AirgapError:
+        """Return the error for chunks that were not there and could not be made up for."""
         return RefusedError("volume.missing", f"{len(indices)} chunks are not here")
 
     def check_spares(self) -> None:

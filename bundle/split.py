@@ -22,7 +22,7 @@ from bundle.source import read_exactly
 from bundle.tar import BLOCK
 from bundle.volumes import MAX_COUNT, VolumeFacts, VolumeSet
 from bundle.write import fresh_file, require_space
-from policy.errors import RefusedError, UsageError
+from policy.errors import AirgapError, RefusedError, UsageError
 from policy.terms import Digest
 
 
@@ -53,10 +53,10 @@ class Chunks:
         start = index * CHUNK_SIZE
         buffer = bytearray(min(CHUNK_SIZE, self.body.size - start))
         view = memoryview(buffer)
-        problem: RefusedError | None = None
+        problem: AirgapError | None = None
         try:
             self.medium.read_into(start, view)
-        except RefusedError as error:
+        except AirgapError as error:
             problem = error
         if problem is None and self.holds(index, view):
             return bytes(buffer)
@@ -302,7 +302,7 @@ def _find_bad(found: VolumeSet, chunks: Chunks) -> set[int]:
         try:
             found.read_into(index * CHUNK_SIZE, memoryview(buffer))
             good = chunks.holds(index, memoryview(buffer))
-        except RefusedError:
+        except AirgapError:
             good = False
         if not good:
             bad.add(number)

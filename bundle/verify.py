@@ -314,7 +314,7 @@ class SealedBundle:
             return _Chunk(index, buffer, chunk, held=True)
         try:
             return _Chunk(index, buffer, self._fetch(index, buffer), held=False)
-        except RefusedError as error:
+        except AirgapError as error:
             if error.code == "chunk.leaf" or not self.medium.is_absent(index):
                 raise
             return _Chunk(index, buffer, None, held=False)

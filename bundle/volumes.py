@@ -117,7 +117,7 @@ class VolumeSet(Medium):
         self.repaired: dict[int, list[int]] = {}  # volume number -> chunks
         self._opener, self._asker = opener, asker
         self._lock = threading.Lock()
-        self._problems: list[tuple[int, RefusedError]] = []  # number by name, 0 if unknown
+        self._problems: list[tuple[int, AirgapError]] = []  # number by name, 0 if unknown
         self._bad_parity: list[int] = []
         self._others: list[_Volume] = []  # of this set, but with another head
         self._volumes: dict[int, _Volume] = {}
@@ -154,11 +154,11 @@ class VolumeSet(Medium):
             raw = read_document(source, head.body_start, VOLUME, FACTS_LIMIT)
             facts = _parse_facts(raw, path)
             start = hashlib.sha256(read_exactly(source, 0, head.body_start)).digest()
-        except RefusedError as error:
+        except AirgapError as error:  # a bad sector makes a bad volume, and no more
             if source is not None:
                 source.close()
             prefix = f"volume {number} ({path.name}): " if number else ""
-            renamed = RefusedError(error.code, f"{prefix}{error.message}", hint=error.hint)
+            renamed = type(error)(error.code, f"{prefix}{error.message}", hint=error.hint)
             self._problems.append((number, renamed))
             return None
         return _Volume(source, head, start, facts)
@@ -234,10 +234,10 @@ class VolumeSet(Medium):
                 each.leaves = read_exactly(
                     each.source, start + layout.offsets[1], layout.files[1][1]
                 )
-        except RefusedError as error:
+        except AirgapError as error:
             del self._volumes[each.facts.index]
             each.source.close()
-            renamed = RefusedError(error.code, f"{each.name}: {error.message}", hint=error.hint)
+            renamed = type(error)(error.code, f"{each.name}: {error.message}", hint=error.hint)
             self._problems.append((each.facts.index, renamed))
 
     # -- bytes --------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class VolumeSet(Medium):
     def ask(self, index: int) -> None:
         """Ask for the volume of a chunk, letting go of those that are there: the drive is one."""
         number = index // self.facts_of_set.chunks + 1
-        if self._asker is None or self._can_repair(index):
+        if self._asker is None or self._can_repair():
             return
         while number not in self._volumes:
             for volume in self._volumes.values():
@@ -289,19 +289,18 @@ class VolumeSet(Medium):
                 if found is not None:
                     self._place(found)
 
-    def absence(self, indices: Sequence[int]) -> RefusedError:
+    def absence(self, indices: Sequence[int]) -> AirgapError:
         """Name the volumes of chunks that were not there; see `Medium`."""
         return self._absent(sorted({index // self.facts_of_set.chunks + 1 for index in indices}))
 
-    def _absent(self, lost: Sequence[int]) -> RefusedError:
+    def _absent(self, lost: Sequence[int]) -> AirgapError:
         named = dict(self._problems)
         first = next((named[number] for number in lost if number in named), None)
         return first or _missing(lost, self.facts_of_set.count)
 
     # -- parity -------------------------------------------------------------------------------
 
-    def _can_repair(self, index: int) -> bool:
-        del index
+    def _can_repair(self) -> bool:
         spare = sum(number > self.facts_of_set.count for number in self._volumes)
         lost = sum(n not in self._volumes for n in range(1, self.facts_of_set.count + 1))
         return 0 < lost <= spare

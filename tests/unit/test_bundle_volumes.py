@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from airgap.install import Store, install
 from bundle import parity, trust
 from bundle.media import Help, open_medium
-from bundle.split import join, mend, split
+from bundle.source import PlainFile
+from bundle.split import Chunks, join, mend, split
 from bundle.verify import open_bundle, verify_bundle
-from policy.errors import AirgapError, RefusedError, UsageError
+from bundle.volumes import VolumeSet
+from policy.errors import AirgapError, FaultError, RefusedError, UsageError
 
 TRUST = bundles.make_trust()
 CHUNK = attacks.CHUNK
@@ -395,6 +397,36 @@ def test_damage_all_over_is_mended_chunk_by_chunk(full, tmp_path):
     ]
     flip(made[3], -4096 - 1024 - 2 * CHUNK)  # the middle column has two
     assert refusal(verify, folder).code in {"chunk.leaf", "archive.truncated"}
+
+
+class BadSector(PlainFile):
+    """A disc that cannot be read from some byte on, in one of its files."""
+
+    def __init__(self, path, number, start):
+        super().__init__(path)
+        self._start = start if path.name.endswith(f".{number:03}") else None
+
+    def read_into(self, offset, buffer):
+        if self._start is not None and offset + len(buffer) > self._start:
+            raise FaultError("host.io", f"{self.path} cannot be read at byte {offset}: bad sector")
+        super().read_into(offset, buffer)
+
+
+@pytest.mark.parametrize("start", [700, 4_000_000])
+def test_a_bad_sector_is_told_or_made_up_for(start, plain_set, spare_set):
+    def fetch(folder):
+        paths = sorted(folder.iterdir())
+        found = VolumeSet(paths, lambda path: BadSector(path, 6, start))
+        try:
+            chunks = Chunks(found)
+            return b"".join(chunks.read(index) for index in range(len(chunks.leaves)))
+        finally:
+            found.close()
+
+    error = refusal(fetch, plain_set)
+    assert error.code == "host.io"
+    assert "tiny.agb.006" in error.message
+    assert len(fetch(spare_set)) > (COUNT - 1) * CHUNK
 
 
 def test_poisoned_parity_repairs_nothing(spared):
