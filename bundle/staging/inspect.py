@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bundle.canonical import canonical_json
+from bundle.evidence.levels import UNPICKLED, Proof, Source, check
 from bundle.scan.config import CODE as CONFIG_CODE
 from bundle.scan.config import CONFIG_LIMIT, unknown_keys
 from bundle.scan.onnx import parse_onnx
@@ -33,8 +35,12 @@ from bundle.staging.provenance import (
     parse_pins,
     require_pins,
 )
+from bundle.staging.scanners import ScannerRun, refusals_of, run_scanners
+from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Digests, Progress, SourceFile, commit_of, hash_file, read_head
 from bundle.staging.source import walk as walk_source
+from bundle.staging.unpickle import RECORD, Unpickled, parse_unpickled, require_unpickled
+from bundle.staging.upstream import Upstream, source_of
 from policy.errors import RefusedError
 from policy.terms import Digest
 
@@ -61,11 +67,16 @@ class InspectReport:
     findings: list[Finding] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     hub: HubRecords | None = None
+    upstream: Upstream = field(default_factory=Upstream)
+    proofs: tuple[Proof, ...] = ()
+    unpickled: Unpickled | None = None
+    scanners: tuple[ScannerRun, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     card: dict[str, Any] = field(default_factory=dict)
     architecture: Architecture | None = None
     tokenizer: Tokenizer | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    holders: dict[str, str] = field(default_factory=dict)  # the weight file of each tensor
     licences: list[LicenceFound] = field(default_factory=list)
     lineage: tuple[Hint, ...] = ()
 
@@ -148,7 +159,9 @@ def inspect_source(
     folder: Path,
     *,
     pins: Path | None = None,
+    upstream: Upstream | None = None,
     name: str | None = None,
+    run_sealed: RunSealed | None = None,
     progress: Progress | None = None,
 ) -> InspectReport:
     """Inspect a snapshot on disk; what it refuses stands in the report.
@@ -156,7 +169,9 @@ def inspect_source(
     Args:
         folder: In hub layout: a download folder, or a snapshot inside the hub's cache.
         pins: A file in the form of `sha256sum` that fixes every file of the snapshot.
+        upstream: Evidence of the publisher, and whom this site believes.
         name: Of the model in the report; else the repository, the card's title or the folder.
+        run_sealed: Runs outside scanners without a network; without it they are not run.
         progress: Told stages, and bytes while hashing.
 
     Raises:
@@ -182,10 +197,16 @@ def inspect_source(
     if any(f.size > HASH_REFUSED and f.path in report.refused for f in report.files):
         raise report.refusals[0]  # hours of hashing could not change the answer
     _hash_all(report, tell)
+    report.upstream = upstream or Upstream()
+    _collect(report, lambda: _check_unpickled(report))
     _collect(report, lambda: _check_origin(report, wanted, commit_of(folder)))
     pin_digest = None if pins is None else Digest.of(bytes(open_view(pins))).hex
     pinned = wanted if not any(r.code == "pin.mismatch" for r in report.refusals) else None
-    report.provenance = level_document(pinned, pin_digest, report.hub)
+    source = source_of(report, report.upstream.items, pinned=pinned is not None)
+    _collect(report, lambda: _check_upstream(report, source))
+    report.provenance = level_document(source, pinned, pin_digest, report.hub, report.proofs)
+    report.scanners = run_scanners(report, run_sealed)
+    report.refusals += refusals_of(report.scanners)
     title = _read_card(report)
     if name is None and repository is None and title:
         report.name = title
@@ -217,6 +238,7 @@ def _scan(report: InspectReport, file: SourceFile) -> None:
                     "source.shape", f"tensor {tensor.name!r:.100} stands in two weight files"
                 )
             report.tensors[tensor.name] = tensor
+            report.holders[tensor.name] = file.path
     elif role is Role.TOKENIZER:
         report.tokenizer = parse_tokenizer(data, file.path)
     elif role is Role.INDEX:
@@ -315,6 +337,22 @@ def _check_origin(
         require_pins(pins, report.digests)
 
 
+def _check_upstream(report: InspectReport, source: Source) -> None:
+    """Hold every piece of the publisher's evidence against the files."""
+    at = report.upstream.at or datetime.now(UTC)
+    report.proofs = check(report.upstream.items, source, report.upstream.anchors, at=at)
+
+
+def _check_unpickled(report: InspectReport) -> None:
+    """Read the record of a conversion from a pickle, which must speak of the weights here."""
+    file = next((file for file in report.files if file.path == RECORD), None)
+    if file is not None:
+        record = parse_unpickled(bytes(open_view(file.place)))
+        report.unpickled = require_unpickled(record, report.digests)
+        names = ", ".join(item.source for item in record.files)
+        report.findings.append(Finding(RECORD, f"{UNPICKLED} ({names:.200})"))
+
+
 def _read_card(report: InspectReport) -> str:
     """Read licences and the front matter of the card; returns the card's title, if it has one."""
     title = ""
@@ -364,6 +402,7 @@ def _document(report: InspectReport) -> dict[str, Any]:
         ],
         "findings": [{"path": item.path, "text": item.text} for item in report.findings],
         "provenance": report.provenance,
+        "scanners": [run.as_document() for run in report.scanners],
         "files": [_file_document(report, file) for file in report.files],
         "licences": [
             {"spdx": item.spdx, "place": item.place, "sha256": item.sha256, "status": item.status}

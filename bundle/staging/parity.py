@@ -59,10 +59,11 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A proof that holds. Deltas are the largest over all vectors."""
+    """A proof that holds. Deltas are the largest over all vectors and graphs."""
 
     vectors: tuple[Vector, ...]
     skipped: tuple[tuple[Prompt, str], ...]
+    graphs: tuple[str, ...]
     full: Decimal
     past: Decimal
     versions: dict[str, str]
@@ -105,14 +106,21 @@ def load_prompts() -> tuple[tuple[Prompt, ...], list[dict[str, str]]]:
 
 
 def prove_parity(
-    source: Path, graphs: Path, out: Path, *, run_sealed: RunSealed, memory_mb: int
+    source: Path,
+    graphs: Path,
+    out: Path,
+    *,
+    names: Sequence[str],
+    run_sealed: RunSealed,
+    memory_mb: int,
 ) -> Parity:
-    """Run source and graph side by side and judge the figures.
+    """Run source and graphs side by side and judge the figures.
 
     Args:
         source: The folder with the published weights.
-        graphs: The folder with the converted graph.
+        graphs: The folder with the converted graphs.
         out: Must not exist; receives the figures.
+        names: Of the graphs that must be covered.
         run_sealed: Runs the program without a network.
         memory_mb: Limit of the sealed process.
 
@@ -139,13 +147,23 @@ def prove_parity(
         what="the figures of the parity run",
         limit=_LIMIT,
     )
-    return judge(figures, load_prompts()[0], dict(done.evidence))
+    return judge(figures, load_prompts()[0], dict(done.evidence), expected=names)
 
 
 def judge(
-    figures: Mapping[str, Any], prompts: Sequence[Prompt], seal: dict[str, object] | None = None
+    figures: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    seal: dict[str, object] | None = None,
+    *,
+    expected: Sequence[str],
 ) -> Parity:
     """Return the proof, or refuse; every figure is checked here, none is believed.
+
+    Args:
+        figures: What the run left, untrusted.
+        prompts: The packaged prompts.
+        seal: Evidence of the run.
+        expected: Names of the graphs that were made; each must be covered.
 
     Raises:
         RefusedError: `parity.failed`, `parity.vectors`.
@@ -157,11 +175,19 @@ def judge(
             (prompts[item["index"]], str(item["reason"])) for item in figures["skipped"]
         )
         versions = {str(name): str(value) for name, value in figures["versions"].items()}
+        graphs = tuple(sorted({str(name) for row in figures["rows"] for name in row["graphs"]}))
+        whole = all(set(row["graphs"]) == set(graphs) for row in figures["rows"])
         provider = str(figures["provider"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise RefusedError(
             "parity.failed", f"the figures of the parity run are malformed: {error!r:.120}"
         ) from error
+    if not graphs or not whole or set(graphs) != set(expected):
+        raise RefusedError(
+            "parity.failed",
+            f"the parity run covered {', '.join(graphs) or 'no graph'}; made were "
+            f"{', '.join(expected)}",
+        )
     if len({vector.prompt.text for vector in vectors}) != len(vectors):
         raise RefusedError("parity.failed", "the parity run reports one prompt twice")
     missing = sorted(KINDS - {vector.prompt.kind for vector in vectors})
@@ -177,6 +203,7 @@ def judge(
     return Parity(
         vectors,
         skipped,
+        graphs,
         max(vector.full for vector in vectors),
         max(vector.past for vector in vectors),
         versions,
@@ -213,6 +240,7 @@ def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, 
                     {
                         "name": "parity",
                         "annotations": {
+                            "graphs": " ".join(parity.graphs),
                             "precision": "fp32",
                             "provider": parity.provider,
                             "tolerance": str(TOLERANCE),
@@ -239,7 +267,17 @@ def _vector(row: Mapping[str, Any], prompts: Sequence[Prompt]) -> Vector:
         raise ValueError("an index is not a number")
     prompt = prompts[index]
     here = f"prompt {index} ({prompt.kind})"
-    source, graph = _ids(row["source"]), _ids(row["graph"])
+    source = _ids(row["source"])
+    full, past = Decimal(0), Decimal(0)
+    for name, found in row["graphs"].items():
+        _require_greedy(source, _ids(found["greedy"]), f"{here}, graph {name!s:.40}")
+        full = max(full, _delta(found["full"], f"{here}, graph {name!s:.40}", "in a full pass"))
+        past = max(past, _delta(found["past"], f"{here}, graph {name!s:.40}", "with the cache"))
+    top = tuple((int(token), str(Decimal(value))) for token, value in row["top"])
+    return Vector(prompt, _ids(row["ids"]), source, top, full, past)
+
+
+def _require_greedy(source: tuple[int, ...], graph: tuple[int, ...], here: str) -> None:
     if source != graph or len(source) != STEPS:
         place = next((n for n, (a, b) in enumerate(zip(source, graph, strict=False)) if a != b), 0)
         raise RefusedError(
@@ -247,19 +285,18 @@ def _vector(row: Mapping[str, Any], prompts: Sequence[Prompt]) -> Vector:
             f"{here}: greedy token {place + 1} of {STEPS} differs between source and graph",
             hint=_HINT,
         )
-    deltas = {}
-    for name, meaning in (("full", "in a full pass"), ("past", "with the cache")):
-        value = float(row[name])
-        if math.isnan(value) or not 0 <= value <= float(TOLERANCE):
-            raise RefusedError(
-                "parity.failed",
-                f"{here}: the largest difference of a logit {meaning} is {row[name]!s:.20}, "
-                f"tolerance {TOLERANCE}",
-                hint=_HINT,
-            )
-        deltas[name] = Decimal(str(row[name]))
-    top = tuple((int(token), str(Decimal(value))) for token, value in row["top"])
-    return Vector(prompt, _ids(row["ids"]), source, top, deltas["full"], deltas["past"])
+
+
+def _delta(figure: Any, here: str, meaning: str) -> Decimal:
+    value = float(figure)
+    if math.isnan(value) or not 0 <= value <= float(TOLERANCE):
+        raise RefusedError(
+            "parity.failed",
+            f"{here}: the largest difference of a logit {meaning} is {figure!s:.20}, "
+            f"tolerance {TOLERANCE}",
+            hint=_HINT,
+        )
+    return Decimal(str(figure))
 
 
 _HINT = (

@@ -1,10 +1,12 @@
-"""The parity program: the source in torch and the graph in onnxruntime side by side. Runs sealed.
+"""The parity program: the source in torch and the graphs in onnxruntime side by side. Runs sealed.
 
 `python -I parity_main.py SOURCE GRAPHS PROMPTS OUT`, started by `bundle.staging.parity` through
-the sealed runner. For each prompt the graph makes one full pass and then decodes `STEPS` greedy
+the sealed runner. For each prompt a graph makes one full pass and then decodes `STEPS` greedy
 tokens with its key-value cache. The source sees prompt and tokens in one pass without a cache:
 where both choose the same token at every step, given the same context, both greedy sequences are
-the same. It only measures; `bundle.staging.parity` judges the figures that it leaves in
+the same. The fast graph also runs the prompt in two pieces, and three beginnings of it of different
+length in one batch; it gives its `FAST_TOP` largest logits and the logarithm of the sum of all, and
+those are compared. It only measures; `bundle.staging.parity` judges the figures that it leaves in
 OUT/parity.json.
 
 Numbers are written as decimal strings: the statement that carries them holds no floats.
@@ -30,6 +32,7 @@ QUIET = {
     "PYTHONHASHSEED": "0",
 }
 STEPS = 64  # greedy tokens a prompt
+FAST_TOP = 128  # logits of a position that are compared on the fast graph
 TOP = 8  # largest logits kept a prompt, for the smoke test on the target
 
 
@@ -41,7 +44,12 @@ def main(argv: list[str]) -> int:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    reference, graph = Source(source), Graph(graphs / "model.onnx")
+    reference = Source(source)
+    found = {
+        name: kind(graphs / path)
+        for name, path, kind in (("fast", "fast.onnx", Fast), ("reference", "model.onnx", Graph))
+        if (graphs / path).exists()
+    }
     rows: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for index, prompt in enumerate(json.loads(prompts.read_bytes())["prompts"]):
@@ -49,12 +57,13 @@ def main(argv: list[str]) -> int:
         if reason:
             skipped.append({"index": index, "reason": reason})
         else:
-            rows.append({"index": index, **compare(reference, graph, ids)})
+            rows.append({"index": index, **compare(reference, found, ids)})
     (out / "parity.json").write_text(
         json.dumps(
             {
                 "steps": STEPS,
-                "provider": graph.provider,
+                "graphs": sorted(found),
+                "provider": " ".join(sorted({graph.provider for graph in found.values()})),
                 "versions": versions(),
                 "rows": rows,
                 "skipped": skipped,
@@ -105,18 +114,22 @@ class Source:
             return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
 
+def open_session(path: Path) -> Any:
+    """Open a graph on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class Graph:
-    """The converted graph in onnxruntime on the CPU."""
+    """The reference graph in onnxruntime on the CPU."""
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
-        options.inter_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        self.session = open_session(path)
         self.provider = self.session.get_providers()[0]
         self.names = [value.name for value in self.session.get_inputs()]
         self.empty = {
@@ -126,17 +139,28 @@ class Graph:
         }
         self.past: dict[str, Any] = {}
 
-    def full(self, ids: list[int]) -> Any:
+    def decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
+        """Return the greedy tokens, the logits of the prompt and those of each step."""
+        import numpy as np
+
+        full = self._full(ids)
+        steps, greedy = [full[-1]], [int(full[-1].argmax())]
+        while len(greedy) < STEPS:
+            steps.append(self._run([greedy[-1]], len(ids) + len(greedy) - 1)[-1])
+            greedy.append(int(steps[-1].argmax()))
+        return greedy, full, np.stack(steps)
+
+    def deltas(self, ids: list[int], full: Any, steps: Any, theirs: Any) -> tuple[float, float]:
+        """Return the largest difference from the source in the prompt, and in the steps."""
+        answers = theirs[len(ids) - 1 :]
+        return abs(theirs[: len(ids)] - full).max(), abs(answers - steps).max()
+
+    def _full(self, ids: list[int]) -> Any:
         """Return float32[tokens, vocabulary] of one pass from an empty cache."""
         import numpy as np
 
         self.past = {name: np.zeros(shape, np.float32) for name, shape in self.empty.items()}
         return self._run(ids, 0)
-
-    def step(self, token: int) -> Any:
-        """Append one token to the cache; returns float32[vocabulary]."""
-        seen = next(iter(self.past.values())).shape[2]
-        return self._run([token], seen)[-1]
 
     def _run(self, ids: list[int], seen: int) -> Any:
         import numpy as np
@@ -156,25 +180,125 @@ class Graph:
         return result["logits"][0]
 
 
-def compare(reference: Source, graph: Graph, ids: list[int]) -> dict[str, Any]:
+class Fast:
+    """The fast graph in onnxruntime on the CPU: one buffer, the head inside."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = open_session(path)
+        self.provider = self.session.get_providers()[0]
+        values = self.session.get_inputs()
+        self.caches = {
+            value.name: (value.shape[1], value.shape[3])
+            for value in values
+            if value.name.startswith("past_key_values.")
+        }
+        self.size = next(value.shape[1] for value in values if value.name == "legal")
+        self.buffers: dict[str, Any] = {}
+
+    def decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
+        """Return the greedy tokens, the heads of the prompt and those of each step."""
+        self._reset(1, len(ids) + STEPS)
+        full = self._run([ids], [len(ids)], range(len(ids)))
+        greedy, steps = [int(full[0][-1, 0])], [tuple(part[-1:] for part in full)]
+        while len(greedy) < STEPS:
+            found = self._run([greedy[-1:]], [len(ids) + len(greedy)], [0])
+            steps.append(found)
+            greedy.append(int(found[0][0, 0]))
+        return greedy, full, steps
+
+    def deltas(self, ids: list[int], full: Any, steps: Any, theirs: Any) -> tuple[float, float]:
+        """Return the largest difference in the prompt however it runs, and in the steps."""
+        import numpy as np
+
+        count = len(ids)
+        half, thirds = count // 2, [max(1, count // 3), max(1, 2 * count // 3), count]
+        self._reset(1, count)
+        pieces = []
+        for start, end in ((0, half), (half, count)):
+            if end > start:
+                pieces.append(self._run([ids[start:end]], [end], range(end - start)))
+        self._reset(3, count)
+        padded = [ids[:end] + ids[:1] * (count - end) for end in thirds]
+        picked = [row * count + end - 1 for row, end in enumerate(thirds)]
+        together = self._run(padded, thirds, picked)
+        worst = [
+            apart(theirs[:count], full),
+            apart(theirs[:count], [np.concatenate(part) for part in zip(*pieces, strict=True)]),
+            apart(theirs[[end - 1 for end in thirds]], together),
+        ]
+        answers = [np.concatenate(part) for part in zip(*steps, strict=True)]
+        return float(np.max(worst)), apart(theirs[count - 1 :], answers)
+
+    def _reset(self, rows: int, capacity: int) -> None:
+        import numpy as np
+
+        self.buffers = {
+            name: np.zeros((rows, heads, capacity, width), np.float32)
+            for name, (heads, width) in self.caches.items()
+        }
+
+    def _run(self, rows: list[list[int]], lengths: list[int], select: Any) -> tuple[Any, ...]:
+        """Return (ids, raw logits, log of the sum of exp) at the picked places."""
+        import numpy as np
+
+        picked = np.array(list(select), np.int64)
+        count = len(picked)
+        feeds = {
+            "input_ids": np.array(rows, np.int64),
+            "seqlens_k": np.array(lengths, np.int32) - 1,
+            "total_sequence_length": np.array(max(lengths), np.int32),
+            "select": picked,
+            "seen": np.zeros((count, 1), np.int64),
+            "penalty": np.ones((count, 1), np.float32),
+            "legal": np.ones((1, self.size), np.bool_),
+            "constrained": np.array(False),
+            "target": np.zeros(count, np.int64),
+            "top_k": np.array([min(FAST_TOP, self.size)], np.int64),
+        }
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for name, array in self.buffers.items():
+            other, place = name.replace("past_key_values.", "present."), array.ctypes.data
+            binding.bind_input(name, "cpu", 0, np.float32, array.shape, place)
+            binding.bind_output(other, "cpu", 0, np.float32, array.shape, place)
+        for name in ("ids", "raw", "log_z"):
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        return tuple(value.numpy() for value in binding.get_outputs()[-3:])
+
+
+def apart(theirs: Any, found: Any) -> float:
+    """Return how far the largest logits and the sum over all are from the source's."""
+    import numpy as np
+
+    ids, raw, log_z = found
+    wide = theirs.astype(np.float64)
+    peak = wide.max(axis=1)
+    sums = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
+    logits = abs(np.take_along_axis(wide, ids, axis=1) - raw).max()
+    return float(np.maximum(logits, abs(sums - log_z).max()))  # a NaN stays one
+
+
+def compare(reference: Source, graphs: dict[str, Any], ids: list[int]) -> dict[str, Any]:
     """Return the figures of one prompt; a number that is not finite is reported as it is."""
     import numpy as np
 
-    ours = graph.full(ids)
-    steps, greedy = [ours[-1]], [int(ours[-1].argmax())]
-    while len(greedy) < STEPS:
-        steps.append(graph.step(greedy[-1]))
-        greedy.append(int(steps[-1].argmax()))
+    decoded = {name: graph.decode(ids) for name, graph in graphs.items()}
+    greedy = next(iter(decoded.values()))[0]  # another that differs is refused by the judge
     theirs = reference.full(ids + greedy[:-1])
     first, answers = theirs[len(ids) - 1], theirs[len(ids) - 1 :]
     ordered = np.sort(answers, axis=1)
     top = np.argsort(-first, kind="stable")[:TOP]
+    found = {}
+    for name, graph in graphs.items():
+        tokens, full, steps = decoded[name]
+        here, there = graph.deltas(ids, full, steps, theirs)
+        found[name] = {"greedy": tokens, "full": text(here), "past": text(there)}
     return {
         "ids": ids,
         "source": answers.argmax(axis=1).tolist(),
-        "graph": greedy,
-        "full": text(abs(theirs[: len(ids)] - ours).max()),
-        "past": text(abs(answers - np.stack(steps)).max()),
+        "graphs": found,
         "margin": text((ordered[:, -1] - ordered[:, -2]).min()),
         "top": [[int(token), text(first[token])] for token in top],
     }

@@ -9,6 +9,7 @@ Everything happens in one work folder beside the output, which goes away however
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import os
@@ -23,6 +24,8 @@ from pydantic import ValidationError
 
 from bundle.canonical import canonical_json
 from bundle.envelope import Envelope, sign_statement
+from bundle.evidence.summary import PATH as SUMMARY
+from bundle.evidence.summary import upstream_summary
 from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
 from bundle.keys import Signer
 from bundle.manifest import (
@@ -47,18 +50,26 @@ from bundle.scan.roles import Role as FileRole
 from bundle.scan.strict import open_view
 from bundle.scan.tokenizer import Tokenizer
 from bundle.staging.architecture import Architecture
+from bundle.staging.attest import (
+    conversion_statement,
+    evidence_of,
+    scan_statement,
+    source_digest,
+    source_files,
+)
 from bundle.staging.bom import bill_of_materials
-from bundle.staging.convert import EXTERNAL, GRAPH, Converted, convert, place_inputs
+from bundle.staging.convert import Converted, convert, place_inputs
 from bundle.staging.inspect import InspectReport, inspect_source
 from bundle.staging.output import output_problem
 from bundle.staging.parity import TOLERANCE, Parity, prove_parity, statement
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
+from bundle.staging.upstream import Upstream
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.trust import BUILDER, Trust, chain_document
 from bundle.write import Member, write_archive
 from policy.errors import FaultError, RefusedError
-from policy.terms import URI_BASE, Digest
+from policy.terms import Digest
 
 Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
 """Gives the canonical record of the admission decision, or raises `policy.*`."""
@@ -119,6 +130,7 @@ def build(
     run_sealed: RunSealed | None,
     admit: Admit,
     pins: Path | None = None,
+    upstream: Upstream | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Build the draft of a release.
@@ -132,6 +144,7 @@ def build(
         run_sealed: Runs a program without a network; refused when there is none.
         admit: Asks the policy for the admission.
         pins: A file in the form of `sha256sum`.
+        upstream: Evidence of the publisher, and whom this site believes.
         progress: Told stages and units.
 
     Raises:
@@ -148,7 +161,14 @@ def build(
     tell = progress or _silent
     builder = require_builder(trust, signer, facts.created)
     _require_output(out)
-    report = inspect_source(folder, pins=pins, name=facts.model_id, progress=progress)
+    report = inspect_source(
+        folder,
+        pins=pins,
+        upstream=dataclasses.replace(upstream or Upstream(), at=facts.created),
+        name=facts.model_id,
+        run_sealed=run_sealed,
+        progress=progress,
+    )
     report.require_ready()
     model = model_entry(report, facts)
     tell("admit", 0, 1)
@@ -164,7 +184,12 @@ def build(
         tell("convert", 1, 1)
         tell("parity", 0, 1)
         parity = prove_parity(
-            source, work / "graph", work / "parity", run_sealed=run_sealed, memory_mb=memory
+            source,
+            work / "graph",
+            work / "parity",
+            names=[made.name for made in converted.graphs],
+            run_sealed=run_sealed,
+            memory_mb=memory,
         )
         tell("parity", 1, 1)
         tell("describe", 0, 1)
@@ -212,11 +237,12 @@ def describe(
     """Make every document of the release; `record` is the decision of the policy."""
     payload = _payload(report, facts, converted)
     digests = {member.path: _digest(member) for member in payload}
-    graph_files = {
-        path: digest
-        for path, digest in digests.items()
-        if path.endswith((f"/{GRAPH}", f"/{EXTERNAL}"))
+    names = {
+        f"/{name}"
+        for made in converted.graphs
+        for name in (made.path, *(() if made.published else made.external))
     }
+    graph_files = {path: digest for path, digest in digests.items() if path.endswith(tuple(names))}
     weights = {
         file.path: report.digests[file.path].sha256
         for file in report.weights()
@@ -233,16 +259,21 @@ def describe(
         tools=tools,
         created=facts.created,
     )
-    evidence, evidence_members = _evidence(report, facts.model_id, pins)
+    evidence, evidence_members = evidence_of(report, facts.model_id, pins)
+    pack_digests = _pack_digests(decision)
+    summary = upstream_summary(
+        model, evidence, source_files(report), created=facts.created, policy=pack_digests
+    )
     documents: list[tuple[str, bytes, Role]] = [
         (REPORT, report.to_bytes(), "report"),
         (f"{_ATTEST}/parity.json", statement(parity, graph_files, weights), "attestation"),
-        (f"{_ATTEST}/scan.json", _scan_statement(report, weights), "attestation"),
+        (f"{_ATTEST}/scan.json", scan_statement(report, weights), "attestation"),
         (
             f"{_ATTEST}/conversion.json",
-            _conversion_statement(graph_files, weights, tools, converted.seal),
+            conversion_statement(graph_files, weights, tools, stable_evidence(converted.seal)),
             "attestation",
         ),
+        (SUMMARY, summary, "attestation"),
         (BOM_PATH, bom, "sbom"),
         (DECISION, record, "policy"),
         (VECTORS_PATH, canonical_json(parity.vectors_document(facts.model_id)), "vectors"),
@@ -253,7 +284,7 @@ def describe(
         *payload,
     ]
     release = _release(facts, model, evidence, parity)
-    return Draft(release, tuple(members), decision, _pack_digests(decision))
+    return Draft(release, tuple(members), decision, pack_digests)
 
 
 def _release(
@@ -440,19 +471,20 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
                 sha256=digests.sha256,
             )
         )
-    made: list[tuple[str, Role]] = [(GRAPH, "onnx")]
-    made += [(EXTERNAL, "external-data")] if converted.external else []
-    for name, role in made:
-        place = converted.folder / name
-        members.append(
-            Member(
-                f"{base}/{name}",
-                place,
-                role,
-                derived_from=derived,
-                sha256=hashlib.sha256(open_view(place)).hexdigest(),
-            )
-        )
+    for made in converted.graphs:
+        files: list[tuple[str, Role]] = [(made.path, "onnx")]
+        files += [(name, "external-data") for name in made.external]
+        for name, role in files:
+            place = converted.folder / name
+            sha256 = hashlib.sha256(open_view(place)).hexdigest()
+            if made.published and role == "external-data":
+                published = report.digests[name]
+                origin = Origin(sha256=published.sha256, git_blob=published.git_blob)
+                members.append(Member(f"{base}/{name}", place, role, origin=origin, sha256=sha256))
+            else:
+                members.append(
+                    Member(f"{base}/{name}", place, role, derived_from=derived, sha256=sha256)
+                )
     graphs = _graphs(report, facts, converted, {member.path: _digest(member) for member in members})
     members.append(
         Member(f"{base}/graphs.json", canonical_graphs(graphs), "graphs", "application/json")
@@ -465,8 +497,6 @@ def _graphs(
 ) -> Graphs:
     base = f"payload/{facts.model_id}"
     shape, tokenizer = _shape_of(report)
-    name = f"{base}/{EXTERNAL}"
-    external = (FileRef(path=EXTERNAL, sha256=digests[name]),) if name in digests else ()
     return Graphs(
         model=facts.model_id,
         architecture=shape.kind,
@@ -483,119 +513,22 @@ def _graphs(
         scientific_use=report.scientific_use,
         tokenizer=FileRef(path="tokenizer.json", sha256=digests[f"{base}/tokenizer.json"]),
         tags=report.tags,
-        graphs=(
+        graphs=tuple(
             Graph(
-                name="reference",
+                name=made.name,
                 precision="fp32",
-                path=GRAPH,
-                sha256=digests[f"{base}/{GRAPH}"],
-                external=external,
-                inputs=converted.graph.inputs,
-                outputs=converted.graph.outputs,
+                path=made.path,
+                sha256=digests[f"{base}/{made.path}"],
+                external=tuple(
+                    FileRef(path=name, sha256=digests[f"{base}/{name}"]) for name in made.external
+                ),
+                inputs=made.graph.inputs,
+                outputs=made.graph.outputs,
                 kv_layout="BHSD",
-                interface="past",
-            ),
-        ),
-    )
-
-
-def _evidence(
-    report: InspectReport, model_id: str, pins: Path | None
-) -> tuple[tuple[Evidence, ...], list[Member]]:
-    """Return what proves the origin: digests of the source, the pin file, the hub's records."""
-    sums = source_sums(report)
-    items = [("source-digests", "META/evidence/source.sha256", sums, "every file as inspected")]
-    if pins is not None:
-        items.append(
-            (
-                "pins",
-                "META/evidence/pins.sha256",
-                bytes(open_view(pins)),
-                report.provenance["sentence"],
+                interface=made.interface,
             )
-        )
-    if report.hub is not None:
-        text = next(
-            item["text"] for item in report.provenance["evidence"] if item["kind"] == "hub-revision"
-        )
-        items += [
-            ("hub-revision", f"META/evidence/hub/{name}", bytes(open_view(place)), text)
-            for name, place in _hub_records(report)
-        ]
-    return (
-        tuple(
-            Evidence(
-                kind=kind, path=path, sha256=Digest.of(data).hex, subject=model_id, summary=text
-            )
-            for kind, path, data, text in items
+            for made in converted.graphs
         ),
-        [Member(path, data, "evidence", "text/plain") for _, path, data, _ in items],
-    )
-
-
-def _hub_records(report: InspectReport) -> list[tuple[str, Path]]:
-    return [
-        (file.path.rpartition("/download/")[2], file.place)
-        for file in report.files
-        if report.roles.get(file.path) is FileRole.HUB and file.path.endswith(".metadata")
-    ]
-
-
-def _scan_statement(report: InspectReport, weights: Mapping[str, str]) -> bytes:
-    return canonical_json(
-        {
-            "_type": "https://in-toto.io/Statement/v1",
-            "subject": [
-                {"name": path, "digest": {"sha256": digest}}
-                for path, digest in sorted(weights.items())
-            ],
-            "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
-            "predicate": {
-                "result": "PASSED" if not report.findings else "WARNED",
-                "configuration": [
-                    {"name": REPORT, "digest": {"sha256": report.digest.hex}},
-                    {
-                        "name": "outside scanners",
-                        "annotations": {"status": "skipped", "reason": "none is installed"},
-                    },
-                ],
-                "passedTests": [file.path for file in report.files],
-                "warnedTests": sorted({finding.path for finding in report.findings}),
-                "failedTests": [],
-            },
-        }
-    )
-
-
-def _conversion_statement(
-    graphs: Mapping[str, str],
-    weights: Mapping[str, str],
-    tools: Mapping[str, str],
-    seal: Mapping[str, object],
-) -> bytes:
-    return canonical_json(
-        {
-            "_type": "https://in-toto.io/Statement/v1",
-            "subject": [
-                {"name": path, "digest": {"sha256": digest}}
-                for path, digest in sorted(graphs.items())
-            ],
-            "predicateType": "https://slsa.dev/provenance/v1",
-            "predicate": {
-                "buildDefinition": {
-                    "buildType": f"{URI_BASE}convert/v1",
-                    "externalParameters": {"task": "text-generation-with-past", "dtype": "fp32"},
-                    "internalParameters": {"network": "none", "seal": stable_evidence(seal)},
-                    "resolvedDependencies": [
-                        {"name": path, "digest": {"sha256": digest}}
-                        for path, digest in sorted(weights.items())
-                    ],
-                },
-                "runDetails": {
-                    "builder": {"id": f"{URI_BASE}staging/v1", "version": dict(tools)},
-                },
-            },
-        }
     )
 
 
@@ -635,17 +568,6 @@ def _revision(report: InspectReport) -> str:
     if report.hub is not None:
         return report.hub.commit
     return str(source_digest(report))
-
-
-def source_sums(report: InspectReport) -> bytes:
-    """Return the digests of all files in the form of `sha256sum`."""
-    lines = [f"{report.digests[file.path].sha256}  {file.path}\n" for file in report.files]
-    return "".join(lines).encode()
-
-
-def source_digest(report: InspectReport) -> Digest:
-    """Return one digest for the whole snapshot: that of `source_sums`."""
-    return Digest.of(source_sums(report))
 
 
 def _reader(members: Sequence[Member]) -> Callable[[str], memoryview]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -118,21 +119,28 @@ def test_the_payload_is_what_the_worker_expects(made):
         f"payload/tiny/{name}"
         for name in (
             *("LICENSE", "README.md", "config.json", "generation_config.json", "graphs.json"),
-            *("model.onnx", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+            *("fast.onnx", "model.safetensors", "model.onnx"),
+            *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
         )
     }
     graphs = json.loads(member(made[0].path, "payload/tiny/graphs.json"))
-    assert graphs["graphs"][0]["inputs"][:3] == ["input_ids", "attention_mask", "position_ids"]
+    fast, reference = graphs["graphs"]
+    assert (fast["name"], fast["interface"]) == ("fast", "shared")
+    assert (reference["name"], reference["interface"]) == ("reference", "past")
+    assert reference["inputs"][:3] == ["input_ids", "attention_mask", "position_ids"]
     assert (graphs["bos_id"], graphs["eos_ids"], graphs["unk_id"]) == (2, [3], 1)
     assert graphs["tags"]["<MoleculeS>"] == 8
 
 
 def test_documents_speak_of_the_files_that_travel(made):
     built = made[0]
-    graph = built.manifest.find("payload/tiny/model.onnx")
+    paths = ("payload/tiny/fast.onnx", "payload/tiny/model.onnx")
+    graphs = [built.manifest.find(path) for path in paths]
     for name in ("parity", "conversion"):
         document = json.loads(member(built.path, f"META/attest/{name}.json"))
-        assert document["subject"] == [{"digest": {"sha256": graph.sha256}, "name": graph.path}]
+        assert document["subject"] == [
+            {"digest": {"sha256": graph.sha256}, "name": graph.path} for graph in graphs
+        ]
     assert member(built.path, "META/report.json") == built.report.to_bytes()
     assert member(built.path, "META/policy/admission.json") == permit(None, None)
     seal = read_draft(built.path).statement.predicate
@@ -140,6 +148,19 @@ def test_documents_speak_of_the_files_that_travel(made):
     vectors = json.loads(member(built.path, "META/vectors/parity.json"))
     assert len(vectors["vectors"]) == len(built.parity.vectors)
     assert member(built.path, "META/evidence/pins.sha256") == made[2].read_bytes()
+
+
+def test_the_fast_graph_runs_on_the_bytes_that_were_published(made):
+    built, folder = made[:2]
+    published = (folder / "model.safetensors").read_bytes()
+    entry = built.manifest.find("payload/tiny/model.safetensors")
+    assert entry.role == "external-data"
+    assert entry.sha256 == entry.origin.sha256 == hashlib.sha256(published).hexdigest()
+    assert entry.derived_from == ()
+    assert member(built.path, entry.path) == published
+    fast = built.manifest.find("payload/tiny/fast.onnx")
+    assert fast.derived_from == (f"sha256:{entry.sha256}",)
+    assert fast.size < 64 * 1024
 
 
 def test_the_graph_tells_nothing_of_the_machine_that_made_it(made):
@@ -203,7 +224,7 @@ def test_large_models_keep_their_weights_beside_the_graph(snapshot, tmp_path, mo
     data = built.manifest.find("payload/tiny/model.onnx_data")
     assert data.role == "external-data"
     graphs = json.loads(member(built.path, "payload/tiny/graphs.json"))
-    assert graphs["graphs"][0]["external"] == [{"path": "model.onnx_data", "sha256": data.sha256}]
+    assert graphs["graphs"][1]["external"] == [{"path": "model.onnx_data", "sha256": data.sha256}]
     for name in ("alice", "bob"):
         sign(read_draft(built.path), TRUST, bundles.signer(name), confirmation="tiny")
     assert verify_bundle(built.path, TRUST, now=NOW).scan.files
@@ -220,8 +241,8 @@ CONTRADICTIONS = {
 def test_graphs_json_may_not_contradict_the_graph(made, name):
     graphs, onnx, tokenizer = parsed(made[0].path)
     _require_agreement(graphs, onnx, tokenizer, "payload/tiny")
-    graph = graphs.graphs[0].model_copy(update=CONTRADICTIONS[name])
-    changed = graphs.model_copy(update={"graphs": (graph,)})
+    graph = graphs.graphs[1].model_copy(update=CONTRADICTIONS[name])
+    changed = graphs.model_copy(update={"graphs": (graphs.graphs[0], graph)})
     error = refused(_require_agreement, changed, onnx, tokenizer, "payload/tiny")
     assert error.code == "scan.graphs"
 
@@ -238,12 +259,13 @@ def test_graphs_json_may_not_contradict_the_tokenizer(made, change):
 
 def parsed(path: Path):
     """Return graphs.json, graphs and tokenizer of a draft, each by its own parser."""
+    weights = "model.safetensors"
+    sizes = {weights: len(member(path, f"payload/tiny/{weights}"))}
     return (
         parse_graphs(member(path, "payload/tiny/graphs.json")),
         {
-            "model.onnx": parse_onnx(
-                memoryview(member(path, "payload/tiny/model.onnx")), sizes={}.get
-            )
+            name: parse_onnx(memoryview(member(path, f"payload/tiny/{name}")), sizes=sizes.get)
+            for name in ("fast.onnx", "model.onnx")
         },
         parse_tokenizer(memoryview(member(path, "payload/tiny/tokenizer.json"))),
     )

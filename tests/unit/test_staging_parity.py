@@ -24,6 +24,7 @@ from bundle.staging.parity import (
 from policy.errors import AirgapError, FaultError, RefusedError
 
 PROMPTS = load_prompts()[0]
+GRAPHS = ("fast", "reference")
 
 
 def figures(**changes):
@@ -32,9 +33,10 @@ def figures(**changes):
             "index": index,
             "ids": [2, 8],
             "source": list(range(STEPS)),
-            "graph": list(range(STEPS)),
-            "full": "1.5e-06",
-            "past": "2.5e-06",
+            "graphs": {
+                "fast": {"greedy": list(range(STEPS)), "full": "1.5e-06", "past": "2.0e-06"},
+                "reference": {"greedy": list(range(STEPS)), "full": "1.0e-06", "past": "2.5e-06"},
+            },
             "margin": "1.0e-02",
             "top": [[1, "2.0e+00"]],
         }
@@ -50,9 +52,14 @@ def figures(**changes):
     return {**base, **changes}
 
 
+def prove(folder, run):
+    out = folder / "out"
+    return prove_parity(folder, folder, out, names=GRAPHS, run_sealed=run, memory_mb=1)
+
+
 def refused(value) -> RefusedError:
     with pytest.raises(RefusedError) as caught:
-        judge(value, PROMPTS)
+        judge(value, PROMPTS, expected=GRAPHS)
     return caught.value
 
 
@@ -66,7 +73,7 @@ def test_the_packaged_prompts_are_enough_and_credited():
 
 
 def test_sound_figures_are_a_proof():
-    parity = judge(figures(), PROMPTS)
+    parity = judge(figures(), PROMPTS, expected=GRAPHS)
     assert (parity.full, parity.past) == (Decimal("1.5e-06"), Decimal("2.5e-06"))
     document = parity.vectors_document("tiny")
     assert len(document["vectors"]) == len(PROMPTS)
@@ -75,19 +82,20 @@ def test_sound_figures_are_a_proof():
     assert json.loads(raw)["predicate"]["result"] == "PASSED"
 
 
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("field", ["full", "past"])
 @pytest.mark.parametrize("value", ["1.001e-03", "nan", "inf", "-1e-09", "1", "x", None, []])
-def test_a_delta_beyond_the_tolerance_or_no_number_fails(field, value):
+def test_a_delta_beyond_the_tolerance_or_no_number_fails(graph, field, value):
     rows = deepcopy(figures()["rows"])
-    rows[3][field] = value
+    rows[3]["graphs"][graph][field] = value
     assert refused(figures(rows=rows)).code == "parity.failed"
-    rows[3][field] = "1.000e-03"
-    assert judge(figures(rows=rows), PROMPTS)
+    rows[3]["graphs"][graph][field] = "1.000e-03"
+    assert judge(figures(rows=rows), PROMPTS, expected=GRAPHS)
 
 
 def test_one_other_token_fails_and_is_named():
     rows = deepcopy(figures()["rows"])
-    rows[5]["graph"][40] = 7
+    rows[5]["graphs"]["fast"]["greedy"][40] = 7
     error = refused(figures(rows=rows))
     assert error.code == "parity.failed"
     assert f"token 41 of {STEPS}" in error.message
@@ -96,7 +104,19 @@ def test_one_other_token_fails_and_is_named():
 @pytest.mark.parametrize("tokens", [[], list(range(STEPS - 1)), "abc", [1.5] * STEPS, [-1] * STEPS])
 def test_other_than_64_tokens_fails(tokens):
     rows = deepcopy(figures()["rows"])
-    rows[0]["source"] = rows[0]["graph"] = tokens
+    rows[0]["source"] = tokens
+    for found in rows[0]["graphs"].values():
+        found["greedy"] = tokens
+    assert refused(figures(rows=rows)).code == "parity.failed"
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in one row", "another"])
+def test_a_graph_that_was_made_must_be_covered_by_every_row(where):
+    rows = deepcopy(figures()["rows"])
+    for row in rows if where == "everywhere" else rows[4:5]:
+        del row["graphs"]["fast"]
+    if where == "another":
+        rows[4]["graphs"]["other"] = rows[4]["graphs"]["reference"]
     assert refused(figures(rows=rows)).code == "parity.failed"
 
 
@@ -142,7 +162,7 @@ JSON = some.recursive(
 @given(some.dictionaries(some.sampled_from(list(figures())), JSON | some.lists(JSON, max_size=3)))
 def test_any_figures_are_judged_or_refused(changes):
     with contextlib.suppress(AirgapError):
-        judge(figures(**changes), PROMPTS)
+        judge(figures(**changes), PROMPTS, expected=GRAPHS)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +181,7 @@ def test_what_a_run_leaves_is_not_believed(tmp_path, left, code):
         return Result()
 
     with pytest.raises(RefusedError) as caught:
-        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=run, memory_mb=1)
+        prove(tmp_path, run)
     assert caught.value.code == code
 
 
@@ -172,7 +192,7 @@ def test_what_a_run_leaves_is_not_believed(tmp_path, left, code):
 )
 def test_a_run_that_does_not_finish_is_a_fault(tmp_path, result):
     with pytest.raises(FaultError) as caught:
-        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=lambda _: result, memory_mb=1)
+        prove(tmp_path, lambda _: result)
     assert caught.value.code == "parity.run"
     assert "Traceback" not in caught.value.message
 
@@ -180,5 +200,5 @@ def test_a_run_that_does_not_finish_is_a_fault(tmp_path, result):
 def test_a_full_disk_inside_the_seal_is_told_as_such(tmp_path):
     full = Result(1, stderr="OSError: [Errno 28] No space left on device: 'x'")
     with pytest.raises(FaultError) as caught:
-        prove_parity(tmp_path, tmp_path, tmp_path / "out", run_sealed=lambda _: full, memory_mb=1)
+        prove(tmp_path, lambda _: full)
     assert caught.value.code == "host.space"

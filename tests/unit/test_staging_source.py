@@ -479,10 +479,17 @@ def test_other_families_have_their_own_tensors():
         )
     )
     assert "model.layers.0.self_attn.q_proj.weight" in qwen2
+    mixtral = expected_tensors(
+        parse_architecture(
+            {**base, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+        )
+    )
+    assert "model.layers.0.block_sparse_moe.experts.7.w2.weight" in mixtral
+    assert "model.layers.0.mlp.up_proj.weight" not in mixtral
     qwen3 = expected_tensors(
         parse_architecture({**base, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
     )
-    assert qwen3["model.layers.0.self_attn.q_norm.weight"] == (8,)
+    assert qwen3["model.layers.0.self_attn.q_norm.weight"] == (base["head_dim"],)
 
 
 @pytest.mark.parametrize(
@@ -513,3 +520,42 @@ def test_end_tokens_of_both_files_count():
         refused(parse_architecture, tiny_llama.config(eos_token_id=None)).code
         == "source.architecture"
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+        {"rope_scaling": "linear"},
+        {"rope_theta": 0},
+        {"rope_theta": True},
+        {"rms_norm_eps": -1e-6},
+        {
+            "model_type": "qwen2",
+            "architectures": ["Qwen2ForCausalLM"],
+            "use_sliding_window": True,
+        },
+        {
+            "model_type": "mistral",
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": 0,
+        },
+    ],
+)
+def test_kinds_of_attention_that_are_not_converted_are_refused(change):
+    assert parse_architecture(tiny_llama.config())
+    error = refused(parse_architecture, {**tiny_llama.config(), **change})
+    assert error.code == "source.architecture"
+
+
+def test_rope_is_read_in_both_spellings():
+    base = tiny_llama.config()
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    old = parse_architecture({**base, "rope_theta": 5e5, "rope_scaling": scaling}).rope
+    new = parse_architecture({**base, "rope_parameters": {**scaling, "rope_theta": 5e5}}).rope
+    assert old == new
+    assert old.frequencies(4)[0] == 0.5
