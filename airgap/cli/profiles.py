@@ -33,6 +33,8 @@ def _page(found: dict[str, Any]) -> Any:
         for name, value in _lines(row):
             grid.add_row(Text(name, style="dim"), value)
         parts += ["", Text.assemble((row["name"], "bold"), f"  {row['purpose']}"), grid]
+        # A digest is copied whole: it stands outside the columns, where no width breaks it.
+        parts += [Text(f"sha256 {shown['sha256']} {shown['name']}") for shown in row["filters"]]
     never = ", ".join(found["never"]["nodes"])
     parts += ["", Text.assemble(("never bound  ", "dim"), never)]
     return Group(*parts)
@@ -54,16 +56,15 @@ def _lines(row: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if row["environment"]:
         out.append(("variables", " ".join(f"{k}={v}" for k, v in row["environment"].items())))
-    for shown in row["filters"]:
-        out.append((f"filter {shown['name']}", _calls(shown)))
-        out.append(("", f"sha256 {shown['sha256']}, {shown['instructions']} instructions"))
-    return out
+    return out + [(f"filter {shown['name']}", _calls(shown)) for shown in row["filters"]]
 
 
 def _calls(shown: dict[str, Any]) -> str:
     by_argument = ", ".join(shown["by_argument"]) or "none"
+    size = f"{shown['instructions']} instructions"
     if "allows" in shown:
-        return f"{len(shown['allows'])} calls allowed; by argument: {by_argument}; no other call"
+        allowed = len(shown["allows"])
+        return f"{size}: {allowed} calls allowed; by argument: {by_argument}; no other call"
     denied = sum(len(calls) for calls in shown["denies"].values())
     groups = ", ".join(f"{name} {len(calls)}" for name, calls in shown["denies"].items())
-    return f"{denied} calls denied ({groups}); by argument: {by_argument}"
+    return f"{size}: {denied} calls denied ({groups}); by argument: {by_argument}"
