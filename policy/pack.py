@@ -13,9 +13,9 @@ from datetime import date
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import rfc8785
 from pydantic import Field, StringConstraints
 
+from policy.canonical import canonical_bytes
 from policy.conditions import parse_condition
 from policy.errors import RefusedError
 from policy.logic import (
@@ -27,6 +27,7 @@ from policy.logic import (
     compile_condition,
     leaves,
 )
+from policy.scenarios import FactSetText, Scenario, ScenarioText, expand
 from policy.strict import Day, Frozen, Name, Path, Source, Words, read_yaml
 from policy.terms import (
     FACTS,
@@ -162,6 +163,8 @@ class PackText(Frozen):
     status: Literal["draft", "release"]
     states: tuple[str, ...] = Field(default=(), strict=False)
     rules: tuple[RuleText, ...] = Field(max_length=MAX_RULES, strict=False)
+    fact_sets: tuple[FactSetText, ...] = Field(default=(), max_length=64, strict=False)
+    scenarios: tuple[ScenarioText, ...] = Field(default=(), max_length=MAX_RULES, strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,7 @@ class PolicyPack:
     rules: tuple[Rule, ...]
     digest: Digest
     canonical_digest: Digest
+    scenarios: tuple[Scenario, ...] = ()
 
 
 def parse_pack(content: bytes, name: str = "pack") -> PolicyPack:
@@ -235,8 +239,20 @@ def parse_pack(content: bytes, name: str = "pack") -> PolicyPack:
         states=frozenset(text.states),
         rules=tuple(rules),
         digest=Digest.of(content),
-        canonical_digest=Digest.of(rfc8785.dumps(source.value)),
+        canonical_digest=Digest.of(canonical_bytes(source.value)),
+        scenarios=_scenarios(source, text, seen),
     )
+
+
+def _scenarios(source: Source, text: PackText, rules: set[str]) -> tuple[Scenario, ...]:
+    for at, group in enumerate(text.scenarios):
+        if group.rule not in rules:
+            raise source.refusal(
+                "pack.vocabulary",
+                ("scenarios", at, "rule"),
+                f"no rule of this pack is called {group.rule!r:.60}",
+            )
+    return expand(source, text.fact_sets, text.scenarios, text.prepared_on)
 
 
 def require_schema(source: Source, schema: str) -> None:

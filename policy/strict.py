@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
@@ -38,6 +39,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,15})")
 _PLAIN = re.compile(r"[^\W\d_][^\x00-\x1f]*")  # begins with a letter, so no reader sees a number
+_DIGITS = frozenset("-0123456789")
 _READ_DIFFERENTLY = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 _WORDS = {"true": True, "false": False, "null": None}
 _INVISIBLE = frozenset({"Cc", "Cf", "Co", "Cs", "Zl", "Zp"})
@@ -65,13 +67,20 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
-    """A parsed document: its plain value, and the (line, column) of every node, both from 1."""
+    """A parsed document: its plain value, and the text from which places are found again."""
 
     name: str
     value: Any
-    places: Mapping[Path, tuple[int, int]]
+    text: str
+
+    @cached_property
+    def places(self) -> Mapping[Path, tuple[int, int]]:
+        """The (line, column) of every node, both from 1; read when something is refused."""
+        reader = _Reader(self.text, self.name, placed=True)
+        reader.document()
+        return reader.places
 
     def where(self, path: Path) -> str:
         """Name the place of the node at `path`, or of its nearest ancestor."""
@@ -154,8 +163,10 @@ def _decode(content: bytes, name: str) -> str:
 class _Reader:
     """Builds plain values from parser events; never from PyYAML's own constructors."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, *, placed: bool = False) -> None:
         self.name = name
+        self.text = text
+        self.placed = placed
         self.places: dict[Path, tuple[int, int]] = {}
         self.nodes = 0
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -163,15 +174,15 @@ class _Reader:
 
     def document(self) -> Source:
         try:
-            self._next()  # StreamStart
-            start = self._next()
+            next(self.events)  # StreamStart
+            start = next(self.events)
             if isinstance(start, yaml.StreamEndEvent):
                 self._refuse(start, "the document is empty")
             if start.version or start.tags:
                 self._refuse(start, "a directive is not allowed")
-            value = self._node(self._next(), (), 0)
-            self._next()  # DocumentEnd
-            rest = self._next()
+            value = self._node(next(self.events), (), 0)
+            next(self.events)  # DocumentEnd
+            rest = next(self.events)
             if not isinstance(rest, yaml.StreamEndEvent):
                 self._refuse(rest, "a second document is not allowed")
         except yaml.YAMLError as error:
@@ -181,13 +192,11 @@ class _Reader:
             raise RefusedError(
                 "pack.yaml", f"{self.name}: line {line}, column {column}: {problem!s:.200}"
             ) from error
-        return Source(self.name, value, self.places)
-
-    def _next(self) -> Any:
-        return next(self.events)
+        return Source(self.name, value, self.text)
 
     def _node(self, event: Any, path: Path, depth: int) -> Any:
-        if isinstance(event, yaml.AliasEvent):
+        kind = type(event)
+        if kind is yaml.AliasEvent:
             self._refuse(event, "an alias is not allowed")
         if event.anchor is not None:
             self._refuse(event, "an anchor is not allowed")
@@ -198,29 +207,32 @@ class _Reader:
             self._refuse(event, f"more than {MAX_NODES} nodes", code="pack.limit")
         if depth > MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH}", code="pack.limit")
-        mark = event.start_mark
-        self.places[path] = (mark.line + 1, mark.column + 1)
-        if isinstance(event, yaml.ScalarEvent):
+        if self.placed:
+            mark = event.start_mark
+            self.places[path] = (mark.line + 1, mark.column + 1)
+        if kind is yaml.ScalarEvent:
             return self._scalar(event)
-        if isinstance(event, yaml.SequenceStartEvent):
+        if kind is yaml.SequenceStartEvent:
             return self._sequence(path, depth)
         return self._mapping(path, depth)
 
     def _sequence(self, path: Path, depth: int) -> list[Any]:
         values: list[Any] = []
-        while not isinstance(event := self._next(), yaml.SequenceEndEvent):
-            values.append(self._node(event, (*path, len(values)), depth + 1))
+        while type(event := next(self.events)) is not yaml.SequenceEndEvent:
+            inner = (*path, len(values)) if self.placed else path
+            values.append(self._node(event, inner, depth + 1))
         return values
 
     def _mapping(self, path: Path, depth: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        while not isinstance(event := self._next(), yaml.MappingEndEvent):
-            key = self._node(event, (*path, "<key>"), depth + 1)
+        while type(event := next(self.events)) is not yaml.MappingEndEvent:
+            key = self._node(event, (*path, "<key>") if self.placed else path, depth + 1)
             if not isinstance(key, str):
                 self._refuse(event, "a key must be text; quote it")
             if key in values:
                 self._refuse(event, f"key {key!r:.60} stands twice")
-            values[key] = self._node(self._next(), (*path, key), depth + 1)
+            inner = (*path, key) if self.placed else path
+            values[key] = self._node(next(self.events), inner, depth + 1)
         return values
 
     def _scalar(self, event: Any) -> bool | int | str | None:
@@ -232,7 +244,7 @@ class _Reader:
             return text
         if text in _WORDS:
             return _WORDS[text]
-        if _INTEGER.fullmatch(text) and text != "-0":
+        if text[:1] in _DIGITS and _INTEGER.fullmatch(text) and text != "-0":
             number = int(text)
             if abs(number) > MAX_INTEGER:
                 self._refuse(event, "an integer beyond 2^53 - 1")
@@ -243,6 +255,8 @@ class _Reader:
 
     def _visible(self, event: Any, text: str) -> None:
         """Escapes in double quotes can write what the file itself does not show."""
+        if text.isascii() and text.isprintable():
+            return
         for character in text:
             if character != "\n" and unicodedata.category(character) in _INVISIBLE:
                 self._refuse(event, f"invisible character U+{ord(character):04X} in a text")
