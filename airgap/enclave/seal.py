@@ -44,6 +44,7 @@ Make = Callable[[str, Sequence[dict[str, str]], dict[str, Any]], T]
 # Layers whose absence is a fact of the host; the next rung does without them.
 _OF_RUNG_A = frozenset({"namespaces", "root"})
 _UNLOCK_S = 5.0
+_FULL_LOOK_S = 1.0
 _probing = threading.Lock()
 
 
@@ -336,6 +337,7 @@ class Enclave:
         self._lock = threading.Lock()
         self._ending = threading.RLock()  # the timer and a caller may meet here
         self._request = 0
+        self._looked = time.monotonic()
         self._exit: dict[str, Any] | None = None
         self._incident: Finding | None = None
         self._closing = threading.Event()
@@ -402,7 +404,7 @@ class Enclave:
                 hint="send less at a time",
             )
         with self._lock:
-            self._require(self._differences())
+            self._require(self._glance())
             done = False
             try:
                 for frame in self._exchange(payload, timeout, total_s):
@@ -487,11 +489,24 @@ class Enclave:
             if locked:
                 self._lock.release()
 
+    def _glance(self) -> list[Finding] | None:
+        """Look before a request: at everything once a second, between that at the filters."""
+        if time.monotonic() - self._looked > _FULL_LOOK_S:
+            return self._differences()
+        if self._exit is not None or not self._process.alive:
+            return None
+        try:
+            found = evidence.glance(self._sealed)
+        except OSError:
+            return None
+        return None if found and self._process.dies() else found
+
     def _differences(self) -> list[Finding] | None:
         """Return what has changed on the host; None when the worker is dead."""
         if self._exit is not None or not self._process.alive:
             return None
         try:
+            self._looked = time.monotonic()
             found = evidence.differences(self._sealed, evidence.read(self._process.pid))
         except OSError:
             return None

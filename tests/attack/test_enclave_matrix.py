@@ -27,7 +27,7 @@ with contextlib.redirect_stdout(page):
     status = dispatch(["doctor", "--root", folder])
 lines = len(page.getvalue().splitlines())
 kept = [p.name for p in pathlib.Path(folder, "enclave").glob("probe-*.json")]
-print(json.dumps({"status": status, "kept": len(kept), "screen": 15 < lines < 50}))
+print(json.dumps({"status": status, "kept": len(kept), "screen": 10 < lines <= 24}))
 """
 RUNGS = ["A", "U", "B", "C"]
 

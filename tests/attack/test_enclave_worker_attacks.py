@@ -305,13 +305,26 @@ def test_a_change_that_the_host_sees_is_an_incident(worker, monkeypatch):
         worker.reverify()
 
 
-def test_facts_are_read_again_before_each_request(worker, monkeypatch):
+def test_the_filters_are_looked_at_before_each_request(worker, monkeypatch):
     assert ask(worker, "echo", value=1) == b"1"
-    real = evidence.read
-    monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), no_new_privs=0))
+    changed = replace(worker._sealed, filters=9)
+    assert evidence.glance(worker._sealed) == []
+    assert [finding.layer for finding in evidence.glance(changed)] == ["stage2"]
+    monkeypatch.setattr(worker, "_sealed", changed)
     with pytest.raises(SealRefused) as caught:
         ask(worker, "echo", value=1)
-    assert caught.value.code == "enclave.nnp"
+    assert caught.value.code == "enclave.stage2"
+    assert not worker.alive
+
+
+def test_all_facts_are_read_again_before_a_later_request(worker, monkeypatch):
+    assert ask(worker, "echo", value=1) == b"1"
+    real = evidence.read
+    monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), links=("lo", "eth0")))
+    worker._looked -= 2.0
+    with pytest.raises(SealRefused) as caught:
+        ask(worker, "echo", value=1)
+    assert caught.value.code == "enclave.network"
     assert not worker.alive
 
 
