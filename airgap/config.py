@@ -528,7 +528,7 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 # record = "export office, file 12"
 
 [enclave]
-# min_rung = "B"               # weakest seal accepted; default A for root, B for users
+# min_rung = "B"               # weakest seal accepted of A U B C; default A for root, B for users
 # reverify_s = 60              # seconds between two looks at a running seal, its probe included
 
 [audit]

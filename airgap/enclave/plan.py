@@ -251,6 +251,8 @@ def build(
 
     """
     row = profile_of(profile, rung)
+    if (part == "convert") != (row.last_filter == "no_exec"):
+        raise PlanError("job", f"profile {profile} is not what a {part} runs in")
     require_inputs(read_only)
     namespaces = list(NAMESPACES[rung])
     identity, mapping = identity_of(facts, uid)

@@ -74,6 +74,16 @@ def test_a_profile_of_no_name_or_on_a_wrong_rung_is_refused():
         assert caught.value.layer == layer
 
 
+def test_a_worker_never_runs_in_the_profile_of_a_conversion():
+    """That profile has no stage 2."""
+    from airgap.enclave import SealRefused, SealSpec, host, seal
+
+    spec = SealSpec(profile="convert", program="airgap.enclave.probe:create")
+    with pytest.raises(SealRefused) as caught:
+        seal.start("B", spec, host.survey())
+    assert caught.value.code == "enclave.job"
+
+
 # -- a GPU ----------------------------------------------------------------------------------------
 
 
