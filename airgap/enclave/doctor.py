@@ -136,15 +136,15 @@ def _namespaces(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> li
     if not facts.sys_admin and facts.max_user_namespaces == 0:
         found.append(
             "allow user namespaces: sysctl -w user.max_user_namespaces=15000, and for good: "
-            "echo user.max_user_namespaces=15000 > /etc/sysctl.d/90-airgap.conf (RHEL STIG "
+            "echo user.max_user_namespaces=15000 > /etc/sysctl.d/61-airgap-userns.conf (RHEL STIG "
             "RHEL-09-213105 allows it when documented with the ISSM); or start from root, which "
             "needs none"
         )
     if not facts.sys_admin and facts.apparmor_userns == 1:
         found.append(
             "give this interpreter an AppArmor profile with `userns,` (Ubuntu 24.04): "
-            "cp packaging/apparmor/airgap /etc/apparmor.d/airgap, then apparmor_parser -r "
-            "/etc/apparmor.d/airgap; leave kernel.apparmor_restrict_unprivileged_userns as it is"
+            "install -m 0644 packaging/apparmor/airgap /etc/apparmor.d/airgap && "
+            "apparmor_parser -r /etc/apparmor.d/airgap; leave kernel.apparmor_restrict_unprivileged_userns as it is"
         )
     if code in {"enclave.namespaces", "enclave.root", "enclave.identity"}:
         if facts.own_filters:
