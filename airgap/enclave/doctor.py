@@ -144,7 +144,8 @@ def _namespaces(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> li
         found.append(
             "give this interpreter an AppArmor profile with `userns,` (Ubuntu 24.04): "
             "install -m 0644 packaging/apparmor/airgap /etc/apparmor.d/airgap && "
-            "apparmor_parser -r /etc/apparmor.d/airgap; leave kernel.apparmor_restrict_unprivileged_userns as it is"
+            "apparmor_parser -r /etc/apparmor.d/airgap; leave "
+            "kernel.apparmor_restrict_unprivileged_userns as it is"
         )
     if code in {"enclave.namespaces", "enclave.root", "enclave.identity"}:
         if facts.own_filters:

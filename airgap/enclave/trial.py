@@ -32,6 +32,7 @@ from policy.errors import RefusedError
 STAGES = (1, 2)
 OUTPUT_LIMIT = 1 << 20  # bytes of output that are kept
 MEMORY_MB = 1024
+_ADDRESS_MB = 2048
 _LOOK_S = 0.5
 _REQUEST = 1
 _REPLY_LIMIT = 1 << 16
@@ -204,6 +205,9 @@ class _Attempt:
         self._denials = Denials()
         self._started = time.monotonic()
         plan = plan_for(rung, spec, facts, part="guest")
+        # Shared memory counts as address space alone, of which a model needs more than a probe.
+        address = (spec.caps.memory_mb + _ADDRESS_MB) << 20
+        plan["limits"]["AS"] = min(plan["limits"]["AS"], address)
         try:
             self._process = Process(
                 plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s
