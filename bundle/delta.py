@@ -159,7 +159,14 @@ class DeltaMedium(Medium):
                 f"the delta builds {facts.result} on {facts.base}; sealed is {digest} on {named}",
                 hint="ask the staging host for a delta of this release, or a full bundle",
             )
-        base = self._find_base(Digest.parse(facts.base))
+        try:
+            base = self._find_base(Digest.parse(facts.base))
+        except AirgapError as error:
+            raise RefusedError(
+                "delta.base",
+                f"the base {facts.base} is damaged: {error.message}",
+                hint="install the base again from its medium, or bring a full bundle",
+            ) from error
         if base is None or str(base.manifest.digest) != facts.base:
             raise RefusedError(
                 "delta.base",

@@ -167,6 +167,15 @@ def test_an_altered_base_is_named(line, root):
     assert Store(root / "store").current() == done.bundle
 
 
+def test_a_base_whose_manifest_is_damaged(line, root):
+    done = bring_in(line / "one.agb", root)
+    make_writable(done.bundle.folder)
+    manifest = done.bundle.folder / "META" / "manifest.json"
+    for raw in (b"{}", manifest.read_bytes().replace(b'"epoch":1', b'"epoch":2')):
+        manifest.write_bytes(raw)
+        assert refusal(bring_in, line / "two.delta.agb", root).code == "delta.base"
+
+
 def test_an_install_of_a_delta_resumes(line, root):
     bring_in(line / "one.agb", root)
 
