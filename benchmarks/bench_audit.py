@@ -31,12 +31,14 @@ from airgap.audit import (
     new_ulid,
     verify_log,
 )
-from airgap.audit.log import MAX_BATCH
+from airgap.audit.disk import Disk
 from airgap.audit.record import encode
+from airgap.audit.tiles import SEGMENT
+from airgap.audit.writer import MAX_BATCH
 
 MODEL = "sha256:" + "cd" * 32
 VERIFIED = 60_000
-OPENED = 130_000
+OPENED = 1_048_000  # the last segment almost full: the worst case at a million
 
 
 def run(context: Context) -> list[Result]:
@@ -136,11 +138,12 @@ def _verify_and_open(context: Context, folder: Path, key: Path) -> list[Result]:
         "verify, one core: required rate", unit="records/s", target=1.0, records=size,
         peer_is="the design's floor of 80,000/s", seconds="of CPU time",
     )  # fmt: skip
-    context.step(f"writing {OPENED} records to open")
-    log = AuditLog.open(folder / "opened", key=key, reserve_bytes=0)
-    _bulk(log, OPENED)
+    context.step(f"generating {OPENED} records to open")
+    log = AuditLog.open(folder / "opened", key=key, reserve_bytes=0, disk=_Unflushed())
+    _generate(log, OPENED)
     shutil.copytree(folder / "opened", folder / "crashed")  # as a crash would leave it
     log.close()
+    used: list[float] = []
 
     def reopen() -> float:
         copy = folder / "again"
@@ -152,17 +155,19 @@ def _verify_and_open(context: Context, folder: Path, key: Path) -> list[Result]:
         newest = max((copy / "log/seg").iterdir())
         shutil.copy(newest, newest.with_suffix(".new"))
         newest.with_suffix(".new").rename(newest)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         opened = AuditLog.open(copy, key=key, reserve_bytes=0)
         took = time.perf_counter() - start
+        used.append(time.process_time() - cpu)
         opened.close()
         shutil.rmtree(copy)
         return took
 
     context.step("opening after a crash")
     opened = alone(reopen, 1.0, context.runs).lower_is_better(
-        f"open {OPENED} records after a crash: limit", unit="s", target=1.0, records=OPENED,
-        peer_is="the design's limit of 1 s",
+        f"open {OPENED:,} records after a crash: limit", unit="s", target=1.0, records=OPENED,
+        peer_is="the design's limit of 1 s", cpu_s=round(statistics.median(used), 3),
+        lines_to_read=OPENED % SEGMENT,
     )  # fmt: skip
     return [verified, opened]
 
@@ -174,6 +179,29 @@ def _verify_and_open(context: Context, folder: Path, key: Path) -> list[Result]:
 def _ours(folder: Path, key: Path, name: str = "log") -> Iterator[AuditLog]:
     with AuditLog.open(folder / name, key=key, reserve_bytes=0) as log:
         yield log
+
+
+class _Unflushed(Disk):
+    """Real files without flushes, to generate a long log: nothing here is measured."""
+
+    def fsync(self, fd: int) -> None:
+        """Leave it to the kernel."""
+
+    def fdatasync(self, fd: int) -> None:
+        """Leave it to the kernel."""
+
+
+def _generate(log: AuditLog, count: int) -> None:
+    """Append `count` records, of which one in 512 waits for the writer."""
+    decision = str(log.put_object(b'{"outcome":"permit"}'))
+    while log.size < count:
+        for _ in range(MAX_BATCH // 2):
+            req = new_ulid()
+            log._submit(_intent(decision, req), None, None)  # noqa: SLF001 - without waiting
+            log._submit(_outcome(req), None, None)  # noqa: SLF001
+        req = new_ulid()
+        log.append(_intent(decision, req))
+        log.append(_outcome(req))
 
 
 def _bulk(log: AuditLog, count: int) -> None:

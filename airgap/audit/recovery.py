@@ -52,6 +52,9 @@ MAX_FRONTIER: Final = 1 << 24
 _CHUNK: Final = 4_096  # lines between writes of tiles
 _EVENT: Final = b'"phase":"event"'
 _OUTCOME: Final = b'"phase":"outcome"'
+_INTENT: Final = b'"phase":"intent"'
+_KIND: Final = b'"kind":"'
+_PROJECT: Final = b'"project":"'
 _REQ: Final = b'"req":"'
 _ROTATE: Final = b'"kind":"key.rotate"'
 _HINT: Final = "keep the folder as evidence, run `airgap audit verify`, tell the security officer"
@@ -392,12 +395,20 @@ def _follow(state: Recovered, line: bytes) -> None:
         if _ROTATE in line:
             _follow_keys(state, line)
         return
+    req = _value(line, _REQ)
     if _OUTCOME in line:
-        at = line.find(_REQ) + len(_REQ)
-        state.intents.pop(line[at : at + 26].decode("ascii", "replace"), None)
-        return
-    with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
-        note_intent(state.intents, orjson.loads(line))
+        state.intents.pop(req, None)
+    elif _INTENT in line:
+        state.intents[req] = (_value(line, _KIND), _value(line, _PROJECT))
+
+
+def _value(line: bytes, key: bytes) -> str:
+    """Return the text behind a key of the record, empty if there is none."""
+    at = line.find(key)
+    if at < 0:
+        return ""
+    at += len(key)
+    return line[at : line.find(b'"', at)].decode("ascii", "replace")
 
 
 def _remember(state: Recovered, made: dict[Node, bytes]) -> None:

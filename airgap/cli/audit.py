@@ -49,7 +49,9 @@ def show_log(
     log: _Log = None,
     *,
     person: Annotated[str, typer.Option(help="Only acts of this person.")] = "",
-    project: Annotated[str, typer.Option(help="Only this project.")] = "",
+    project: Annotated[
+        str, typer.Option("--project", "--award", help="Only this project, one for each award.")
+    ] = "",
     kind: Annotated[str, typer.Option(help="Such as inference, denial, admin.")] = "",
     phase: Annotated[str, typer.Option(help="event, intent, chunk or outcome.")] = "",
     outcome: Annotated[str, typer.Option(help="A verdict, a result or an error code.")] = "",
