@@ -140,7 +140,7 @@ class DeltaMedium(Medium):
     def __init__(self, source: Source, find_base: FindBase) -> None:
         super().__init__(source)
         raw = read_document(source, self.head.body_start, DELTA, DELTA_LIMIT)
-        self.facts_of_delta = _parse_facts(raw)
+        self.facts_of_delta = parse_delta(raw)
         layout = Layout([(DELTA, len(raw)), (NEW, self.facts_of_delta.new)])
         require_layout(source, self.head.body_start, layout)
         self._new = self.head.body_start + layout.offsets[1]
@@ -427,7 +427,8 @@ def _is_intact(base: Base, path: str, size: int) -> bool:
     return hasher.hexdigest() == entry.checked.hex
 
 
-def _parse_facts(raw: bytes) -> DeltaFacts:
+def parse_delta(raw: bytes) -> DeltaFacts:
+    """Turn the untrusted bytes of `META/delta.json` into facts: RefusedError `delta.malformed`."""
     parse_canonical(raw, code="delta.malformed", what=DELTA, limit=DELTA_LIMIT)
     try:
         facts = DeltaFacts.model_validate_json(raw)

@@ -152,7 +152,7 @@ class VolumeSet(Medium):
             source = self._opener(path)
             head = read_head(source)
             raw = read_document(source, head.body_start, VOLUME, FACTS_LIMIT)
-            facts = _parse_facts(raw, path)
+            facts = parse_volume(raw, path)
             start = hashlib.sha256(read_exactly(source, 0, head.body_start)).digest()
         except AirgapError as error:  # a bad sector makes a bad volume, and no more
             if source is not None:
@@ -500,7 +500,8 @@ def _missing(lost: Sequence[int], count: int) -> RefusedError:
     )
 
 
-def _parse_facts(raw: bytes, path: Path) -> VolumeFacts:
+def parse_volume(raw: bytes, path: Path) -> VolumeFacts:
+    """Turn the untrusted bytes of `META/volume.json` into facts: RefusedError `volume.order`."""
     what = f"{VOLUME} of {path.name!r:.80}"
     parse_canonical(raw, code="volume.order", what=what, limit=FACTS_LIMIT)
     try:

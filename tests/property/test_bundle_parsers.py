@@ -11,7 +11,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bundle import canonical, envelope, graphs, keys, manifest, statement, tar, trust
+from bundle import (
+    canonical,
+    delta,
+    envelope,
+    graphs,
+    keys,
+    manifest,
+    statement,
+    tar,
+    transit,
+    trust,
+    volumes,
+)
+from bundle.source import PlainFile
 from bundle.verify import open_bundle, verify_bundle
 from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
@@ -42,7 +55,11 @@ PARSERS = {
     "public key": keys.parse_public_key,
     "root": trust.parse_root,
     "statement": statement.parse_statement,
+    "transit header": transit.parse_header,
+    "transit key": transit.parse_transit_key,
     "trust chain": lambda raw: trust.follow_chain(TRUST, raw),
+    "volume": lambda raw: volumes.parse_volume(raw, Path("tiny.agb.001")),
+    "delta": delta.parse_delta,
 }
 GOOD = {}
 
@@ -55,8 +72,22 @@ def setup_module():
     forge = attacks.Forge.of(raw)
     entry = attacks.entry_of(forge, attacks.GRAPHS)
     made = canonical.canonical_json(forge.manifest)
+    digest = "sha256:" + "0" * 64
+    run = {"base": "payload/tiny/config.json", "offset": 0, "size": 7}
+    facts = {"format": "airgap-delta/1", "base": digest, "result": digest, "new": 5}
+    facts["files"] = [{"path": "META/SHA256SUMS", "runs": [run, {"size": 5}]}]
+    part = {"format": "airgap-volume/1", "set": digest, "index": 1}
+    with tempfile.TemporaryDirectory() as name:
+        key = transit.new_transit_key(Path(name), "lab")
+        path = Path(name) / "plain"
+        path.write_bytes(b"plain")
+        header = transit.encrypt_file(PlainFile(path), Path(name) / "x.enc", [key])
     GOOD.update(
         {
+            "delta": canonical.canonical_json(facts),
+            "transit header": header.to_bytes(),
+            "transit key": key.to_bytes(),
+            "volume": canonical.canonical_json({**part, "count": 3, "parity": 1, "chunks": 2}),
             "bundle": raw,
             "envelope": raw[512 : 512 + 131_072],
             "graphs": bytes(forge.body[entry["offset"] : entry["offset"] + entry["size"]]),
