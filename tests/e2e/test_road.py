@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import date, timedelta
 
 import pytest
 from conftest_road import SNAPSHOT, call
@@ -177,6 +178,51 @@ def test_a_hazard_hold_tells_a_reference_and_nothing_else(road, capsys):
 
 
 # -- the log --------------------------------------------------------------------------------------
+
+
+def test_a_held_request_is_released_by_two_and_answered_with_the_same_seed(road, capsys, tmp_path):
+    lab = tmp_path / "lab"
+    shutil.copytree(road.lab, lab, symlinks=True)
+    site = lab / "site.toml"
+    site.write_text(site.read_text().replace("as_of = ", "# as_of = "))  # the clock decides
+    for name, role in (("eve", "ehs"), ("xia", "export_control")):
+        call(capsys, "keys", "new", name, "--person", name, "--role", role, "--root", lab)
+        public = lab / "keys" / f"{name}.pub.json"
+        key = road.staging / "keys" / "root.pem"
+        assert call(capsys, "trust", "add", public, "--key", key, "--root", lab).status == 0
+    memo = tmp_path / "memo.txt"
+    memo.write_text("seen by the board")
+    words = ("--reason", "seen", "--expires", f"{date.today() + timedelta(days=9)}")  # noqa: DTZ011
+
+    asked = ("run", "retrosynthesis", "--smiles", "OCCSCCO", "-n", "2", "--seed", "3", *PROJECT)
+    assert call(capsys, *asked, "--root", lab).document["code"] == "policy.held"
+    done = None
+    for _ in range(2):  # the input is held, and then the answer
+        hold = call(capsys, "hold", "list", "--root", lab).document["holds"][-1]["reference"]
+        refused = call(capsys, "hold", "fetch", hold, "--root", lab)
+        assert refused.document["code"] == "policy.held"
+        hold = hold if done is None else done.document["error"].split("Reference ")[1].rstrip(".")
+        sign = ("hold", "release", hold, *("--confirm", "route-design"), "--root", lab)
+        first = call(capsys, *sign, "--key", "eve", *words, "--document", memo)
+        assert first.status == 0, first.text
+        assert call(capsys, *sign, "--key", "xia").document["people"] == ["eve", "xia"]
+        done = call(capsys, "hold", "fetch", hold, "--root", lab)
+        if done.status == 0:
+            break
+    assert done.document["hold"] == hold
+    assert done.document["summary"]["n"] == 2
+    states = [
+        each["state"] for each in call(capsys, "hold", "list", "--root", lab).document["holds"]
+    ]
+    assert any(state.startswith("answered as") for state in states)
+
+    report = call(capsys, "report", "award", "route-design", "--root", lab).document
+    assert report["results"]["held"] >= 2
+    page = tmp_path / "dossier.html"
+    request = done.document["request"]
+    dossier = call(capsys, "dossier", request, "--html", page, "--root", lab).document
+    assert len(dossier["proofs"]) == len(dossier["records"]) == 2
+    assert "HAZ-" not in page.read_text()
 
 
 def test_no_prompt_and_no_output_is_in_the_log(road, capsys):
