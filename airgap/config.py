@@ -531,6 +531,16 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 # min_rung = "B"               # weakest seal accepted of A U B C; default A for root, B for users
 # reverify_s = 60              # seconds between two looks at a running seal, its probe included
 
+# [screen.sequences]           # an installed screener; without it new residues are held
+# program = "/opt/screener/screen.py"
+# name = "Its name"
+# version = "1.0"
+# mode = "biorisk only"        # how thorough it is, as it says itself
+# database = "/opt/screener/db"
+# database_sha256 = "sha256:..."   # over the sorted lines `SHA-256  NAME` of its files
+# kinds = ["protein"]
+# seconds = 300
+
 [audit]
 # socket = "/run/airgap/audit.sock"   # the service that owns the log; default: this process does
 payloads = "none"              # "sealed": prompts and outputs, encrypted to keys/payloads.pub

@@ -339,7 +339,7 @@ def test_list_of_the_australia_group_is_held_whole():
     pack = PACKS["ag"]
     own = {int(entry.paragraph[2:]) for entry in pack.listed} | {20, 24, 41, 42, 43, 44}
     text = (screens.PACK_FOLDER / "ag.toml").read_text().replace("\n# ", " ")
-    sentence = re.search(r"paragraphs of cwc.toml: (.*?)\. Fluoride", text, re.DOTALL)[1]
+    sentence = re.search(r"paragraphs of cwc.toml: (.*?)\. +Fluoride", text, re.DOTALL)[1]
     elsewhere: set[int] = set()
     for first, last in re.findall(r"(\d+)(?: to (\d+))?", sentence):
         elsewhere |= set(range(int(first), int(last or first) + 1))
