@@ -164,7 +164,8 @@ def export(
     text = (
         f"records {manifest.first} to {manifest.size - 1} of {manifest.origin} in {target}\n"
         f"rows: {manifest.rows_file}, each with seq and leaf hash; evidence: log/\n"
-        f"verify it elsewhere: airgap audit verify {out} --vkey FILE --anchors RECEIPTS"
+        f"verify it elsewhere: airgap audit verify {out} --vkey audit.vkey --anchors RECEIPTS "
+        "--export-key export.pub"
     )
     show(document, text, json=json)
 
