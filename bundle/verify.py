@@ -26,6 +26,7 @@ from typing import Any, Protocol, Self
 from bundle import archive, merkle
 from bundle.archive import Progress
 from bundle.envelope import parse_envelope
+from bundle.evidence.summary import require_summary
 from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
 from bundle.media import Help, open_medium
@@ -458,7 +459,7 @@ def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> Sc
         view: Gives the bytes of a listed file: from the bundle, or from a quarantine.
 
     Raises:
-        RefusedError: `manifest.layout`, `bom.mismatch`, `scan.*`.
+        RefusedError: `manifest.layout`, `bom.mismatch`, `evidence.*`, `scan.*`.
 
     """
     wanted = archive.sums_text([(e.path, e.sha256) for e in manifest.files if e.path != SUMS])
@@ -466,6 +467,7 @@ def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> Sc
         raise RefusedError("manifest.layout", f"{SUMS} and the manifest list different files")
     if manifest.find(BOM) is None:
         raise RefusedError("bom.mismatch", f"the release lists no {BOM}")
+    require_summary(view, manifest)
     return scan_payload(view, manifest)
 
 

@@ -17,11 +17,16 @@ from typing import Any
 
 import bundles
 
-from bundle.staging import convert_main, parity_main
+from bundle.staging import convert_main, parity_main, scanner_main, unpickle_main
 from bundle.staging.pipeline import Built, Facts, build
 from bundle.staging.sealed import SealedJob
 
-PROGRAMS = {"convert_main.py": convert_main.main, "parity_main.py": parity_main.main}
+PROGRAMS = {
+    "convert_main.py": convert_main.main,
+    "parity_main.py": parity_main.main,
+    "scanner_main.py": scanner_main.main,
+    "unpickle_main.py": unpickle_main.main,
+}
 FACTS = Facts(
     model_id="tiny",
     version="1.0",

@@ -16,7 +16,10 @@ from airgap.cli.common import Json, Root, error_document, root_folder, show, sho
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from bundle.evidence.levels import Kind
     from bundle.manifest import Base, ModelEntry
+    from bundle.staging.sealed import RunSealed
+    from bundle.staging.upstream import Upstream
     from policy.terms import Digest
 
 Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
@@ -27,6 +30,56 @@ Passphrase = Annotated[
 Pin = Annotated[
     Path | None,
     typer.Option("--pin", help="File in the form of sha256sum that fixes every file (level L1)."),
+]
+ModelSignatures = Annotated[
+    list[Path] | None,
+    typer.Option("--model-signature", help="OpenSSF model signature (model.sig) over the files."),
+]
+SigstoreBundles = Annotated[
+    list[Path] | None,
+    typer.Option("--sigstore", help="Sigstore bundle over a file, or an attestation about files."),
+]
+Checksums = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--checksums", help="Publisher's SHA256SUMS; its signature lies beside it (.sig)."
+    ),
+]
+Provenances = Annotated[
+    list[Path] | None,
+    typer.Option("--provenance", help="Signed SLSA provenance: what built the files, from what."),
+]
+SignerKeys = Annotated[
+    list[Path] | None, typer.Option("--signer-key", help="Publisher's public key, PEM.")
+]
+SignerAuthorities = Annotated[
+    list[Path] | None, typer.Option("--signer-ca", help="Publisher's certificate authority, PEM.")
+]
+SignerChannel = Annotated[
+    str | None,
+    typer.Option("--signer-channel", help="How that key or authority came here, in words."),
+]
+SignerIdentities = Annotated[
+    list[str] | None,
+    typer.Option("--signer-identity", help="The signer's name in the certificate (SAN), exact."),
+]
+SignerIssuer = Annotated[
+    str | None,
+    typer.Option("--signer-issuer", help="Who vouched for that identity (OIDC issuer), exact."),
+]
+TrustedRoot = Annotated[
+    Path | None,
+    typer.Option("--trusted-root", help="Sigstore's trusted_root.json, pinned by this site."),
+]
+BuilderId = Annotated[
+    str | None, typer.Option("--builder-id", help="The build service that provenance must name.")
+]
+BuilderSource = Annotated[
+    str | None, typer.Option("--builder-source", help="The source that provenance must name.")
+]
+Publishers = Annotated[
+    Path | None,
+    typer.Option("--publishers", help="TOML file of this site: keys, identities and builders."),
 ]
 _LABELS = {
     "scan": "read every file",
@@ -44,12 +97,27 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("build")(build)
     app.command("sign")(sign)
+    app.command("unpickle")(unpickle)
+    app.command("sign-model")(sign_model)
 
 
 def inspect(
     source: Source,
     *,
     pin: Pin = None,
+    model_signature: ModelSignatures = None,
+    sigstore: SigstoreBundles = None,
+    checksums: Checksums = None,
+    provenance: Provenances = None,
+    signer_key: SignerKeys = None,
+    signer_ca: SignerAuthorities = None,
+    signer_channel: SignerChannel = None,
+    signer_identity: SignerIdentities = None,
+    signer_issuer: SignerIssuer = None,
+    trusted_root: TrustedRoot = None,
+    builder_id: BuilderId = None,
+    builder_source: BuilderSource = None,
+    publishers: Publishers = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write the report as one HTML page.")
     ] = None,
@@ -71,8 +139,31 @@ def inspect(
             f"--html: {str(html)!r:.160}: {problem}",
             hint="name a file in a folder that exists and that you may write to",
         )
+    upstream = _upstream(
+        {
+            "oms": model_signature,
+            "sigstore": sigstore,
+            "checksums": checksums,
+            "slsa": provenance,
+        },
+        publishers,
+        keys=signer_key or (),
+        authorities=signer_ca or (),
+        channel=signer_channel,
+        identities=signer_identity or (),
+        issuer=signer_issuer,
+        trusted_root=trusted_root,
+        builder=builder_id,
+        source=builder_source,
+    )
     with _bars() as progress:
-        report = inspect_source(source, pins=pin, progress=progress)
+        report = inspect_source(
+            source,
+            pins=pin,
+            upstream=upstream,
+            run_sealed=_runner(),
+            progress=progress,
+        )
     document = report.as_document()
     if html is not None:
         write_page(html, report_page(document, str(report.digest)))
@@ -93,6 +184,19 @@ def build(
     key: Key,
     passphrase_file: Passphrase = None,
     pin: Pin = None,
+    model_signature: ModelSignatures = None,
+    sigstore: SigstoreBundles = None,
+    checksums: Checksums = None,
+    provenance: Provenances = None,
+    signer_key: SignerKeys = None,
+    signer_ca: SignerAuthorities = None,
+    signer_channel: SignerChannel = None,
+    signer_identity: SignerIdentities = None,
+    signer_issuer: SignerIssuer = None,
+    trusted_root: TrustedRoot = None,
+    builder_id: BuilderId = None,
+    builder_source: BuilderSource = None,
+    publishers: Publishers = None,
     origin: Annotated[
         str | None,
         typer.Option("--origin", help="Where it is from, hf:ORG/NAME or local:NAME."),
@@ -144,6 +248,23 @@ def build(
     from bundle.keys import load_signer, read_passphrase
     from bundle.trust import load_trust
 
+    upstream = _upstream(
+        {
+            "oms": model_signature,
+            "sigstore": sigstore,
+            "checksums": checksums,
+            "slsa": provenance,
+        },
+        publishers,
+        keys=signer_key or (),
+        authorities=signer_ca or (),
+        channel=signer_channel,
+        identities=signer_identity or (),
+        issuer=signer_issuer,
+        trusted_root=trusted_root,
+        builder=builder_id,
+        source=builder_source,
+    )
     folder = root_folder(root)
     moment = _created(created)
     facts = Facts(
@@ -169,6 +290,7 @@ def build(
             run_sealed=run_sealed,
             admit=_admission(folder, project, moment),
             pins=pin,
+            upstream=upstream,
             progress=progress,
         )
     show(built_document(built), built_view(built), json=json)
@@ -208,6 +330,83 @@ def sign(
     tally = signing.sign(draft, trust, signer, confirmation=typed)
     show(tally_document(draft, tally, who), tally_view(draft, tally, who), json=json)
     return 0
+
+
+def unpickle(
+    source: Source,
+    *,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new snapshot, a new folder.")],
+    json: Json = False,
+) -> int:
+    """Make safetensors of pickled weights, in a sealed process.
+
+    For a model that is published as a pickle only. The pickle is read once, without a network, by
+    a loader that takes nothing but weights. The new snapshot says how it was made; its provenance
+    is what your institution pins, because the publisher never published these bytes.
+    """
+    from airgap.extras import require_extras
+
+    require_extras("staging")
+    with _staging():
+        from bundle.staging.unpickle import unpickle as make
+    record = make(source, out, run_sealed=_runner())
+    document = {**record.model_dump(mode="json"), "folder": str(out)}
+    lines = [f"{pair.source} -> {pair.file} ({pair.sha256[:16]}...)" for pair in record.files]
+    text = "\n".join(
+        [
+            f"made {out}, sealed (rung {record.rung})",
+            *lines,
+            "the publisher never published these bytes: look at them, pin them, then inspect",
+        ]
+    )
+    show(document, text, json=json)
+    return 0
+
+
+def sign_model(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model, published or installed.")],
+    *,
+    key: Key,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The signature to write, model.sig.")],
+    passphrase_file: Passphrase = None,
+    json: Json = False,
+) -> int:
+    """Sign a model folder for the tools of others (OpenSSF model signing).
+
+    Writes what `model_signing verify key` checks. It is no seal: no lab of this program believes
+    it in the place of one.
+    """
+    with _staging():
+        from bundle.staging.model_signature import write_signature
+    from bundle.keys import load_signer, read_passphrase
+
+    signer = load_signer(key, read_passphrase(passphrase_file))
+    count = write_signature(folder, out, signer)
+    document = {"signature": str(out), "files": count, "keyid": signer.public_key.keyid}
+    text = f"signed {count} files of {folder} as {out}\nkey {signer.public_key.keyid}"
+    show(document, text, json=json)
+    return 0
+
+
+def _upstream(
+    evidence: dict[Kind, list[Path] | None], publishers: Path | None, **options: Any
+) -> Upstream:
+    """Return the evidence of the publisher that the options name, and whom to believe."""
+    with _staging():
+        from bundle.evidence.anchors import load_anchors
+        from bundle.staging.upstream import Upstream, anchors_of, read_items
+    anchors = anchors_of(**options)
+    if publishers is not None:
+        anchors = load_anchors(publishers).joined(anchors)
+    named = [(kind, path) for kind, paths in evidence.items() for path in paths or ()]
+    return Upstream(read_items(named), anchors)
+
+
+def _runner() -> RunSealed | None:
+    """Return the sealed runner."""
+    from airgap.enclave import run_sealed
+
+    return run_sealed
 
 
 def _ask(name: str) -> str:

@@ -44,7 +44,10 @@ _CONFIGS = frozenset(
 _SIDE = re.compile(
     r"\.gitattributes|\.gitignore|vocab\.(json|txt)|merges\.txt|added_tokens\.json|tokenizer\.model"
     r"|run\.json|training_args\.json|trainer_state\.json|all_results\.json|train_results\.json"
-    r"|eval_results\.json",
+    r"|eval_results\.json|unpickled\.json"
+    # evidence of the publisher, which is given to `inspect` by its path
+    r"|model\.sig|sha256sums?(\.txt)?(\.(sig|asc|sigstore))?|.*\.sha256|.*\.sigstore(\.json)?"
+    r"|.*\.intoto\.jsonl?|.*\.(safetensors|json)\.sig",
 )
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf")
 _PICKLES = (

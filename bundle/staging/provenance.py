@@ -1,33 +1,29 @@
 """What is proved about the origin of a snapshot: pins of the institution, records of the hub.
 
-Decides the provenance level (docs/design/bundle.md, 4): L1 when a pin file fixes every file,
-else L0. The hub's records never raise it: the client wrote them and nobody signed them.
+Compares with the bytes what the institution fixed and what the client of the hub wrote down, and
+writes the provenance part of the report (docs/design/bundle.md, 4). The hub's records never raise
+the level: the client wrote them and nobody signed them. Evidence of publishers: `bundle.evidence`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bundle.evidence.levels import SENTENCES, UNPICKLED, Proof, Source, level_of, uncovered
 from bundle.scan.strict import open_view
 from bundle.staging.source import Digests, SourceFile
 from policy.errors import RefusedError
 
 PIN_LIMIT = 4 * 1024 * 1024
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-_HUB_FOLDERS = (".cache/huggingface/", ".huggingface/")
+HUB_FOLDERS = (".cache/huggingface/", ".huggingface/")
 _RECORD = re.compile(r"(?:\.cache/huggingface|\.huggingface)/download/(.+)\.metadata")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-SENTENCES = {
-    "L0": "declared only: nothing is proved about the origin of these bytes",
-    "L1": "hash-pinned: the bytes equal those that the institution fixed beforehand; this does not "
-    "say who made them",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ def require_pins(pins: Mapping[str, str], digests: Mapping[str, Digests]) -> Non
                 f"{path!r:.160}: pinned sha256:{wanted}, found sha256:{found.sha256}",
             )
     for path in sorted(digests):
-        if path not in pins and not path.startswith(_HUB_FOLDERS):
+        if path not in pins and not path.startswith(HUB_FOLDERS):
             raise _mismatch(f"{path!r:.160} is there and not pinned")
 
 
@@ -132,21 +128,24 @@ def check_hub(
             raise _mismatch(f"{path!r:.160}: the hub announced {etag}, the bytes have {ours}")
         counts[len(etag)] += 1
     missing = tuple(
-        path
-        for path in sorted(digests)
-        if path not in records and not path.startswith(_HUB_FOLDERS)
+        path for path in sorted(digests) if path not in records and not path.startswith(HUB_FOLDERS)
     )
     return HubRecords(commits[0], counts[64], counts[40], missing)
 
 
 def level_document(
-    pins: Mapping[str, str] | None, pin_digest: str | None, hub: HubRecords | None
+    source: Source,
+    pins: Mapping[str, str] | None,
+    pin_digest: str | None,
+    hub: HubRecords | None,
+    proofs: Sequence[Proof] = (),
 ) -> dict[str, Any]:
     """Return the provenance part of the report: level, sentence, and what stands behind it."""
-    level = "L0" if pins is None else "L1"
+    level = level_of(source, proofs)
     document: dict[str, Any] = {"level": level, "sentence": SENTENCES[level], "evidence": []}
+    evidence = document["evidence"]
     if pins is not None:
-        document["evidence"].append(
+        evidence.append(
             {
                 "kind": "pins",
                 "status": "verified",
@@ -155,22 +154,33 @@ def level_document(
                 "other file",
             }
         )
-    if hub is not None:
-        text = (
-            f"{hub.lfs} large files equal the SHA-256 and {hub.git} small files the git digest "
-            f"that the hub announced, all for commit {hub.commit}"
-        )
-        if hub.missing:
-            text += f"; no record for {', '.join(hub.missing)[:200]}"
-        document["evidence"].append({"kind": "hub-revision", "status": "verified", "text": text})
-        document["evidence"].append(
-            {
-                "kind": "hub-revision",
-                "status": "declared",
-                "text": "the records were written by the download client and nobody signed them",
-            }
-        )
+    for proof in proofs:
+        evidence += proof.as_documents()
+    missing = uncovered(source, proofs)
+    if proofs and missing:
+        text = f"no signature covers {', '.join(missing)[:200]}"
+        evidence.append({"kind": "coverage", "status": "declared", "text": text})
+    if source.unpickled:
+        document["unpickled"] = True
+        evidence.append({"kind": "unpickled", "status": "declared", "text": UNPICKLED})
+    evidence += _hub_lines(hub)
     return document
+
+
+def _hub_lines(hub: HubRecords | None) -> list[dict[str, Any]]:
+    if hub is None:
+        return []
+    text = (
+        f"{hub.lfs} large files equal the SHA-256 and {hub.git} small files the git digest "
+        f"that the hub announced, all for commit {hub.commit}"
+    )
+    if hub.missing:
+        text += f"; no record for {', '.join(hub.missing)[:200]}"
+    said = "the records were written by the download client and nobody signed them"
+    return [
+        {"kind": "hub-revision", "status": "verified", "text": text},
+        {"kind": "hub-revision", "status": "declared", "text": said},
+    ]
 
 
 def _record(path: str, file: SourceFile) -> tuple[str, str]:
