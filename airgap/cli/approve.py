@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from policy.errors import RefusedError, UsageError
@@ -118,13 +120,35 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
     tree = root_folder(root)
     trust = load_trust(tree / "trust").document
     found, reviews = load_approvals(tree, trust).approvals, reviews_of(tree, trust)
+    again = up_for_review(found, tree)
     lines = [words_of(each) for each in found] or ["no approval"]
-    lines += [review_words(each) for each in reviews]
+    lines += [review_words(each) for each in reviews] + again
     document = {
         "approvals": [document_of(each) for each in found],
         "reviews": [review_document(each) for each in reviews],
+        "up_for_review": again,
     }
-    show(document, "\n".join(lines), json=json)
+    show(document, Text("\n".join(lines)), json=json)
+
+
+def up_for_review(found: Sequence[Approval], tree: Path) -> list[str]:
+    """Name the approvals of lineage rules that are older than an edition of a list held here."""
+    from airgap.gate import load_rules
+
+    rules = load_rules(tree)
+    lineage = {each.id for each in rules.packs.rules if each.text.topic in {"lineage", "list"}}
+    editions = [(each.dated, each.text) for each in rules.lists.snapshots]
+    lines = []
+    for approval in found:
+        about = sorted(set(approval.rules) & lineage)
+        issued = approval.issued.astimezone(UTC).date()
+        newer = sorted(f"{text.list_id} {text.edition}" for day, text in editions if day > issued)
+        if about and newer:
+            lines.append(
+                f"up for review: the approval of {', '.join(about)} for {approval.project} is older"
+                f" than {', '.join(newer)}"
+            )
+    return lines
 
 
 def review(
@@ -186,7 +210,8 @@ def note(approval: Path, kind: str, text: str, signer: Any, tree: Path, *, json:
     with approvals.on_record(tree, "admin.approval", people[0], Digest.of(envelope.payload)):
         path = approvals.write_approval(envelope, tree, approvals.NOTES)
     document = {"note": kind, "approval": str(about.digest), "people": people, "file": str(path)}
-    show(document, f"wrote {path}: {kind} of {words_of(about)}, by {people[0]}", json=json)
+    words = f"wrote {path}: {kind} of {words_of(about)}, by {people[0]}"
+    show(document, Text(words), json=json)
 
 
 def owed(tree: Path) -> list[str]:
@@ -237,9 +262,47 @@ def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
     warnings = warnings_of(approval, tree)
     for each in warnings:
         stderr.print(f"warning: {each}", markup=False, soft_wrap=True)
+    idle = without_effect(approval, tree)
+    for rule, reason in idle.items():
+        stderr.print(f"lifts nothing yet: {rule}: {reason}", markup=False, soft_wrap=True)
     words = f"wrote {path}\n{words_of(approval)}"
-    document = {**document_of(approval), "file": str(path), "warnings": warnings}
-    show(document, words, json=json)
+    document = {
+        **document_of(approval),
+        "file": str(path),
+        "warnings": warnings,
+        "without_effect": idle,
+    }
+    show(document, Text(words), json=json)
+
+
+def without_effect(approval: Approval, tree: Path) -> dict[str, str]:
+    """Say for each rule why the approval, as signed now, would not lift it on its first day."""
+    from airgap.config import load_site
+    from airgap.gate import load_rules
+    from policy.approvals import Case, fault_of
+    from policy.terms import Scope
+
+    leads: frozenset[str] = frozenset()
+    try:
+        project = load_site(tree).find_project(approval.project)
+        leads = project.principal_investigators if project else leads
+    except RefusedError:
+        pass  # a tree without site facts: nobody is known to lead
+    case = Case(
+        scope=Scope.USE,
+        bundle=approval.bundle,
+        project=approval.project,
+        task=approval.task,
+        submitter="somebody who did not sign",
+        leads=leads,
+        as_of=approval.issued.astimezone(UTC).date(),
+        known_at=approval.issued,
+    )
+    rules = {each.id: each for each in load_rules(tree).packs.rules}
+    faults = {
+        each: fault_of(approval, rules[each], case) for each in approval.rules if each in rules
+    }
+    return {rule: words for rule, words in sorted(faults.items()) if words}
 
 
 def warnings_of(approval: Approval, tree: Path) -> list[str]:

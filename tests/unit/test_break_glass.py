@@ -1,7 +1,9 @@
 """Break-glass: two people, three days, never for hazards; its review is owed until signed."""
 
 import json
+import re
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 import bundles
 import pytest
@@ -15,6 +17,7 @@ from airgap.audit.query import read_records
 from airgap.cli import install, policy
 from airgap.cli.common import show_error
 from bundle import keys, trust
+from policy import pack
 from policy.approvals import Approval, Approver, Case, fault_of
 from policy.errors import AirgapError
 from policy.pack import parse_pack
@@ -283,6 +286,42 @@ def test_the_whole_life_of_an_emergency(call, tree):
     assert acts == [
         (phase, who) for who in ("grace", "tom", "max", "max") for phase in ("intent", "outcome")
     ]
+
+
+def approve(call, rule, *more, person="grace"):
+    later = datetime.now(UTC).date() + timedelta(days=2)
+    _, made = call(
+        *("approve", "new", rule, "--bundle", BUNDLE, "--project", PROJECT, "--reason", "[b]why"),
+        *("--expires", later, "--key", person, "--confirm", PROJECT, *more),
+    )
+    return made
+
+
+def test_what_an_approval_does_not_lift_is_told_when_it_is_signed(call):
+    assert (
+        "too few people"
+        in approve(call, "LIC-CONFLICT", "--break-glass")["without_effect"]["LIC-CONFLICT"]
+    )
+    assert (
+        "break-glass is not"
+        in approve(call, "HAZ-CWC1", "--break-glass")["without_effect"]["HAZ-CWC1"]
+    )
+    assert "cannot be lifted" in approve(call, "CUI-BOUNDARY")["without_effect"]["CUI-BOUNDARY"]
+
+
+def test_a_new_edition_puts_approvals_of_lineage_rules_up_for_review(call, tree):
+    approve(call, "US-NDAA26-1532-B")
+    assert call("approve", "list")[1]["up_for_review"] == []
+    shipped = next((Path(pack.__file__).parent / "lists").glob("*1260h*.yaml")).read_text()
+    days = re.sub(
+        r'(released|published|retrieved_on|prepared_on): "\d{4}-\d\d-\d\d"',
+        r'\1: "2098-01-01"',
+        shipped,
+    )
+    assert days != shipped
+    (tree / "policy" / "newer.yaml").write_text(days.replace('edition: "', 'edition: "9'))
+    (line,) = call("approve", "list")[1]["up_for_review"]
+    assert "US-NDAA26-1532-B" in line
 
 
 def test_an_ordinary_approval_owes_no_review(call):
