@@ -23,9 +23,10 @@ from bundle.fields import (
     Name,
     PersonId,
     Sha256Hex,
+    Sha384Hex,
     format_time,
 )
-from bundle.manifest import REPORT, Manifest, Profile, first_problem
+from bundle.manifest import REPORT, Manifest, Profile, canonical, first_problem
 from bundle.trust import BUILDER, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
@@ -38,9 +39,10 @@ PAYLOAD_LIMIT = ENVELOPE_SIZE // 2
 
 
 class ManifestDigest(Document):
-    """Digest set of the first subject."""
+    """Digest set of the first subject; SHA-384 too, and only, in the profile `cnsa2`."""
 
     sha256: Sha256Hex
+    sha384: Sha384Hex | None = None
 
 
 class BodyDigest(Document):
@@ -48,7 +50,8 @@ class BodyDigest(Document):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
-    rfc6962_sha256: Annotated[str, Field(alias="rfc6962-sha256", pattern=r"^[0-9a-f]{64}$")]
+    rfc6962_sha256: Annotated[Sha256Hex | None, Field(alias="rfc6962-sha256")] = None
+    rfc6962_sha384: Annotated[Sha384Hex | None, Field(alias="rfc6962-sha384")] = None
 
 
 class ManifestSubject(Document):
@@ -117,8 +120,12 @@ def seal_statement(
         raise ValueError(f"the manifest lists no {REPORT}")
     return SealStatement(
         subject=(
-            ManifestSubject(digest=ManifestDigest(sha256=manifest.digest.hex)),
-            BodySubject(digest=BodyDigest(rfc6962_sha256=manifest.body.root)),
+            ManifestSubject(digest=_manifest_digest(canonical(manifest), manifest.profile)),
+            BodySubject(
+                digest=BodyDigest(rfc6962_sha384=manifest.body.root)
+                if manifest.profile == "cnsa2"
+                else BodyDigest(rfc6962_sha256=manifest.body.root)
+            ),
         ),
         predicate=Seal(
             profile=manifest.profile,
@@ -130,7 +137,7 @@ def seal_statement(
             body_size=manifest.body.size,
             builder=builder,
             policy_pack_digests=tuple(str(digest) for digest in policy_pack_digests),
-            report_digest=f"sha256:{report.sha256}",
+            report_digest=str(report.checked),
         ),
     )
 
@@ -157,7 +164,8 @@ def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
     """Return the statement if the builder and enough other people signed it.
 
     A person counts when enrolled at the time of `created`, with the role of an approver, and when
-    she is not the builder. The threshold counts people, never keys.
+    she is not the builder. The threshold counts people, never keys; in the profile `cnsa2` both of
+    a person's signatures must hold.
 
     Args:
         envelope: Parsed and untrusted.
@@ -179,16 +187,18 @@ def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
             "seal.profile",
             f"this host demands profile {root.profile}, the seal has {seal.profile}",
         )
-    approving = [k for k in keyids if _approver(root, k, seal.created) is not None]
-    if len(approving) < needed:
+    counts = root.count_signatures(keyids)
+    approving = {who: n for who, n in counts.items() if _approves(root, who, seal.created)}
+    signatures = sum(approving.values())
+    if signatures < needed:
         others = sorted({who for k in keyids if (who := root.find_person(k)) is not None})
-        raise _too_few(len(approving), needed, envelope, others=others, at=seal.created)
-    people = {who for k in approving if (who := _approver(root, k, seal.created)) is not None}
+        raise _too_few(signatures, needed, envelope, others=others, at=seal.created)
+    people = set(approving)
     approvers = people - {seal.builder}
     if len(approvers) < needed:
         raise RefusedError(
             "seal.people",
-            f"{len(approving)} valid signatures, but of {len(approvers)} of {needed} required "
+            f"{signatures} valid signatures, but of {len(approvers)} of {needed} required "
             f"people beside the builder {seal.builder}: {', '.join(sorted(approvers)) or 'nobody'}",
             hint="another approver must sign: one person counts once, the builder never",
         )
@@ -203,21 +213,37 @@ def require_matches(statement: SealStatement, manifest: Manifest, raw: bytes) ->
         RefusedError: `seal.subject`.
 
     """
+    require_subject(statement, raw)
     wanted = seal_statement(
         manifest,
         builder=statement.predicate.builder,
         policy_pack_digests=[Digest.parse(d) for d in statement.predicate.policy_pack_digests],
     )
-    if wanted != statement or Digest.of(raw).hex != statement.subject[0].digest.sha256:
+    if wanted != statement:
         raise RefusedError("seal.subject", "the seal and the manifest state different facts")
 
 
-def _approver(root: RootDocument, keyid: str, at: datetime) -> str | None:
-    who = root.find_person(keyid)
-    if who is None:
-        return None
+def require_subject(statement: SealStatement, raw: bytes) -> None:
+    """Check that the seal names these bytes of a manifest; RefusedError `seal.subject`."""
+    named = statement.subject[0].digest
+    if _manifest_digest(raw, statement.predicate.profile) != named:
+        raise RefusedError(
+            "seal.subject",
+            f"the seal is that of manifest {named.sha256}, the bundle carries "
+            f"{Digest.of(raw).hex}, or the seal lacks a digest of its profile",
+        )
+
+
+def _manifest_digest(raw: bytes, profile: Profile) -> ManifestDigest:
+    return ManifestDigest(
+        sha256=Digest.of(raw).hex,
+        sha384=Digest.of(raw, "sha384").hex if profile == "cnsa2" else None,
+    )
+
+
+def _approves(root: RootDocument, who: str, at: datetime) -> bool:
     person = root.people[who]
-    return who if person.approves and person.is_enrolled(at) else None
+    return person.approves and person.is_enrolled(at)
 
 
 def _require_roles(
@@ -236,7 +262,7 @@ def _require_roles(
         builder is None
         or BUILDER not in builder.roles
         or not builder.is_enrolled(seal.created)
-        or not set(builder.keys) & set(keyids)
+        or seal.builder not in root.people_of(keyids)
     ):
         raise RefusedError(
             "seal.role",

@@ -11,19 +11,22 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope, sign_statement
+from bundle.envelope import Envelope, find_signers, parse_envelope, sign_statement
 from bundle.fields import Document, Instant, KeyId, PersonId, Text, Token, format_time
 from bundle.keys import (
     ED25519,
+    MLDSA87,
+    P384,
+    SCHEMES,
     PublicKey,
     PublicKeyFile,
     Signer,
@@ -39,10 +42,17 @@ ROOT_TYPE = "application/vnd.airgap.root+json"
 CHAIN_LIMIT = 2 * 1024 * 1024
 MAX_PEOPLE = 16
 MAX_ROOTS = 256
+VALID_FOR = timedelta(days=5 * 365)
 
 # Each of these roles does one thing; whoever bears any other role is an approver.
 ROOT, BUILDER = "root", "builder"
 OFFICES = frozenset({ROOT, BUILDER, "policy", "revocation"})
+
+# The kinds of keys that a person needs to count, by profile: one of a set, of every set.
+_NEEDED: Mapping[Profile, tuple[frozenset[str], ...]] = {
+    "default": (frozenset({ED25519, P384}),),
+    "cnsa2": (frozenset({MLDSA87}), frozenset({P384})),
+}
 
 _NUMBERED = re.compile(r"([1-9][0-9]{0,5})\.root\.json")
 
@@ -114,6 +124,28 @@ class RootDocument(Document):
         """Return the id of the person that a key acts for."""
         return next((who for who, person in self.people.items() if keyid in person.keys), None)
 
+    def count_signatures(self, keyids: Iterable[str]) -> Mapping[str, int]:
+        """Return for each person how often she signed, from the ids of keys whose signatures hold.
+
+        In the profile `cnsa2` an ML-DSA-87 signature and a P-384 signature are one; half of it is
+        none, and the person is not in the result.
+        """
+        held: dict[str, list[str]] = {}
+        for keyid in set(keyids):
+            who = self.find_person(keyid)
+            if who is not None:
+                held.setdefault(who, []).append(self.keys[keyid].scheme)
+        counts = {who: self._count(schemes) for who, schemes in held.items()}
+        return {who: count for who, count in counts.items() if count}
+
+    def people_of(self, keyids: Iterable[str]) -> frozenset[str]:
+        """Return the people who signed, as the profile counts, whatever their roles."""
+        return frozenset(self.count_signatures(keyids))
+
+    def _count(self, schemes: Iterable[str]) -> int:
+        found = list(schemes)
+        return min(sum(each in kinds for each in found) for kinds in _NEEDED[self.profile])
+
     def public_keys(self) -> Mapping[str, PublicKey]:
         """Return the keys by key id."""
         return {
@@ -156,38 +188,47 @@ class _Chain(Document):
 
 
 def new_root(
-    owner: PublicKeyFile,
-    signer: Signer,
+    owner: PublicKeyFile | Sequence[PublicKeyFile],
+    signers: Signer | Sequence[Signer],
     *,
     now: datetime,
     people: int = 2,
     required_roles: tuple[str, ...] = (),
-    valid_for: timedelta = timedelta(days=5 * 365),
+    profile: Profile = "default",
+    valid_for: timedelta = VALID_FOR,
 ) -> Trust:
     """Begin a trust root whose only person is `owner`, who bears the role `root`.
 
     Raises:
-        RefusedError: `trust.root`; the owner has no such role, or the key is another one.
+        RefusedError: `trust.root`; the owner has no such role, or not the keys that the profile
+            needs, or a key is another one.
 
     """
-    if ROOT not in owner.roles:
-        raise RefusedError(
-            "trust.root",
-            f"the key of {owner.person} has no role `root`",
-            hint=f"airgap keys new NAME --person {owner.person} --role root",
-        )
+    owned = (owner,) if isinstance(owner, PublicKeyFile) else tuple(owner)
+    holding = tuple(signers) if isinstance(signers, Sequence) else (signers,)
+    first = owned[0]
+    for each in owned:
+        if ROOT not in each.roles or each.person != first.person:
+            raise RefusedError(
+                "trust.root",
+                f"key {each.keyid} of {each.person} has no role `root`, or is another person's",
+                hint=f"airgap keys new NAME --person {first.person} --role root",
+            )
     one = Threshold(people=1)
     now = now.replace(microsecond=0)
-    document = _checked(
+    document = check_root(
         RootDocument(
             version=1,
             issued=now,
             expires=now + valid_for,
-            profile="default",
-            keys={owner.keyid: KeyEntry(scheme=owner.scheme, public=owner.public)},
+            profile=profile,
+            keys={each.keyid: KeyEntry(scheme=each.scheme, public=each.public) for each in owned},
             people={
-                owner.person: Person(
-                    name=owner.person, keys=(owner.keyid,), roles=owner.roles, valid_from=now
+                first.person: Person(
+                    name=first.person,
+                    keys=tuple(each.keyid for each in owned),
+                    roles=first.roles,
+                    valid_from=now,
                 )
             },
             thresholds=Thresholds(
@@ -198,21 +239,66 @@ def new_root(
             ),
         )
     )
-    envelope = sign_statement(document.to_bytes(), ROOT_TYPE, signer)
-    return _verify_chain([envelope])
+    return _verify_chain([sign_statement(document.to_bytes(), ROOT_TYPE, *holding)])
 
 
 def add_key(
-    trust: Trust, key: PublicKeyFile, signers: Iterable[Signer], *, now: datetime, name: str = ""
+    trust: Trust,
+    key: PublicKeyFile | Sequence[PublicKeyFile],
+    signers: Iterable[Signer],
+    *,
+    now: datetime,
+    name: str = "",
 ) -> Trust:
-    """Enrol a key and its person in version n+1 of the root, signed by `signers`.
+    """Enrol keys and their people in version n+1 of the root, signed by `signers`.
 
     Raises:
         RefusedError: `trust.root`, the key or one of its roles contradicts the root; `trust.chain`,
             the signers do not meet the thresholds.
 
     """
-    old, now = trust.document, now.replace(microsecond=0)
+    given = (key,) if isinstance(key, PublicKeyFile) else tuple(key)
+    return append_root(trust, with_keys(trust.document, given, now=now, name=name), signers)
+
+
+def with_keys(
+    old: RootDocument, keys: Iterable[PublicKeyFile], *, now: datetime, name: str = ""
+) -> RootDocument:
+    """Return version n+1, not signed, in which the keys are enrolled; codes as `add_key`."""
+    now = require_after(old, now)
+    entries, people = dict(old.keys), dict(old.people)
+    for key in keys:
+        if key.keyid in entries:
+            raise RefusedError("trust.root", f"key {key.keyid} is enrolled already")
+        entries[key.keyid] = KeyEntry(scheme=key.scheme, public=key.public)
+        known = people.get(key.person)
+        if known is None:
+            people[key.person] = Person(
+                name=name or key.person, keys=(key.keyid,), roles=key.roles, valid_from=now
+            )
+        else:
+            roles = tuple(dict.fromkeys([*known.roles, *key.roles]))
+            people[key.person] = known.model_copy(
+                update={"keys": (*known.keys, key.keyid), "roles": roles}
+            )
+    return next_version(old, now=now, keys=entries, people=people)
+
+
+def next_version(old: RootDocument, *, now: datetime, **changes: Any) -> RootDocument:
+    """Return version n+1, not signed, with these fields changed.
+
+    Raises:
+        RefusedError: `trust.root`, it breaks a rule; `trust.clock`, `now` lies before version n.
+
+    """
+    issued = require_after(old, now)
+    update = {"version": old.version + 1, "issued": issued, **changes}
+    return check_root(old.model_copy(update=update))
+
+
+def require_after(old: RootDocument, now: datetime) -> datetime:
+    """Return `now` in whole seconds; RefusedError `trust.clock` when it lies before the root."""
+    now = now.replace(microsecond=0)
     if now < old.issued:
         raise RefusedError(
             "trust.clock",
@@ -220,30 +306,21 @@ def add_key(
             f"{format_time(old.issued)}",
             hint="set the clock right, then run it again",
         )
-    if key.keyid in old.keys:
-        raise RefusedError("trust.root", f"key {key.keyid} is enrolled already")
-    known = old.people.get(key.person)
-    if known is None:
-        person = Person(name=name or key.person, keys=(key.keyid,), roles=key.roles, valid_from=now)
-    else:
-        roles = tuple(dict.fromkeys([*known.roles, *key.roles]))
-        person = known.model_copy(update={"keys": (*known.keys, key.keyid), "roles": roles})
-    document = old.model_copy(
-        update={
-            "version": old.version + 1,
-            "issued": now,
-            "keys": {**old.keys, key.keyid: KeyEntry(scheme=key.scheme, public=key.public)},
-            "people": {**old.people, key.person: person},
-        }
-    )
-    return append_root(trust, _checked(document), signers)
+    return now
 
 
 def append_root(trust: Trust, document: RootDocument, signers: Iterable[Signer]) -> Trust:
     """Sign `document` as the next version and return the longer chain; codes as `add_key`."""
-    envelope = Envelope(document.to_bytes(), ROOT_TYPE, ())
-    for signer in signers:
-        envelope = add_signature(envelope, signer)
+    return append_envelope(trust, sign_statement(document.to_bytes(), ROOT_TYPE, *signers))
+
+
+def append_envelope(trust: Trust, envelope: Envelope) -> Trust:
+    """Return the chain with one more root, which must follow it and be signed by enough people.
+
+    Raises:
+        RefusedError: `trust.chain` or `trust.root`.
+
+    """
     return _verify_chain([*trust.chain, envelope])
 
 
@@ -381,7 +458,7 @@ def parse_root(raw: bytes) -> RootDocument:
         raise RefusedError("trust.root", f"the root document: {first_problem(error)}") from error
     if document.to_bytes() != raw:
         raise RefusedError("trust.root", "the root document writes a field in another form")
-    return _checked(document)
+    return check_root(document)
 
 
 # -- helpers ----------------------------------------------------------------------------------
@@ -397,6 +474,12 @@ def _verify_chain(envelopes: list[Envelope]) -> Trust:
                 raise RefusedError(
                     "trust.chain", f"root {previous.version} is followed by {document.version}"
                 )
+            if previous.profile == "cnsa2" and document.profile != "cnsa2":
+                raise RefusedError(
+                    "trust.chain",
+                    f"root {document.version} goes back from cnsa2 to {document.profile}",
+                    hint="a profile never weakens: begin a new root and import it by fingerprint",
+                )
             _require_root_threshold(envelope, previous, document)
         _require_root_threshold(envelope, document, document)
         documents.append(document)
@@ -408,10 +491,8 @@ def _require_root_threshold(envelope: Envelope, judge: RootDocument, new: RootDo
     keyids = find_signers(envelope, judge.public_keys(), payload_type=ROOT_TYPE)
     people = {
         who
-        for keyid in keyids
-        if (who := judge.find_person(keyid)) is not None
-        and ROOT in judge.people[who].roles
-        and judge.people[who].is_enrolled(new.issued)
+        for who in judge.people_of(keyids)
+        if ROOT in judge.people[who].roles and judge.people[who].is_enrolled(new.issued)
     }
     needed = judge.thresholds.root.people
     if len(people) < needed:
@@ -423,7 +504,8 @@ def _require_root_threshold(envelope: Envelope, judge: RootDocument, new: RootDo
         )
 
 
-def _checked(document: RootDocument) -> RootDocument:
+def check_root(document: RootDocument) -> RootDocument:
+    """Return the document; RefusedError `trust.root` if it contradicts itself."""
     problem = _root_problem(document)
     if problem:
         raise RefusedError("trust.root", f"root {document.version}: {problem}")
@@ -431,16 +513,21 @@ def _checked(document: RootDocument) -> RootDocument:
 
 
 def _root_problem(document: RootDocument) -> str:
-    if document.profile != "default":
-        return f"profile {document.profile} is not supported by this version"
     if not document.issued < document.expires:
         return "it expires before it is issued"
     problem = _key_problem(document)
     if problem:
         return problem
-    root_people = [who for who, person in document.people.items() if ROOT in person.roles]
+    root_people = [
+        who
+        for who in document.people_of(document.keys)
+        if ROOT in document.people[who].roles and document.people[who].is_enrolled(document.issued)
+    ]
     if len(root_people) < document.thresholds.root.people:
-        return f"{len(root_people)} root people cannot meet its own threshold"
+        return (
+            f"{len(root_people)} root people with the keys of profile {document.profile} "
+            "cannot meet its own threshold"
+        )
     return ""
 
 
@@ -454,7 +541,8 @@ def _key_problem(document: RootDocument) -> str:
         if key.public in publics:
             return f"key {keyid} stands twice under different ids"
         publics.add(key.public)
-        if key.scheme == ED25519 and (not key.supported or key.keyid != keyid):
+        # A scheme of a later version may stand here, and counts for nothing.
+        if key.scheme in SCHEMES and (not key.supported or key.keyid != keyid):
             return f"key {keyid} is not the key of that id"
     used = [keyid for person in document.people.values() for keyid in person.keys]
     if len(used) != len(set(used)):
