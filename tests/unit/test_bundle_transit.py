@@ -17,7 +17,7 @@ from bundle.keys import decode_base64, encode_base64
 from bundle.media import Help, open_medium, open_source
 from bundle.source import PlainFile
 from bundle.split import split
-from bundle.verify import verify_bundle
+from bundle.verify import open_bundle, verify_bundle
 from policy.errors import AirgapError, RefusedError
 
 TRUST = bundles.make_trust()
@@ -333,3 +333,20 @@ def test_the_derivation_is_the_documented_one(release, keys):
     plain = AESGCM(key).decrypt(last.to_bytes(12), block, bound)
     assert plain == (release / "tiny.agb").read_bytes()[last * transit.CHUNK :]
     out.unlink()
+
+
+def test_weights_that_are_too_large_to_hold_are_verified_all_the_same(keys, tmp_path):
+    """Their bytes go through the tree; the scan needs none of them, or a header."""
+    path = tmp_path / "large.agb"
+    bundles.make_bundle(path, members=bundles.make_members(bundles.make_weights(65 << 20)))
+    seal(path, tmp_path / "large.agb.enc", keys, "lab")
+    mine = Help(identities=(private(keys, "lab"),))
+    assert verify(tmp_path / "large.agb.enc", private(keys, "lab")).scan == verify(path).scan
+    with open_bundle(tmp_path / "large.agb.enc", TRUST, now=bundles.NOW, more=mine) as sealed:
+        name = f"payload/{bundles.MODEL}/model.onnx_data"
+        view = sealed.view(name)
+        assert len(view) == 65 << 20
+        assert view[:8] == bundles.make_weights(8)
+        assert bytes(view[16:64]) == bytes(48)
+        with pytest.raises(TypeError):
+            view[0] = 1
