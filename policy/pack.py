@@ -230,7 +230,7 @@ def parse_pack(content: bytes, name: str = "pack") -> PolicyPack:
                 "pack.duplicate", (*path, "id"), f"rule {rule_text.id} stands twice"
             )
         seen.add(rule_text.id)
-        rules.append(_rule(source, path, rule_text))
+        rules.append(build_rule(source, path, rule_text))
     return PolicyPack(
         pack_id=text.pack_id,
         version=text.pack_version,
@@ -270,7 +270,8 @@ def require_schema(source: Source, schema: str) -> None:
         )
 
 
-def _rule(source: Source, path: Path, text: RuleText) -> Rule:
+def build_rule(source: Source, path: Path, text: RuleText) -> Rule:
+    """Parse the conditions of a rule and check what ties its fields together; `pack.vocabulary`."""
     rule = Rule(
         text=text,
         applies_when=parse_condition(source, (*path, "applies_when"), text.applies_when),

@@ -69,7 +69,9 @@ class SnapshotText(Frozen):
     entries: tuple[Entry, ...] = Field(max_length=MAX_ENTRIES, strict=False)
 
 
-class _File(Frozen):
+class FileText(Frozen):
+    """A file of snapshots as written."""
+
     schema_: str = Field(alias="schema")
     prepared_on: Day
     snapshots: tuple[SnapshotText, ...] = Field(max_length=MAX_SNAPSHOTS, strict=False)
@@ -114,7 +116,7 @@ def parse_lists(content: bytes, name: str = "lists") -> tuple[ListSnapshot, ...]
     """
     source = read_yaml(content, name)
     require_schema(source, SCHEMA)
-    text = source.build(_File)
+    text = source.build(FileText)
     loaded = []
     for at, snapshot in enumerate(text.snapshots):
         if snapshot.names_in_edition is not None and snapshot.complete:
