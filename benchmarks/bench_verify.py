@@ -23,6 +23,7 @@ from harness import FOLDER, Context, Paired, Result, alone, paired, seconds
 
 sys.path.insert(0, str(FOLDER.parent / "tests"))
 import bundles
+from cnsa2 import make_cnsa2_bundle, make_cnsa2_trust
 
 from airgap.install import install
 from bundle import transit
@@ -76,6 +77,9 @@ def run(context: Context) -> list[Result]:
         found += against_model_signing(path, trust, scratch, context.runs, mib)
         context.step("volumes and encryption against the plain file")
         found += other_forms(path, trust, scratch, context.runs, mib)
+        context.step("profile cnsa2 against sha384sum, one core")
+        with pinned(cores[:1]):
+            found.append(against_sha384sum(scratch, context.runs, mib // 4))
         context.step("memory, refusal, disk")
         found += [
             memory(path, trust, scratch, mib),
@@ -166,6 +170,24 @@ def against_model_signing(
             peer_is="model_signing verify key, of the payload alone",
         )
     ]
+
+
+def against_sha384sum(scratch: Path, runs: int, mib: int) -> Result:
+    """Compare a bundle of the profile `cnsa2` with `sha384sum` of the same file."""
+    weights, path = scratch / "weights", scratch / "cnsa2.agb"
+    with weights.open("wb") as stream:
+        for _ in range(mib // 16):
+            stream.write(os.urandom(16 * MIB))
+    make_cnsa2_bundle(path, members=bundles.make_members(weights))
+    weights.unlink()
+    trust, size = make_cnsa2_trust(), path.stat().st_size / MIB
+    ours = seconds(lambda: verify_bundle(path, trust, now=bundles.NOW))
+    peer = seconds(lambda: subprocess.run(["sha384sum", path], check=True, capture_output=True))
+    pair = paired(lambda: size / ours(), lambda: size / peer(), runs)
+    path.unlink()
+    return pair.higher_is_better(
+        "cnsa2", unit="MiB/s", target=0.9, mib=mib, threads=1, peer_is="sha384sum, one core"
+    )
 
 
 def other_forms(path: Path, trust: Trust, scratch: Path, runs: int, mib: int) -> list[Result]:
