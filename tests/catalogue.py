@@ -11,6 +11,7 @@ ATTACKS = "attack/test_bundle_attacks.py"
 VOLUMES = "unit/test_bundle_volumes.py"
 TRANSIT = "unit/test_bundle_transit.py"
 DELTA = "unit/test_bundle_delta.py"
+EVIDENCE = "unit/test_evidence.py"
 STORE = "unit/test_install_store.py"
 PARSERS = "property/test_bundle_parsers.py"
 ROOT = "unit/test_trust_root.py"
@@ -114,8 +115,14 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
     "revoked signer": (),
     "key out of validity": (f"{ATTACKS}::test_enrolment_ended_before_the_release",),
     "algorithm confusion": (f"{ATTACKS}::test_a_key_of_another_scheme_never_counts",),
-    "profile downgrade": ("attack: profile of another kind",),
-    "hybrid half": (),
+    "profile downgrade": (
+        "attack: profile of another kind",
+        "unit/test_bundle_cnsa2.py::test_a_profile_is_that_of_the_host",
+    ),
+    "hybrid half": (
+        "unit/test_bundle_cnsa2.py::test_half_of_a_hybrid_counts_for_nobody",
+        "unit/test_bundle_cnsa2.py::test_half_a_builder_builds_nothing",
+    ),
     "base64, JSON abuse": (
         "attack: payload is a number",
         "attack: a field is missing",
@@ -188,9 +195,16 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
         f"{TRANSIT}::test_an_altered_file_is_refused",
         f"{TRANSIT}::test_nobody_else_opens_it",
     ),
-    "subject mismatch": (),
-    "wrong identity, wrong issuer": (),
-    "OMS ignore_paths, symlink, expired certificate": (),
+    "subject mismatch": (
+        f"{EVIDENCE}::test_a_bundle_over_one_artifact_covers_that_file",
+        f"{EVIDENCE}::test_an_attestation_must_speak_of_files_that_are_here",
+    ),
+    "wrong identity, wrong issuer": (f"{EVIDENCE}::test_another_identity_or_issuer_is_refused",),
+    "OMS ignore_paths, symlink, expired certificate": (
+        f"{EVIDENCE}::test_a_model_signature_over_anything_else_is_refused",
+        f"{EVIDENCE}::test_certificates_count_only_while_they_are_valid_and_lead_to_a_given_authority",
+        "unit/test_model_signing_cli.py::test_what_the_tool_would_pass_over_is_refused_here",
+    ),
     "level inflated": (),
     "BOM differs": ("attack: BOM differs from the files", "attack: BOM missing"),
     "the 20 samples of section 5": (
@@ -227,7 +241,10 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
     "hostile `policy.py` in the working folder": (
         "attack/test_catalogue.py::test_a_module_of_the_working_folder_is_not_loaded",
     ),
-    "staging evidence: payload, time, log id, entry missing": (),
+    "staging evidence: payload, time, log id, entry missing": (
+        f"{EVIDENCE}::test_an_altered_sigstore_bundle_is_refused",
+        f"{EVIDENCE}::test_another_instance_is_refused",
+    ),
 }
 
 # Rows that nothing carries out yet, and why.

@@ -7,7 +7,7 @@ from datetime import timedelta
 import attacks
 import bundles
 import pytest
-from cnsa2 import PEOPLE, make_cnsa2_bundle, make_cnsa2_trust
+from cnsa2 import PEOPLE, everybody, make_cnsa2_bundle, make_cnsa2_trust, pair
 from mutations import mutate, places_of
 
 from airgap.install import Store, install, verify_installed
@@ -127,6 +127,39 @@ def test_other_forms(release, tmp_path):
     report = verify(tmp_path / "d.agb", find_base=lambda _: base)
     assert report.manifest.epoch == 2
     assert report.medium["new_bytes"] < CHUNK
+
+
+class Broken:
+    """A key whose signatures are not its own."""
+
+    def __init__(self, signer):
+        self._signer = signer
+
+    @property
+    def public_key(self):
+        return self._signer.public_key
+
+    def sign(self, message):
+        return self._signer.sign(message + b"x")
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("kind", ["absent", "broken"])
+def test_half_of_a_hybrid_counts_for_nobody(half, kind, tmp_path):
+    make_cnsa2_bundle(tmp_path / "good.agb")
+    assert verify(tmp_path / "good.agb").seal.approvers == ("alice", "bob")
+    signers = [signer for signer in everybody() if signer not in pair("bob")]
+    theirs = list(pair("bob"))
+    other = theirs.pop(half)
+    signers += theirs if kind == "absent" else [*theirs, Broken(other)]
+    make_cnsa2_bundle(tmp_path / "half.agb", signers=signers)
+    assert refusal(verify, tmp_path / "half.agb").code == "seal.threshold"
+
+
+def test_half_a_builder_builds_nothing(tmp_path):
+    signers = [signer for signer in everybody() if signer != pair("builder")[1]]
+    make_cnsa2_bundle(tmp_path / "half.agb", signers=signers)
+    assert refusal(verify, tmp_path / "half.agb").code == "seal.role"
 
 
 def changed(manifest, change):
