@@ -41,6 +41,9 @@ FRAGMENT_LIMIT = 40
 MATCH_LIMIT = 500
 SECONDS = 60.0
 """Time for one call of the screen."""
+REJOIN_LIMIT = 6
+"""Elements of anions that are tried on a cation."""
+_NON_METALS = frozenset({5, 6, 7, 8, 9, 14, 15, 16, 17, 33, 34, 35, 53})
 NEAR = "near."
 """Begins the name of a resemblance."""
 
@@ -338,8 +341,11 @@ class Screener:
 
     def forms(self, molecule: Chem.Mol) -> list[Chem.Mol]:
         """Return the standard form of each fragment, and its tautomer where it matters."""
-        whole = self._disconnector.Disconnect(_neutral_pairs(_plain(molecule)))
-        parts = Chem.GetMolFrags(whole, asMols=True, sanitizeFrags=False)
+        plain = _neutral_pairs(_plain(molecule))
+        parts: list[Chem.Mol] = []
+        for whole in (plain, *_rejoined(plain)):
+            apart = self._disconnector.Disconnect(whole)
+            parts += Chem.GetMolFrags(apart, asMols=True, sanitizeFrags=False)
         forms: dict[str, Chem.Mol] = {}
         for part in parts:
             form = _plain(self._uncharger.uncharge(part))
@@ -409,6 +415,7 @@ def _plain(molecule: Chem.Mol) -> Chem.Mol:
     copy.UpdatePropertyCache(strict=False)
     if _is_clean(copy):
         Chem.SanitizeMol(copy)
+        _fill_valences(copy)
         copy = Chem.RemoveHs(copy)
     else:
         copy = Chem.RemoveHs(copy, sanitize=False)
@@ -417,11 +424,59 @@ def _plain(molecule: Chem.Mol) -> Chem.Mol:
     return copy
 
 
+def _fill_valences(molecule: Chem.Mol) -> None:
+    """Give hydrogens to atoms that were written without them, such as `[P]` for `[PH]`."""
+    for atom in molecule.GetAtoms():
+        open_shell = atom.GetNumRadicalElectrons() and atom.GetFormalCharge() <= 0
+        if open_shell and atom.GetAtomicNum() in _NON_METALS:
+            atom.SetNumRadicalElectrons(0)
+            atom.SetNoImplicit(False)
+    molecule.UpdatePropertyCache(strict=False)
+
+
+def _rejoined(molecule: Chem.Mol) -> list[Chem.Mol]:
+    """Return the molecule with ions put back together that are no salt: `O=[P+](Cl)Cl.[Cl-]`.
+
+    A cation of carbon, phosphorus, sulfur or arsenic with a free valence is bonded to an anion of
+    the mixture; there is one result for each element that the anions may be of.
+    """
+    cations = [atom.GetIdx() for atom in molecule.GetAtoms() if _wants_anion(atom)]
+    anions: dict[str, list[int]] = {}
+    for atom in molecule.GetAtoms() if cations else ():
+        if atom.GetFormalCharge() < 0 and all(
+            n.GetFormalCharge() <= 0 for n in atom.GetNeighbors()
+        ):
+            anions.setdefault(atom.GetSymbol(), []).append(atom.GetIdx())
+    found = []
+    for symbol in sorted(anions)[:REJOIN_LIMIT]:
+        edit = Chem.RWMol(molecule)
+        for one, two in zip(cations, anions[symbol], strict=False):
+            edit.AddBond(one, two, Chem.BondType.SINGLE)
+            for at, change in ((one, -1), (two, 1)):
+                atom = edit.GetAtomWithIdx(at)
+                atom.SetFormalCharge(atom.GetFormalCharge() + change)
+        found.append(_plain(edit.GetMol()))
+    return found
+
+
+def _wants_anion(atom: Chem.Atom) -> bool:
+    return (
+        atom.GetFormalCharge() > 0
+        and atom.GetAtomicNum() in {6, 15, 16, 33}
+        and atom.GetTotalNumHs() == 0
+        and atom.GetDegree() < (3 if atom.GetAtomicNum() == 16 else 4)  # noqa: PLR2004 - sulfur
+        and all(other.GetFormalCharge() >= 0 for other in atom.GetNeighbors())
+    )
+
+
 def _neutral_pairs(molecule: Chem.Mol) -> Chem.Mol:
-    """Write charge-separated bonds on phosphorus, sulfur and arsenic as double bonds."""
+    """Write charge-separated and dative bonds on phosphorus, sulfur and arsenic as double bonds."""
     edit = Chem.RWMol(molecule)
     for bond in edit.GetBonds():
         one, two = bond.GetBeginAtom(), bond.GetEndAtom()
+        if bond.GetBondType() == Chem.BondType.DATIVE and two.GetAtomicNum() in {8, 16}:
+            bond.SetBondType(Chem.BondType.DOUBLE)
+            continue
         if one.GetFormalCharge() < 0:
             one, two = two, one
         if (

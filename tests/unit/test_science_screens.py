@@ -335,6 +335,38 @@ def test_steps_of_a_route_count_as_targets_where_the_treaty_names_them():
     assert (asked.tier, asked.target_tier) == ("H3", "H2")
 
 
+ODD = {
+    "ion pair of phosphorus": ("O=[P+](Cl)Cl.[Cl-]", "3b05"),
+    "ion pair beside a decoy": ("O=[P+](Cl)Cl.[Cl-].[Na+].[Br-].[K+].[I-]", "3b05"),
+    "ion pair of carbon": ("Cl[C+]=O.[Cl-]", "3a01"),
+    "ion pair of sulfur": ("O=[S+]Cl.[Cl-]", "3b14"),
+    "alkoxide apart": ("CO[P+]OC.C[O-]", "3b08"),
+    "hydrogen left out": ("CO[P](=O)OC", "3b10"),
+    "five charges": ("Cl[P+](Cl)(Cl)[O-]", "3b05"),
+    "N-oxide form of the nitro group": ("O=N(=O)C(Cl)(Cl)Cl", "3a04"),
+    "alcoholate of a metal": ("[O-]CCSCC[O-].[Mg+2]", "2b13"),
+    "protonated sulfur": ("OCC[SH+]CCO.[Cl-]", "2b13"),
+    "dative bond": ("ClP(Cl)(Cl)->O", "3b05"),
+    "bound to a metal": ("COP(OC)OC->[Cu]Cl", "3b08"),
+}
+
+
+@pytest.mark.parametrize(("text", "paragraph"), ODD.values(), ids=ODD.keys())
+def test_odd_writings_hide_nothing(text, paragraph):
+    found = SCREENER.screen([molecules.parse_loosely(text)])
+    assert f"{paragraph}.listed" in found.classes
+
+
+SALTS = ("C[P+](C)(C)C.[Cl-]", "C[S+](C)C.[I-]", "C[N+](C)(C)C.[Cl-]", "CC[n+]1ccccc1.[Br-]")
+
+
+@pytest.mark.parametrize("text", SALTS)
+def test_real_salts_stay_salts(text):
+    molecule = Chem.MolFromSmiles(text)
+    assert screens._rejoined(molecule) == []
+    assert SCREENER.screen([molecule]).tier == "H0"
+
+
 def test_list_of_the_australia_group_is_held_whole():
     pack = PACKS["ag"]
     own = {int(entry.paragraph[2:]) for entry in pack.listed} | {20, 24, 41, 42, 43, 44}
