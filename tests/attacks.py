@@ -21,6 +21,7 @@ from bundles import Forge
 
 from bundle import archive, envelope, tar
 from bundle.canonical import canonical_json
+from bundle.evidence import summary
 from bundle.fields import format_time
 from bundle.write import Member
 
@@ -993,6 +994,32 @@ def _(forge: Forge) -> None:
 def _(forge: Forge) -> None:
     path = f"payload/{bundles.MODEL}/modeling.py"
     rebuild(forge, {}, added={path: ("document", b"import os\n")})
+
+
+def with_level(name: str, code: str, claimed: str, summed_up: str | None) -> None:
+    """Claim a level of provenance, with a sealed summary that says another one, or with none."""
+
+    @forged(name, code)
+    def _(forge: Forge) -> None:
+        forge.manifest["models"][0]["provenance_level"] = claimed
+        if summed_up is None:
+            return
+        entries = [e for e in forge.manifest["files"] if e["path"].startswith("payload/")]
+        raw = summary.statement(
+            resource="local:tiny@r1",
+            subjects={e["path"]: e["sha256"] for e in entries},
+            inputs={e["path"]: e["sha256"] for e in forge.manifest["evidence"]},
+            level=summed_up,
+            moment=bundles.CREATED,
+            policy=[],
+        )
+        rebuild(forge, {}, added={summary.PATH: ("attestation", raw)})
+
+
+with_level("a level without a summary", "evidence.summary", "L3", None)
+with_level("level inflated: the summary says less", "evidence.level", "L3", "L1")
+with_level("level inflated: no evidence of its kind", "evidence.level", "L3", "L3")
+with_level("level 4 without provenance of a build", "evidence.level", "L4", "L4")
 
 
 def random_flips(good: bytes, count: int, seed: int) -> list[tuple[int, bytes]]:

@@ -205,7 +205,11 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
         f"{EVIDENCE}::test_certificates_count_only_while_they_are_valid_and_lead_to_a_given_authority",
         "unit/test_model_signing_cli.py::test_what_the_tool_would_pass_over_is_refused_here",
     ),
-    "level inflated": (),
+    "level inflated": (
+        "attack: a level without a summary",
+        "attack: level inflated: the summary says less",
+        "attack: level inflated: no evidence of its kind",
+    ),
     "BOM differs": ("attack: BOM differs from the files", "attack: BOM missing"),
     "the 20 samples of section 5": (
         "unit/test_scan_samples.py::test_sample_gets_its_verdict",
