@@ -12,7 +12,7 @@ from airgap.cli.profiles import profiles
 
 if TYPE_CHECKING:
     from airgap.enclave.doctor import Examination, Rung
-    from airgap.enclave.seal import SealSpec
+    from airgap.enclave.spec import SealSpec
     from airgap.enclave.trial import Trial
 
 RungName = Literal["A", "U", "B", "C"]

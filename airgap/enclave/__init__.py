@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from airgap.enclave.convert import SealedResult, run_sealed
     from airgap.enclave.host import HostSurvey, survey
     from airgap.enclave.refused import SealRefused
-    from airgap.enclave.seal import Caps, Enclave, SealSpec, launch
+    from airgap.enclave.seal import Enclave, launch
+    from airgap.enclave.spec import Caps, SealSpec
 
 __all__ = [
     "Caps",
@@ -31,13 +32,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "Caps": "seal",
+    "Caps": "spec",
     "Enclave": "seal",
     "Frame": "channel",
     "HostSurvey": "host",
     "ProgramError": "channel",
     "SealRefused": "refused",
-    "SealSpec": "seal",
+    "SealSpec": "spec",
     "SealedResult": "convert",
     "launch": "seal",
     "run_sealed": "convert",

@@ -33,7 +33,8 @@ from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.process import DESCRIPTORS
 from airgap.enclave.refused import SealRefused
-from airgap.enclave.seal import Caps, SealSpec, start
+from airgap.enclave.seal import start
+from airgap.enclave.spec import Caps, SealSpec
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,7 +23,6 @@ from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame
 from airgap.enclave.denials import Denials
 from airgap.enclave.evidence import Finding
-from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan
 from airgap.enclave.process import (
@@ -36,6 +34,7 @@ from airgap.enclave.process import (
     start_thread,
 )
 from airgap.enclave.refused import SealRefused
+from airgap.enclave.spec import SealSpec
 from policy.errors import AirgapError, FaultError, RefusedError
 
 T = TypeVar("T")
@@ -46,58 +45,6 @@ _OF_RUNG_A = frozenset({"namespaces", "root"})
 _UNLOCK_S = 5.0
 _FULL_LOOK_S = 1.0
 _probing = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """Limits on what crosses the channel and on what the process may use."""
-
-    request_bytes: int = 16 << 20
-    frame_bytes: int = 4 << 20
-    reply_bytes: int = 256 << 20  # all frames of one request together
-    stderr_bytes: int = 64 << 10
-    memory_mb: int = 0  # 0: 4 GiB and three times the inputs
-    threads: int = 2
-    descriptors: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class SealSpec:
-    """What to seal.
-
-    Attributes:
-        profile: `worker`, `worker-gpu` or `screen`; see `profiles`.
-        program: `module:function` or `/path/to/file.py:function`; the function takes `config` and
-            returns a Program. A file must lie in `read_only`.
-        config: JSON-ready configuration.
-        read_only: Inputs that the program may read: its model folder.
-        min_rung: Least rung that is acceptable; None is A for root and B for a user.
-        uid: The worker's uid when root starts it; None picks a free one.
-        deadline_s: For start, load and proof together.
-        caps: Limits.
-        artifacts: Digests of what runs, recorded in the evidence.
-        state: Folder that keeps the result of the twin probe between processes; None keeps it
-            for this process alone.
-        rung: Try this rung alone; it must not lie below `min_rung`.
-        driver: Where the driver of a GPU lies, for `worker-gpu`.
-        reverify_s: A timer reads the host's facts and repeats the twin probe this often; 0 for no
-            timer. The facts are read before each request as well.
-
-    """
-
-    profile: str
-    program: str
-    config: dict[str, Any] = field(default_factory=dict)
-    read_only: tuple[Path, ...] = ()
-    min_rung: str | None = None
-    uid: int | None = None
-    deadline_s: float = 60.0
-    caps: Caps = field(default_factory=Caps)
-    artifacts: dict[str, Any] = field(default_factory=dict)
-    state: Path | None = None
-    rung: str | None = None
-    driver: Driver = field(default_factory=Driver)
-    reverify_s: float = 60.0
 
 
 def launch(spec: SealSpec, on_end: OnEnd | None = None) -> Enclave:

@@ -26,7 +26,8 @@ from airgap.enclave.guest import SOURCE_LIMIT
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.process import Process, json_object
 from airgap.enclave.refused import SealRefused
-from airgap.enclave.seal import SealSpec, climb, library_of, plan_for, policy_of, prove
+from airgap.enclave.seal import climb, library_of, plan_for, policy_of, prove
+from airgap.enclave.spec import SealSpec
 from policy.errors import RefusedError
 
 STAGES = (1, 2)

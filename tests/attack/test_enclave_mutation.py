@@ -607,13 +607,13 @@ for name, (rung, file, changes, probed) in ARGUMENTS[0].items():
         assert target, (name, old)
         target.write_text(target.read_text().replace(old, new, 1))
     plan.package_folders = lambda folder=folder: {**whole, "airgap": str(folder)}
-    spec = seal.SealSpec(
+    spec = airgap.enclave.SealSpec(
         profile="worker",
         program=f"{Path(ARGUMENTS[1])}:create",
         config={},
         read_only=(Path(ARGUMENTS[1]),),
         deadline_s=10.0,
-        caps=seal.Caps(memory_mb=512),
+        caps=airgap.enclave.Caps(memory_mb=512),
     )
     try:
         if probed:

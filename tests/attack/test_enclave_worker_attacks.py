@@ -532,7 +532,7 @@ BROKER = """
 import os, time, signal
 from pathlib import Path
 from airgap.enclave import seal, twin
-from airgap.enclave.seal import Caps, SealSpec, launch
+from airgap.enclave import Caps, SealSpec, launch
 twin.probe_rung = lambda *a, **k: {}
 twin.require_sealed = lambda report: None
 twin.summary = lambda report: report
@@ -582,14 +582,44 @@ USUAL = [
 ]
 
 
-@pytest.mark.parametrize(("starter", "rung"), USUAL)
-def test_a_killed_broker_leaves_no_orphan(starter, rung):
+# No fact of /proc tells the death signal: this is the proof of that layer, and that it can fail.
+WITHOUT_DEATH_SIGNAL = """
+import shutil, tempfile
+from pathlib import Path
+import airgap.enclave
+from airgap.enclave import plan
+real, whole = Path(airgap.enclave.__file__).parent, plan.package_folders()
+folder = Path(tempfile.mkdtemp()) / "airgap"
+shutil.copytree(real, folder / "enclave", ignore=shutil.ignore_patterns("__pycache__"))
+(folder / "__init__.py").write_text("")
+folder.parent.chmod(0o755)
+for path in (folder / "enclave").glob("*.py"):
+    text = path.read_text()
+    path.write_text(text.replace("PR_SET_PDEATHSIG, signal.SIGKILL", "PR_SET_PDEATHSIG, 0"))
+plan.package_folders = lambda: {**whole, "airgap": str(folder)}
+"""
+
+
+def orphans(starter, rung, before=""):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         note = Path(folder, "pids")
         note.touch()
         note.chmod(0o666)
-        assert run_as(starter, ORPHAN, str(PROGRAMS), rung, str(note)) == []
+        return run_as(starter, before + ORPHAN, str(PROGRAMS), rung, str(note))
+
+
+@pytest.mark.parametrize(("starter", "rung"), USUAL)
+def test_a_killed_broker_leaves_no_orphan(starter, rung):
+    assert orphans(starter, rung) == []
+
+
+@pytest.mark.parametrize(("starter", "rung"), USUAL)
+def test_without_the_death_signal_there_would_be_orphans(starter, rung):
+    left = orphans(starter, rung, WITHOUT_DEATH_SIGNAL)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left
 
 
 TERMINAL = (

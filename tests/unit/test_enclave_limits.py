@@ -15,8 +15,7 @@ import pytest
 from enclave_harness import NAMESPACES, ROOT, needs_namespaces, needs_root, run_as
 from enclave_plans import FACTS
 
-from airgap.enclave import evidence, fixture, launcher, plan, process, seal
-from airgap.enclave.seal import SealSpec
+from airgap.enclave import SealSpec, evidence, fixture, launcher, plan, process, seal
 from policy.errors import FaultError
 
 # -- limits ---------------------------------------------------------------------------------------
