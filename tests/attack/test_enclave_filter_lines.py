@@ -232,7 +232,8 @@ target = folder / "enclave/filters.py"
 text = target.read_text()
 plan.package_folders = lambda: {**whole, "airgap": str(folder)}
 spec = airgap.enclave.SealSpec(profile="worker", program=f"{program}:create",
-                     read_only=(Path(program),), deadline_s=4.0, caps=airgap.enclave.Caps(memory_mb=512))
+                     read_only=(Path(program),), deadline_s=4.0,
+                     caps=airgap.enclave.Caps(memory_mb=512))
 made = {}
 for label, function, place in wanted:
     end = f"\\n\\n{helper}\\n\\n_whole = {function}\\n\\n\\ndef {function}(*arguments):\\n"
