@@ -272,7 +272,7 @@ def _lasting(descriptors: dict[int, str] | None) -> dict[int, str] | None:
 def glance(before: Facts, proc: Path = Path("/proc")) -> list[Finding]:
     """Compare what two small files tell: who the process is, and that its filters are in force.
 
-    A twentieth of the cost of a reading, for the moment before each request; OSError when the
+    A fifth of the cost of a whole reading, for the moment before each request; OSError when the
     process is gone.
     """
     folder = proc / str(before.pid)
