@@ -167,6 +167,10 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     document["unfinished"] = [path.name for path in store.unfinished()]
     document["site"] = (folder / "site.toml").is_file()
     document["audit"] = (folder / "audit" / "log").is_dir()
+    held = folder / "holds"
+    document["held"] = sum(
+        not path.with_suffix(".answered").exists() for path in held.glob("*.json")
+    )
     try:
         document["reviews_owed"] = owed(folder)
     except AirgapError as error:
@@ -204,5 +208,7 @@ def status_view(document: dict[str, Any]) -> str:
         rows.append(("current", f"{current['name']} {current['version']}, {current['digest']}"))
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
+    if document["held"]:
+        rows.append(("held", f"{document['held']} requests without an answer: airgap hold list"))
     rows += [("review", words) for words in document["reviews_owed"]]
     return table(rows)

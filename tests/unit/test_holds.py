@@ -455,6 +455,16 @@ def test_what_cannot_be_released_is_told_without_a_rule(call, tmp_path):
     assert [each["state"] for each in call("hold", "list")[1]["holds"]] == ["held", "held"]
 
 
+def test_the_status_of_a_tree_counts_what_is_held(tree):
+    from airgap.cli.install import status_document, status_view
+    from airgap.install import Store
+
+    document = status_document(tree, Store(tree / "store"))
+    assert document["held"] == 2
+    assert "2 requests without an answer" in str(status_view(document))
+    assert status_document(tree / "nothing", Store(tree / "none"))["held"] == 0
+
+
 def test_a_hold_can_be_purged_and_stays_on_record(call, tree):
     family = call("hold", "list")[1]["holds"][0]
     status, done = call("hold", "purge", family["reference"])
