@@ -97,7 +97,9 @@ def add_signature(envelope: Envelope, *signers: Signer) -> Envelope:
     return Envelope(envelope.payload, envelope.payload_type, ordered)
 
 
-def parse_envelope(raw: bytes, *, code: str = "seal.malformed") -> Envelope:
+def parse_envelope(
+    raw: bytes, *, code: str = "seal.malformed", limit: int = ENVELOPE_SIZE
+) -> Envelope:
     """Turn untrusted bytes, padded with spaces or not, into an envelope.
 
     Raises:
@@ -105,7 +107,7 @@ def parse_envelope(raw: bytes, *, code: str = "seal.malformed") -> Envelope:
             signatures unordered or one key twice.
 
     """
-    value = parse_canonical(raw.rstrip(b" "), code=code, what="the envelope", limit=ENVELOPE_SIZE)
+    value = parse_canonical(raw.rstrip(b" "), code=code, what="the envelope", limit=limit)
     try:
         return _envelope(value)
     except (ValueError, TypeError, KeyError) as error:

@@ -27,6 +27,7 @@ from bundle.fields import (
     format_time,
 )
 from bundle.manifest import REPORT, Manifest, Profile, canonical, first_problem
+from bundle.revocation import Revocations, revoked_signers
 from bundle.trust import BUILDER, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
@@ -160,7 +161,9 @@ def parse_statement(raw: bytes) -> SealStatement:
     return statement
 
 
-def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
+def verify_seal(
+    envelope: Envelope, root: RootDocument, revocations: Revocations | None = None
+) -> VerifiedSeal:
     """Return the statement if the builder and enough other people signed it.
 
     A person counts when enrolled at the time of `created`, with the role of an approver, and when
@@ -170,13 +173,32 @@ def verify_seal(envelope: Envelope, root: RootDocument) -> VerifiedSeal:
     Args:
         envelope: Parsed and untrusted.
         root: The newest root document of this host.
+        revocations: The newest list of this host. What a revoked key signed counts for nothing.
 
     Raises:
         RefusedError: `seal.type`, `seal.algorithm`, `seal.malformed`, `seal.profile`,
-            `seal.threshold`, `seal.people`, `seal.role`.
+            `seal.threshold`, `seal.people`, `seal.role`; `seal.revoked`, it would hold but for a
+            revoked key or person.
 
     """
     keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
+    revoked = revoked_signers(revocations, root, keyids)
+    try:
+        return _judge(envelope, root, tuple(k for k in keyids if k not in revoked))
+    except RefusedError as error:
+        if not revoked or error.code not in {"seal.threshold", "seal.people", "seal.role"}:
+            raise
+        keyid, reason = min(revoked.items())
+        raise RefusedError(
+            "seal.revoked",
+            f"{len(revoked)} of the keys that signed are revoked, and without them "
+            f"{error.message}; key {keyid} of {root.find_person(keyid)}: {reason:.160}",
+            hint="have the release signed again by people who are not revoked",
+        ) from error
+
+
+def _judge(envelope: Envelope, root: RootDocument, keyids: tuple[str, ...]) -> VerifiedSeal:
+    """Count the people of keys whose signatures hold."""
     needed = root.thresholds.seal.people
     if not keyids:  # before the payload is parsed: it is nobody's word yet
         raise _too_few(0, needed, envelope)

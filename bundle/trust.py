@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +34,7 @@ from bundle.keys import (
     read_limited,
 )
 from bundle.manifest import Profile, first_problem
+from bundle.revocation import Revocations, require_newer, verify_revocations
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
@@ -54,6 +55,7 @@ _NEEDED: Mapping[Profile, tuple[frozenset[str], ...]] = {
     "cnsa2": (frozenset({MLDSA87}), frozenset({P384})),
 }
 
+_LISTED = re.compile(r"([1-9][0-9]{0,5})\.revocations\.json")
 _NUMBERED = re.compile(r"([1-9][0-9]{0,5})\.root\.json")
 
 
@@ -99,6 +101,13 @@ class Thresholds(Document):
     revocation: Threshold
 
 
+class RevocationRule(Document):
+    """What a host does without a revocation list, or with one that is stale. Absent: it alarms."""
+
+    required: bool = False
+    stale: Literal["alarm", "refuse"] = "alarm"
+
+
 class RootDocument(Document):
     """The signed content of one version of the trust root."""
 
@@ -110,6 +119,7 @@ class RootDocument(Document):
     keys: dict[KeyId, KeyEntry]
     people: dict[PersonId, Person]
     thresholds: Thresholds
+    revocations: RevocationRule | None = None
 
     def to_bytes(self) -> bytes:
         """Return the canonical form."""
@@ -156,10 +166,14 @@ class RootDocument(Document):
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """A verified chain of roots, oldest first; `document` is the newest and the one that counts."""
+    """A verified chain of roots, oldest first; `document` is the newest and the one that counts.
+
+    `revocations` is the newest list that this host has seen.
+    """
 
     chain: tuple[Envelope, ...]
     documents: tuple[RootDocument, ...]
+    revocations: Revocations | None = None
 
     @property
     def document(self) -> RootDocument:
@@ -176,12 +190,36 @@ class Trust:
         """The fingerprint of the newest root document."""
         return self.document.fingerprint
 
+    def alarms(self, now: datetime) -> tuple[str, ...]:
+        """Return what a person must hear: no list where the root demands one, or a stale list.
+
+        Raises:
+            RefusedError: `trust.stale`; the root says that this host must then refuse.
+
+        """
+        rule = self.document.revocations or RevocationRule()
+        if self.revocations is None:
+            text = "there is no revocation list, and the trust root demands one"
+            text, refuse = (text if rule.required else ""), True
+        else:
+            text, refuse = self.revocations.alarm(now), rule.stale == "refuse"
+        if text and refuse:
+            raise RefusedError(
+                "trust.stale", text, hint="airgap trust import-revocations FILE, with a newer list"
+            )
+        return (text,) if text else ()
+
+    def follow(self, chain: Trust) -> Trust:
+        """Return a longer chain with the list of this one."""
+        return replace(chain, revocations=self.revocations)
+
 
 class _Chain(Document):
-    """`META/trust.json`. A later format adds the revocation list beside the roots."""
+    """`META/trust.json`: the roots, and the revocation list if there is one."""
 
     format: Literal["airgap-trust/1"] = "airgap-trust/1"
     roots: tuple[dict[str, object], ...] = Field(min_length=1, max_length=MAX_ROOTS)
+    revocations: dict[str, object] | None = None
 
 
 # -- making -----------------------------------------------------------------------------------
@@ -321,7 +359,7 @@ def append_envelope(trust: Trust, envelope: Envelope) -> Trust:
         RefusedError: `trust.chain` or `trust.root`.
 
     """
-    return _verify_chain([*trust.chain, envelope])
+    return trust.follow(_verify_chain([*trust.chain, envelope]))
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -361,7 +399,32 @@ def load_trust(folder: Path) -> Trust:
                 f"{folder / f'{version}.root.json'} holds version {document.version}",
                 hint="bring back the file of that version; an older root must not stand for it",
             )
-    return trust
+    lists = sorted(int(found[1]) for name in names if (found := _LISTED.fullmatch(name)))
+    return replace(trust, revocations=_load_list(folder, lists[-1], trust)) if lists else trust
+
+
+def accept_revocations(trust: Trust, envelope: Envelope) -> Trust:
+    """Return the trust with a list that the newest root's people signed and that is not older.
+
+    Raises:
+        RefusedError: `trust.revocation`.
+
+    """
+    offered = verify_revocations(envelope, [trust.document])
+    require_newer(trust.revocations, offered)
+    return replace(trust, revocations=offered)
+
+
+def _load_list(folder: Path, version: int, trust: Trust) -> Revocations:
+    """Read the list that this host keeps; it was accepted under one of the roots of the chain."""
+    path = folder / f"{version}.revocations.json"
+    raw = read_limited(path, CHAIN_LIMIT, code="trust.revocation", what="the revocation list")
+    found = verify_revocations(
+        parse_envelope(raw, code="trust.revocation", limit=CHAIN_LIMIT), reversed(trust.documents)
+    )
+    if found.version != version:
+        raise RefusedError("trust.revocation", f"{path} holds list {found.version}")
+    return found
 
 
 def save_trust(trust: Trust, folder: Path) -> Path:
@@ -384,6 +447,10 @@ def save_trust(trust: Trust, folder: Path) -> Path:
                     )
                 continue
             _write_file(path, envelope.to_bytes())
+        if trust.revocations is not None:
+            path = folder / f"{trust.revocations.version}.revocations.json"
+            if not os.path.lexists(path):
+                _write_file(path, trust.revocations.envelope.to_bytes())
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"{trust.version}.root.json")
         fresh.replace(link)
@@ -413,7 +480,15 @@ def chain_document(trust: Trust) -> bytes:
         parse_canonical(envelope.to_bytes(), code="trust.chain", what="the root", limit=CHAIN_LIMIT)
         for envelope in trust.chain
     ]
-    return canonical_json({"format": "airgap-trust/1", "roots": roots})
+    document: dict[str, object] = {"format": "airgap-trust/1", "roots": roots}
+    if trust.revocations is not None:
+        document["revocations"] = parse_canonical(
+            trust.revocations.envelope.to_bytes(),
+            code="trust.revocation",
+            what="the revocation list",
+            limit=CHAIN_LIMIT,
+        )
+    return canonical_json(document)
 
 
 def follow_chain(trust: Trust, raw: bytes) -> Trust:
@@ -446,7 +521,24 @@ def follow_chain(trust: Trust, raw: bytes) -> Trust:
         for envelope, document in zip(carried.chain, carried.documents, strict=True)
         if document.version > trust.version
     ]
-    return _verify_chain([*trust.chain, *newer]) if newer else trust
+    longer = trust.follow(_verify_chain([*trust.chain, *newer])) if newer else trust
+    entry = value.get("revocations")
+    return longer if entry is None else _follow_list(longer, carried, entry)
+
+
+def _follow_list(trust: Trust, carried: Trust, entry: object) -> Trust:
+    """Take the list that a bundle carries if it is newer; an older one only has to be genuine.
+
+    A newer list must be signed as the newest root says: a key that was taken out of the roots
+    issues none any more.
+    """
+    code = "trust.revocation"
+    envelope = parse_envelope(canonical_json(entry), code=code, limit=CHAIN_LIMIT)
+    offered = verify_revocations(envelope, [*reversed(trust.documents), *carried.documents])
+    held = trust.revocations
+    if held is not None and offered.version < held.version:
+        return trust
+    return accept_revocations(trust, envelope) if offered != held else trust
 
 
 def parse_root(raw: bytes) -> RootDocument:

@@ -31,6 +31,7 @@ from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
 from bundle.media import Help, open_medium
 from bundle.medium import Medium
+from bundle.revocation import require_unrevoked
 from bundle.scan import ScanReport, scan_payload
 from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, require_subject, verify_seal
@@ -93,6 +94,7 @@ class VerifyReport:
     trust: Trust
     scan: ScanReport
     medium: Mapping[str, Any] = field(default_factory=dict)
+    alarms: tuple[str, ...] = ()
 
     def as_document(self) -> dict[str, Any]:
         """Return the JSON form, `airgap/verify-report/1`."""
@@ -116,7 +118,11 @@ class VerifyReport:
                 "version": self.trust.version,
                 "fingerprint": str(self.trust.fingerprint),
                 "needed": self.trust.document.thresholds.seal.people,
+                "revocations": None
+                if self.trust.revocations is None
+                else self.trust.revocations.version,
             },
+            "alarms": list(self.alarms),
             "medium": dict(self.medium),
             "body": {"bytes": manifest.body.size, "chunks": manifest.body.leaves},
             "files": len(manifest.files),
@@ -153,6 +159,7 @@ class SealedBundle:
         self.head = head
         self.seal = seal
         self.trust = trust
+        self.alarms: tuple[str, ...] = ()
         self.manifest = parse_manifest(head.manifest)
         require_matches(seal.statement, self.manifest, head.manifest)
         self.digest: Digest = Digest.of(head.manifest)
@@ -411,9 +418,12 @@ def open_bundle(
         head = medium.head
         newest = follow_chain(trust, head.trust)
         _require_root_in_force(newest, now)
-        seal = verify_seal(parse_envelope(head.envelope), newest.document)
+        alarms = newest.alarms(now)
+        seal = verify_seal(parse_envelope(head.envelope), newest.document, newest.revocations)
         require_subject(seal.statement, head.manifest)
         sealed = SealedBundle(medium, seal, newest)
+        sealed.alarms = alarms
+        require_unrevoked(newest.revocations, sealed.manifest, sealed.digest)
         _require_fresh(sealed, now, floors)
     except BaseException:
         medium.close()
@@ -448,6 +458,7 @@ def verify_bundle(
             sealed.trust,
             scan,
             sealed.medium.facts(),
+            sealed.alarms,
         )
 
 

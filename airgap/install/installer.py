@@ -131,6 +131,7 @@ def install(
     with store.locked():
         job = _Job(path, root, store, audit, progress, _with_bases(more or Help(), store))
         job.previous = store.find_current()
+        store.note_time(last_record)
         audit(job.event("intent"))
         try:
             trust = job.follow_roots(trust)
@@ -186,7 +187,7 @@ class _Job:
             newer = follow_chain(trust, medium.head.trust)
         finally:
             medium.close()
-        if newer.version > trust.version:
+        if newer != trust:  # a newer root, or a newer revocation list: bad news is kept
             self.trust = newer
             self.audit(self.event("trust"))
             save_trust(newer, self.root / "trust")

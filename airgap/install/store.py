@@ -55,6 +55,7 @@ class State(Document):
 
     format: Literal["airgap-store/1"] = "airgap-store/1"
     latest_created: Instant | None = None
+    latest_seen: Instant | None = None  # newest time ever seen in the log: a clock set back stays
     marks: dict[Name, Mark] = Field(default_factory=dict)
 
 
@@ -180,7 +181,8 @@ class Store:
         epochs = {
             line: (mark.epoch, Digest.parse(mark.bundle)) for line, mark in state.marks.items()
         }
-        latest = [moment for moment in (clock, state.latest_created) if moment is not None]
+        known = (clock, state.latest_created, state.latest_seen)
+        latest = [moment for moment in known if moment is not None]
         return Floors(clock=max(latest, default=None), epochs=epochs)
 
     def unfinished(self) -> tuple[Path, ...]:
@@ -237,7 +239,26 @@ class Store:
             manifest.bundle_id: Mark(epoch=manifest.epoch, bundle=str(digest)),
         }
         fresh = state.model_copy(update={"latest_created": created, "marks": marks})
-        raw = canonical_json(fresh.model_dump(mode="json", exclude_none=True))
+        self._write_state(fresh)
+
+    def note_time(self, moment: datetime | None) -> None:
+        """Remember a time that has been; without this, one refused attempt would hide it."""
+        state = self.state()
+        if moment is None or (state.latest_seen is not None and moment <= state.latest_seen):
+            return
+        self._write_state(state.model_copy(update={"latest_seen": moment.replace(microsecond=0)}))
+
+    def forget_time(self, moment: datetime) -> None:
+        """Take `moment` for the latest that has been; the root people signed that."""
+        state, moment = self.state(), moment.replace(microsecond=0)
+        created = state.latest_created
+        earlier = None if created is None else min(created, moment)
+        self._write_state(
+            state.model_copy(update={"latest_seen": moment, "latest_created": earlier})
+        )
+
+    def _write_state(self, state: State) -> None:
+        raw = canonical_json(state.model_dump(mode="json", exclude_none=True))
         write_beside(self.folder / "state.json", raw)
 
     def activate(self, digest: Digest | None) -> None:

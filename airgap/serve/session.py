@@ -32,6 +32,7 @@ from airgap.enclave.running import noted
 from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
+from airgap.install.standing import require_standing
 from airgap.install.record import actor_of
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
@@ -81,6 +82,9 @@ def open_broker(
     rules = gate.load_rules(root)
     installed = find_installed(root, model)
     require_valid(installed, clock())
+    trusted = load_trust(root / "trust")
+    for alarm in require_standing(installed, trusted, now=clock()):
+        operator.warning("revocation", alarm=alarm)
     verify_installed(installed.folder)
     person = site.require_account(os.getuid(), account_name())
     chosen = choose_project(site, person, project)
@@ -92,7 +96,7 @@ def open_broker(
                 stack.enter_context(sealed(log, spec))
                 for spec in specs(installed, described, site, root / "enclave")
             )
-        trust = load_trust(root / "trust").document
+        trust = trusted.document
         holds = Holds(root, trust, person.id)
         approvals = load_approvals(root, trust)
         policy = UseRules(site, rules, installed, person, log, clock, approvals, holds)

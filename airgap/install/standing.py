@@ -1,0 +1,38 @@
+"""Whether an installed bundle still counts: the revocation list is asked before each start.
+
+An install is no pardon: a release, a model, a file, a wheel, or the people who sealed it may be
+revoked later, and the list that says so comes by itself; FORMAT.md section 14.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from airgap.install.store import InstalledBundle
+from bundle.envelope import ENVELOPE_SIZE, find_signers, parse_envelope
+from bundle.keys import read_limited
+from bundle.revocation import require_unrevoked, revoked_signers
+from bundle.statement import PAYLOAD_TYPE, verify_seal
+from bundle.trust import Trust
+
+
+def require_standing(bundle: InstalledBundle, trust: Trust, *, now: datetime) -> tuple[str, ...]:
+    """Return what a person must hear about the list; refuse a bundle that is revoked.
+
+    Raises:
+        RefusedError: `trust.revoked`, `seal.revoked`; `trust.stale` where the root says so.
+
+    """
+    alarms = trust.alarms(now)
+    if trust.revocations is None:
+        return alarms
+    require_unrevoked(trust.revocations, bundle.manifest, bundle.digest)
+    path = bundle.folder / "META/envelope.dsse.json"
+    raw = read_limited(path, ENVELOPE_SIZE, code="start.digest", what="the seal")
+    envelope = parse_envelope(raw)
+    root = trust.document
+    keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
+    # Keys that were rotated out since the install are no reason to stop; revoked ones are.
+    if revoked_signers(trust.revocations, root, keyids):
+        verify_seal(envelope, root, trust.revocations)
+    return alarms
