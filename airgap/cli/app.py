@@ -24,6 +24,7 @@ GROUPS = (
     "airgap.cli.staging",
     "airgap.cli.trust",
     "airgap.cli.bundle",
+    "airgap.cli.evidence",
     "airgap.cli.media",
     "airgap.cli.install",
     "airgap.cli.run",

@@ -45,6 +45,20 @@ def verify(
         bool,
         typer.Option("--resume", help="Keep in the tree what holds, and go on after a stop."),
     ] = False,
+    deep: Annotated[
+        bool,
+        typer.Option("--deep", help="Also repeat the checks of the publisher's evidence, offline."),
+    ] = False,
+    publishers: Annotated[
+        Path | None,
+        typer.Option(
+            "--publishers", help="With --deep: whom this host believes, instead of the builder."
+        ),
+    ] = None,
+    vsa: Annotated[
+        Path | None,
+        typer.Option("--vsa", help="With --deep: write the verification summary to this file."),
+    ] = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -52,26 +66,37 @@ def verify(
 
     BUNDLE is a bundle, a delta, a volume or the folder of a set, encrypted or not.
     """
+    from airgap.cli.evidence import repeat, require_options
     from airgap.install.ledger import kept_ledger
     from airgap.install.store import Store
     from bundle.trust import load_trust
     from bundle.verify import verify_bundle
 
+    require_options(deep=deep, publishers=publishers, vsa=vsa)
     folder = root_folder(root)
     anchors = load_trust(trust or folder / "trust")
+    more = open_help(volume, transit_key, passphrase_file, base, store=folder / "store")
+    now = datetime.now(UTC)
     with bar("verify") as progress:
         report = verify_bundle(
             bundle,
             anchors,
-            now=datetime.now(UTC),
+            now=now,
             floors=Store(folder / "store").floors(),
-            more=open_help(volume, transit_key, passphrase_file, base, store=folder / "store"),
+            more=more,
             progress=progress,
             remember=(lambda sealed: kept_ledger(folder / "store" / "verify", sealed))
             if resume
             else None,
         )
-    show(report.as_document(), verify_view(report), json=json)
+    document, text = report.as_document(), verify_view(report)
+    if not deep:
+        show(document, text, json=json)
+        return
+    again = repeat(bundle, anchors, now=now, more=more, publishers=publishers)
+    text += "\n\nevidence, checked again\n" + table(again.rows)
+    show({**document, "deep": again.document}, text, json=json)
+    again.finish(vsa)
 
 
 @contextlib.contextmanager
@@ -124,7 +149,6 @@ def verify_view(report: VerifyReport) -> str:
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
-    rows += [("ALARM", text) for text in report.alarms]
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
     return "sealed and whole\n" + table(rows)

@@ -118,6 +118,9 @@ def inspect(
     builder_id: BuilderId = None,
     builder_source: BuilderSource = None,
     publishers: Publishers = None,
+    origin: Annotated[
+        str | None, typer.Option("--origin", help="Where it is from, hf:ORG/NAME.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write the report as one HTML page.")
     ] = None,
@@ -161,6 +164,7 @@ def inspect(
             source,
             pins=pin,
             upstream=upstream,
+            origin=origin,
             run_sealed=_runner(),
             progress=progress,
         )

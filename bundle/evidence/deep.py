@@ -31,6 +31,7 @@ from bundle.evidence.statements import parse_checksums
 from bundle.evidence.summary import LEVELS, statement
 from bundle.manifest import REPORT, Evidence, Manifest
 from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
 
 REPORT_LIMIT = 16 * 1024 * 1024
 HUB_FOLDERS = (".cache/huggingface/", ".huggingface/")
@@ -45,12 +46,14 @@ class DeepReport:
     """What was repeated and what was not.
 
     `anchors` is `host` or `sealed`: whose word on publishers was taken. `level` is what the
-    repeated checks prove; `claimed` what the release says.
+    repeated checks prove; `claimed` what the release says. `anchors_digest` is that of the
+    anchors in canonical form.
     """
 
     claimed: str
     level: str
     anchors: str
+    anchors_digest: str
     proofs: tuple[Proof, ...]
     verified: tuple[str, ...]
     declared: tuple[str, ...]
@@ -69,6 +72,7 @@ class DeepReport:
             "level": self.level,
             "sentence": SENTENCES[self.level],
             "anchors": self.anchors,
+            "anchors_digest": self.anchors_digest,
             "complete": self.complete,
             "verified": [*self.verified, *(p.verified for p in self.proofs if p.verified)],
             "declared": [*self.declared, *(p.declared for p in self.proofs if p.declared)],
@@ -123,6 +127,7 @@ def verify_deep(manifest: Manifest, read: Read, anchors: Anchors | None = None) 
         model.provenance_level,
         level,
         whose,
+        str(Digest.of(believed.to_bytes())),
         tuple(proofs),
         tuple(verified),
         tuple(declared),
@@ -144,7 +149,7 @@ def deep_summary(manifest: Manifest, report: DeepReport, *, now: datetime) -> by
         inputs={item.path: item.sha256 for item in manifest.evidence},
         level=report.level,
         moment=now,
-        policy=[],
+        policy=[report.anchors_digest.removeprefix("sha256:")],
     )
 
 

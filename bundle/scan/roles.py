@@ -77,8 +77,8 @@ _CONTAINERS = (
 _DEPTH = 3  # payload/MODEL/FILE
 _FOREIGN = (b"GGUF", b"\x7fELF", b"\x89HDF", b"PK\x03\x04")
 _PICKLE_HINT = (
-    "ask the publisher for safetensors, or convert on a machine that you throw away afterwards: "
-    "torch.load(FILE, weights_only=True), then safetensors.torch.save_file; pin the result"
+    "ask the publisher for safetensors, or run `airgap unpickle DIR -o NEW`, which reads weights "
+    "in a sealed process; then pin and inspect NEW"
 )
 _CODE_HINT = (
     "remove the file; a model of a standard architecture needs no code of its own, and one that "

@@ -26,8 +26,22 @@ from bundle.scan.safetensors import Tensor, parse_safetensors
 from bundle.scan.strict import open_view, parse_object
 from bundle.scan.tokenizer import Tokenizer, parse_tokenizer
 from bundle.staging.architecture import Architecture, parse_architecture, require_tensors
-from bundle.staging.licences import LicenceFound, card_licences, licence_text, parse_card
-from bundle.staging.lineage import Hint, lineage_hints, silent_card
+from bundle.staging.licences import (
+    Conflict,
+    LicenceFound,
+    base_licence,
+    card_licences,
+    licence_conflicts,
+    licence_text,
+    parse_card,
+)
+from bundle.staging.lineage import (
+    Hint,
+    lineage_hints,
+    packaged_registry,
+    registry_hints,
+    silent_card,
+)
 from bundle.staging.provenance import (
     HubRecords,
     check_hub,
@@ -79,6 +93,8 @@ class InspectReport:
     holders: dict[str, str] = field(default_factory=dict)  # the weight file of each tensor
     licences: list[LicenceFound] = field(default_factory=list)
     lineage: tuple[Hint, ...] = ()
+    registry: tuple[Hint, ...] = ()  # what the curated registry says; the policy reads it itself
+    conflicts: tuple[Conflict, ...] = ()
 
     @property
     def ready(self) -> bool:
@@ -161,6 +177,7 @@ def inspect_source(
     pins: Path | None = None,
     upstream: Upstream | None = None,
     name: str | None = None,
+    origin: str | None = None,
     run_sealed: RunSealed | None = None,
     progress: Progress | None = None,
 ) -> InspectReport:
@@ -171,6 +188,7 @@ def inspect_source(
         pins: A file in the form of `sha256sum` that fixes every file of the snapshot.
         upstream: Evidence of the publisher, and whom this site believes.
         name: Of the model in the report; else the repository, the card's title or the folder.
+        origin: Where it is from, hf:ORG/NAME; else the hub's cache tells.
         run_sealed: Runs outside scanners without a network; without it they are not run.
         progress: Told stages, and bytes while hashing.
 
@@ -210,9 +228,11 @@ def inspect_source(
     title = _read_card(report)
     if name is None and repository is None and title:
         report.name = title
+    place = origin or (f"hf:{repository}" if repository else None)
     report.lineage = lineage_hints(
-        report.card, report.config, report.architecture, report.tokenizer
+        report.card, report.config, report.architecture, report.tokenizer, place
     )
+    report.registry = registry_hints(packaged_registry(), place)
     _conclude(report)
     return report
 
@@ -385,6 +405,13 @@ def _conclude(report: InspectReport) -> None:
         report.findings.append(
             Finding("licences", f"{len(names)} licences are stated: {', '.join(names)}")
         )
+    bases = [
+        base_licence(hint.party, hint.basis)
+        for hint in (*report.lineage, *report.registry)
+        if hint.relation == "derived_from" and not hint.basis.startswith("tokenizer.json")
+    ]
+    report.conflicts = licence_conflicts([*report.licences, *filter(None, bases)])
+    report.findings += [Finding("licences", each.text) for each in report.conflicts]
     silent = silent_card(report.card, report.lineage)
     if silent:
         report.findings.append(Finding("README.md", silent))
@@ -415,8 +442,9 @@ def _document(report: InspectReport) -> dict[str, Any]:
                 "basis": hint.basis,
                 "status": hint.status,
             }
-            for hint in report.lineage
+            for hint in (*report.lineage, *report.registry)
         ],
+        "licence_conflicts": [each.text for each in report.conflicts],
         "use": {
             "reference_model": report.reference_model,
             "scientific_use": report.scientific_use,

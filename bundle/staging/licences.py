@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,25 @@ _HUB = {
     "llama3.2": "LicenseRef-Llama-3.2",
     "llama3.3": "LicenseRef-Llama-3.3",
     "gemma": "LicenseRef-Gemma",
+}
+
+
+# What weights derived from a base model bring along, by its name; the first that fits.
+_BASES = (
+    (r"llama-?3\.3", "LicenseRef-Llama-3.3"),
+    (r"llama-?3\.2", "LicenseRef-Llama-3.2"),
+    (r"llama-?3\.1", "LicenseRef-Llama-3.1"),
+    (r"llama-?3", "LicenseRef-Llama-3"),
+    (r"gemma", "LicenseRef-Gemma"),
+    (r"qwen-?3|qwen2\.5-7b", "Apache-2.0"),
+    (r"mistral-7b|mixtral-8x7b", "Apache-2.0"),
+)
+_DUTIES = {
+    "llama": "sets conditions on use, on naming and on very large users, and binds derivatives",
+    "non-commercial": "forbids commercial use",
+    "attribution": "demands attribution and a note of changes",
+    "own": "is a licence of its own",
+    "permissive": "asks for its text and notices to be kept",
 }
 
 
@@ -146,6 +165,69 @@ def card_licences(card: Mapping[str, Any], what: str, sha256: str) -> list[Licen
                 spdx = "LicenseRef-unknown"
         found.append(LicenceFound(spdx, f"{what}#license", sha256, "declared"))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two licences that are stated for one model, and why a person has to look at them."""
+
+    first: str
+    second: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        """One line for a report."""
+        return f"{self.first} against {self.second}: {self.reason}"
+
+
+def base_licence(party: str, basis: str) -> LicenceFound | None:
+    """Return the licence that weights derived from this base model bring along, if we know it."""
+    plain = party.lower().replace("_", "-")
+    for pattern, spdx in _BASES:
+        if re.search(pattern, plain):
+            return LicenceFound(spdx, f"base model {party} ({basis})"[:400], "", "declared")
+    return None
+
+
+def licence_conflicts(found: Iterable[LicenceFound]) -> tuple[Conflict, ...]:
+    """Say which stated licences differ, each pair once; which of them holds is for the policy.
+
+    A licence of its own that only repeats another place (`-AUP` beside its agreement) is none.
+    """
+    places: dict[str, list[str]] = {}
+    for item in found:
+        name = item.spdx.removesuffix("-AUP")
+        places.setdefault(name, []).append(item.place)
+    names = list(places)
+    return tuple(
+        Conflict(
+            f"{first} ({', '.join(places[first])[:200]})",
+            f"{second} ({', '.join(places[second])[:200]})",
+            _reason(first, second),
+        )
+        for at, first in enumerate(names)
+        for second in names[at + 1 :]
+    )
+
+
+def _reason(first: str, second: str) -> str:
+    """Say what differs, in plain words; no more than the texts themselves say."""
+    duties = [f"{name} {_DUTIES[kind]}" for name in (first, second)
+              for kind in [_kind(name)] if kind in _DUTIES]  # fmt: skip
+    return "; ".join(duties) or "it is not stated which of them holds for which file"
+
+
+def _kind(spdx: str) -> str:
+    if spdx.startswith("LicenseRef-Llama"):
+        return "llama"
+    if "-NC" in spdx:
+        return "non-commercial"
+    if spdx.startswith("CC-BY"):
+        return "attribution"
+    if spdx.startswith("LicenseRef"):
+        return "own"
+    return "permissive" if spdx in {"Apache-2.0", "MIT", "BSD-3-Clause", "BSD-2-Clause"} else ""
 
 
 class _Strict(yaml.SafeLoader):

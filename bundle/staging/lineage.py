@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from bundle.scan.tokenizer import Tokenizer
 from bundle.staging.architecture import Architecture
+from policy.lineage import Registry, parse_lineage, unite
 
 # layers, hidden, feed-forward, heads, key-value heads of published base models
 _SHAPES = {
@@ -30,6 +32,17 @@ _TOKENS = {
     "<|begin_of_text|>": "llama-3 (tokenizer)",
     "<|im_start|>": "qwen (tokenizer)",
 }
+# Keys of a model card, and how the party that they name relates to the model.
+_CARD = (
+    ("base_model", "derived_from"),
+    ("developers", "developed_by"),
+    ("developer", "developed_by"),
+    ("co_developers", "codeveloped_by"),
+    ("fine_tuned_by", "fine_tuned_by"),
+    ("finetuned_by", "fine_tuned_by"),
+    ("distributed_by", "distributed_by"),
+    ("distributor", "distributed_by"),
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _SHORT = 200
 
@@ -49,10 +62,11 @@ def lineage_hints(
     config: Mapping[str, Any],
     shape: Architecture | None,
     tokenizer: Tokenizer | None,
+    source: str | None = None,
 ) -> tuple[Hint, ...]:
-    """Collect the hints, each party and basis once."""
+    """Collect the hints, each party and basis once; `source` is where it is from, hf:ORG/NAME."""
     found: list[Hint] = []
-    for key, relation in (("base_model", "derived_from"), ("developers", "developed_by")):
+    for key, relation in _CARD:
         value = card.get(key)
         names = value if isinstance(value, list) else [value] if value is not None else []
         found += [
@@ -71,7 +85,38 @@ def lineage_hints(
             for token, family in _TOKENS.items()
             if token in tokenizer.special
         ]
+    if source is not None and source.startswith("hf:") and "/" in source:
+        found.append(Hint("distributed_by", source.partition("/")[0], "place of the download"))
     return tuple(dict.fromkeys(found))
+
+
+def registry_hints(registry: Registry, source: str | None) -> tuple[Hint, ...]:
+    """Return what the curated registry of this program says about a model from that place.
+
+    They stand in the report beside the others. The policy reads the registry itself.
+    """
+    record = registry.model_of(source) if source else None
+    if record is None:
+        return ()
+    basis = f"registry version {registry.version}, {record.id}"
+    found = [
+        Hint(relation, party, basis)
+        for relation, parties in (
+            ("developed_by", record.developed_by),
+            ("codeveloped_by", record.codeveloped_by),
+            ("fine_tuned_by", record.fine_tuned_by),
+            ("distributed_by", record.distributed_by),
+        )
+        for party in parties
+    ]
+    found += [Hint("derived_from", base.family, basis) for base in record.derived_from or ()]
+    return tuple(found)
+
+
+def packaged_registry() -> Registry:
+    """Load the lineage registry that comes with this program."""
+    content = resources.files("policy").joinpath("registry/registry.yaml").read_bytes()
+    return unite([parse_lineage(content, "registry.yaml")])
 
 
 def silent_card(card: Mapping[str, Any], hints: tuple[Hint, ...]) -> str:

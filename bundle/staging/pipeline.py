@@ -166,6 +166,7 @@ def build(
         pins=pins,
         upstream=dataclasses.replace(upstream or Upstream(), at=facts.created),
         name=facts.model_id,
+        origin=facts.source,
         run_sealed=run_sealed,
         progress=progress,
     )

@@ -33,7 +33,7 @@ from bundle.staging.sealed import (
 )
 from bundle.staging.source import Digests, SourceFile, hash_file, open_file, read_head, walk
 from bundle.staging.unpickle_main import REFUSED
-from policy.errors import FaultError, RefusedError
+from policy.errors import RefusedError
 
 FORMAT: Literal["airgap-unpickled/1"] = "airgap-unpickled/1"
 RECORD = "unpickled.json"
@@ -41,6 +41,7 @@ PROGRAM = Path(__file__).with_name("unpickle_main.py")
 SECONDS = 3600
 _RECORD_LIMIT = 1 << 20
 _CONVERTED = (".bin", ".pt", ".pth", ".ckpt")
+_INDEX = ".bin.index.json"
 _INDEX_LIMIT = 64 * 1024 * 1024
 _MEMORY_FLOOR, _MEMORY_FACTOR = 4096, 4
 
@@ -121,6 +122,8 @@ def require_unpickled(record: Unpickled, digests: Mapping[str, Digests]) -> Unpi
 
 def _is_pickle(file: SourceFile) -> bool:
     """Tell whether the file is a pickle that is converted; any other refusal stands."""
+    if file.path == f"pytorch_model{_INDEX}":
+        return False
     try:
         role_of(file.path, read_head(file))
     except RefusedError as error:
@@ -161,10 +164,7 @@ def _convert(
             f"the restricted loader refuses it: {last!r:.300}",
             hint="it holds more than weights; ask the publisher for safetensors",
         )
-    try:
-        require_success(done, "reading the pickle", "convert.failed")
-    except FaultError as error:
-        raise FaultError(error.code, error.message, hint=error.hint) from error
+    require_success(done, "reading the pickle", "convert.failed")
     record = parse_object(
         take(made, "unpickle.json", _RECORD_LIMIT, "convert.output"),
         code="convert.output",
@@ -217,7 +217,7 @@ def _lay_out(
             continue
         with open(open_file(file), "rb") as stream:  # noqa: PTH123 - what the walk saw
             target = ready / file.path
-            if file.path.endswith(".bin.index.json"):
+            if file.path == f"pytorch_model{_INDEX}":
                 target = ready / "model.safetensors.index.json"
                 target.write_bytes(_index(stream.read(_INDEX_LIMIT + 1), names))
                 continue
