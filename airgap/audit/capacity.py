@@ -11,12 +11,15 @@ import json
 import os
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
 from airgap.audit.disk import Disk
-from airgap.audit.layout import Layout
+from airgap.audit.layout import Layout, read_lines, segment_range
+from airgap.audit.record import parse_line
+from policy.errors import RefusedError
 
 RESERVE: Final = 64 << 20
 DAY_S: Final = 86_400
@@ -93,11 +96,74 @@ class Usage:
     @property
     def free_bytes(self) -> int:
         """Bytes that the file system has left for this user."""
-        found = os.statvfs(self._layout.folder)
-        return found.f_bavail * found.f_frsize
+        return _free_bytes(self._layout)
 
     def _count_rest(self) -> None:
         self.add(sum(_count(self._layout.log / name) for name in ("objects", "sealed")))
+
+
+class Health:
+    """How a log that is open stands: space, reserve, anchors, exports. Times in seconds."""
+
+    def __init__(self, layout: Layout, capacity: Capacity, disk: Disk) -> None:
+        self.capacity = capacity
+        self.anchored, self.exported = 0, LastExport()
+        self._layout, self._disk = layout, disk
+        self._anchored_at = 0
+        self._reserved = True
+        self._usage: Usage | None = None
+
+    def begin(self, now: int) -> bool:
+        """Hold the reserve back and begin to count; False when there is no room for it."""
+        self._reserved = keep_reserve(self._layout, self._disk, self.capacity.reserve_bytes)
+        self._usage = Usage(self._layout, self.capacity)
+        self.exported = last_export(self._layout)
+        if not self.exported.wall_s:
+            self.exported = LastExport(wall_s=_begun(self._layout) or now)
+        return self._reserved
+
+    def add(self, size: int) -> None:
+        """Count bytes that were written."""
+        if self._usage is not None:
+            self._usage.add(size)
+
+    def note_anchor(self, size: int, at: int) -> None:
+        """Take note of an outside head of this size that agrees."""
+        if size >= self.anchored:
+            self.anchored, self._anchored_at = size, at
+
+    def note_export(self, size: int, now: int) -> None:
+        """Take note of a complete export, for this process and the next."""
+        self.exported = LastExport(self.exported.number + 1, size, now)
+        note_export(self._layout, self.exported, self._disk)
+
+    def state(self, now: int) -> State:
+        """Return the state that reserve, space and export age ask for."""
+        if not self._reserved:
+            return State.DRAIN
+        part = self._usage.part if self._usage is not None else 0.0
+        return self.capacity.state(part, self._export_age(now))
+
+    def low(self) -> bool:
+        """Whether so little is free that the reserve must serve the next records."""
+        return _free_bytes(self._layout) < min(self.capacity.reserve_bytes, 1 << 20)
+
+    def beat(self, now: int, state: State) -> dict[str, int | str]:
+        """Return what a heartbeat tells."""
+        data: dict[str, int | str] = {
+            "anchored": self.anchored,
+            "free": _free_bytes(self._layout),
+            "export_age_s": self._export_age(now),
+            "state": state.value,
+        }
+        if self.anchored:
+            data["anchor_age_s"] = max(0, now - self._anchored_at)
+        if self._usage is not None:
+            data["used_percent"] = int(self._usage.part * 100)
+        return data
+
+    def _export_age(self, now: int) -> int:
+        return max(0, now - self.exported.wall_s)
 
 
 def keep_reserve(layout: Layout, disk: Disk, size: int) -> bool:
@@ -150,3 +216,18 @@ def _count(folder: Path) -> int:
             except OSError:
                 continue
     return total
+
+
+def _free_bytes(layout: Layout) -> int:
+    found = os.statvfs(layout.folder)
+    return found.f_bavail * found.f_frsize
+
+
+def _begun(layout: Layout) -> int:
+    """Return when this log began, seconds since 1970: the time on its first line; 0 if unknown."""
+    try:
+        first = layout.segment(segment_range(layout).start)
+        line = next(read_lines(first), b"")
+        return int(datetime.fromisoformat(parse_line(line[:-1])["ts"]).timestamp())
+    except (OSError, RefusedError):
+        return 0

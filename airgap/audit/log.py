@@ -13,8 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,21 +21,13 @@ from typing import Any, Final, Self
 import cryptography
 import structlog
 
-from airgap.audit.capacity import (
-    RESERVE,
-    Capacity,
-    LastExport,
-    State,
-    Usage,
-    keep_reserve,
-    last_export,
-    note_export,
-)
+from airgap.audit.capacity import RESERVE, Capacity, Health, LastExport, State
 from airgap.audit.checkpoint import LogKey, Ring, Vkey, create_log_key, site_name
 from airgap.audit.clock import Clock, Peer
 from airgap.audit.disk import Disk
 from airgap.audit.epochs import KeyFiles
-from airgap.audit.layout import Layout, read_lines, segment_range
+from airgap.audit.joining import Joiner
+from airgap.audit.layout import Layout
 from airgap.audit.lock import Lock
 from airgap.audit.payloads import PayloadKey
 from airgap.audit.query import read_records
@@ -47,21 +38,18 @@ from airgap.audit.record import (
     Commit,
     Event,
     Record,
-    citations,
     commitment,
     encode,
-    parse_line,
-    sealed_payloads,
 )
 from airgap.audit.recovery import OpenIntents, Recovered, note_intent, recover
+from airgap.audit.store import MAX_OBJECT, Store
 from airgap.audit.tiles import inclusion_path
 from airgap.audit.writer import MAX_BATCH, Pending, Writer
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
-__all__ = ["MAX_BATCH", "AuditLog", "Capacity", "Clock", "Peer", "State", "open_log"]
+__all__ = ["MAX_BATCH", "MAX_OBJECT", "AuditLog", "Capacity", "Clock", "Peer", "State", "open_log"]
 
-MAX_OBJECT: Final = 1 << 22
 PATIENCE_S: Final = 10.0
 HEARTBEAT_RECORDS: Final = 1_000
 HEARTBEAT_S: Final = 60.0
@@ -98,23 +86,19 @@ class AuditLog:
         self.halted_by = ""
         self._layout, self._keys, self._mode = layout, keys, mode
         self._clock, self._disk = clock, disk
-        self._capacity, self._patience_s = capacity, patience_s
-        self._payload_key = payload_key
+        self._patience_s, self._payload_key = patience_s, payload_key
         self._lock = lock
         key, self._following = keys.load(disk)
         self._writer = Writer(layout, key, lock=lock, disk=disk, clock=clock, host=host)
         self._uid = os.getuid()
         self._intents: OpenIntents = {}  # open for callers, what waits in a batch included
-        self._anchored, self._anchored_at = 0, 0
-        self._exported = LastExport()
-        self._reserved = True
+        self._health = Health(layout, capacity, disk)
+        self._store = Store(layout, disk, self._health.add)
+        self._joiner = Joiner()
         self._since_heartbeat = 0
         self._drift_ns = clock.wall_ns() - clock.mono_ns()
-        self._objects: set[str] = set()
-        self._object_lock = threading.Lock()
         self._queue: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._usage: Usage | None = None
 
     # -- for callers ---------------------------------------------------------------------------
 
@@ -213,17 +197,13 @@ class AuditLog:
             OSError: The disk failed or is full; the log itself goes on.
 
         """
-        if len(content) > MAX_OBJECT:
-            raise RefusedError("audit.object", f"{len(content)} bytes; the limit is {MAX_OBJECT}")
-        digest = Digest.of(content)
-        self._store(self._layout.object(digest.hex), str(digest), content)
-        return digest
+        self._require_writing()
+        return self._store.put_object(content)
 
     def put_payload(self, blob: bytes) -> Digest:
         """Store an encrypted payload, as `payloads.seal` made it; as `put_object`."""
-        digest = Digest.of(blob)
-        self._store(self._layout.payload(digest.hex), f"sealed:{digest}", blob)
-        return digest
+        self._require_writing()
+        return self._store.put_payload(blob)
 
     def commit(self, payload: bytes, nonce: bytes, *, req: str, side: str) -> Commit:
         """Commit to a payload under 32 random bytes; where the site keeps payloads, seal it first.
@@ -275,13 +255,11 @@ class AuditLog:
 
     def note_anchor(self, size: int) -> None:
         """Take note that an outside head of this size came back and agrees."""
-        if size >= self._anchored:
-            self._anchored, self._anchored_at = size, self._now()
+        self._health.note_anchor(size, self._now())
 
     def note_export(self, size: int) -> None:
         """Take note of a complete export up to `size`."""
-        self._exported = LastExport(self._exported.number + 1, size, self._now())
-        note_export(self._layout, self._exported, self._disk)
+        self._health.note_export(size, self._now())
 
     @property
     def origin(self) -> str:
@@ -316,12 +294,12 @@ class AuditLog:
     @property
     def anchored(self) -> int:
         """The largest size that an outside head in `log/anchors` covers."""
-        return self._anchored
+        return self._health.anchored
 
     @property
     def last_export(self) -> LastExport:
         """What the last complete export covered."""
-        return self._exported
+        return self._health.exported
 
     def close(self) -> None:
         """Write the shutdown record, publish checkpoint and tiles, and give the lock back."""
@@ -363,20 +341,16 @@ class AuditLog:
         else:
             self._keys.abandon()
             self._writer.begin(self._own("boot", data=self._boot_data()))
-        self._reserved = keep_reserve(layout, self._disk, self._capacity.reserve_bytes)
-        self._usage = Usage(layout, self._capacity)
-        self._exported = last_export(layout)
-        if not self._exported.wall_s:
-            self._exported = LastExport(wall_s=_begun(layout) or self._now())
+        reserved = self._health.begin(self._now())
         self._lock.mark("open")
         self.state = self._level()
-        if self.state is not State.RUNNING and self._reserved:
+        if self.state is not State.RUNNING and reserved:
             self._writer.commit_all(self._beat())
         self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
         self._thread.start()
 
     def _reopen(self, before: str, *, unclean: bool) -> None:
-        if unclean or _free_bytes(self._layout) < min(self._capacity.reserve_bytes, 1 << 20):
+        if unclean or self._health.low():
             with contextlib.suppress(FileNotFoundError):
                 self._disk.unlink(self._layout.reserve)
         recovered = recover(
@@ -387,7 +361,7 @@ class AuditLog:
             put_tile=self._writer.put_tile_if_other,
             suspect=before.startswith("halted"),
         )
-        self._anchored, self._anchored_at = recovered.anchored, recovered.anchored_at
+        self._health.note_anchor(recovered.anchored, recovered.anchored_at)
         self._writer.adopt(recovered)
         self._settle_keys(recovered)
         owned = [
@@ -396,9 +370,7 @@ class AuditLog:
         ]
         signed, found = recovered.head.size, recovered.found
         if unclean or recovered.torn or found != signed:
-            owned += [
-                self._own("recovery", data=data) for data in _recovery_data(recovered, before)
-            ]
+            owned += [self._own("recovery", data=data) for data in recovered.report(before)]
         owned.append(self._own("boot", data=self._boot_data()))
         self._writer.commit_all(owned)
         self._writer.publish()
@@ -455,28 +427,12 @@ class AuditLog:
             fields = event.fields(uid=self._uid, auth="self")
         else:
             fields = event.fields(uid=peer.uid, auth="peercred", src=f"unix:pid={peer.pid}")
-        self._require_stored(event.kind, fields)
+        self._store.require(event.kind, fields)
         if len(encode(fields)) > MAX_LINE - _OWNED_BYTES:
             raise RefusedError("audit.record", f"{event.kind}: the record would be too long")
         pending = Pending(fields, waiting, following)
         self._queue.put(pending)
         return pending
-
-    def _require_stored(self, kind: str, fields: Mapping[str, Any]) -> None:
-        for cited in citations(fields):
-            if cited not in self._objects and not self._layout.object(cited[7:]).is_file():
-                raise RefusedError(
-                    "audit.object",
-                    f"{kind} cites {cited}, which is not stored",
-                    hint="call put_object before the record that cites it",
-                )
-        for cited in sealed_payloads(fields):
-            if not self._layout.payload(cited[7:]).is_file():
-                raise RefusedError(
-                    "audit.object",
-                    f"{kind} names the payload {cited}, which is not stored",
-                    hint="call put_payload before the record that names it",
-                )
 
     def _wait(self, pending: Pending) -> Receipt:
         if pending.done is None or not pending.done.acquire(timeout=self._patience_s):
@@ -498,7 +454,8 @@ class AuditLog:
         last_commit = time.monotonic()
         running = True
         while running:
-            batch, running = self._gather(PUBLISH_S if self._writer.unpublished else HEARTBEAT_S)
+            soon = self._writer.unpublished or self._joiner.holds
+            batch, running = self._gather(PUBLISH_S if soon else HEARTBEAT_S)
             try:
                 if self.state is not State.HALTED:
                     quiet = time.monotonic() - last_commit
@@ -507,7 +464,8 @@ class AuditLog:
                         last_commit = time.monotonic()
             except BaseException as error:  # noqa: BLE001 - whatever it was, nothing is admitted
                 self._halt(error)
-            for pending in batch:
+            lost = [*batch, *self._joiner.release()] if self.state is State.HALTED else []
+            for pending in lost:
                 pending.answer(error=self._fault())
 
     def _gather(self, wait_s: float) -> tuple[list[Pending], bool]:
@@ -527,6 +485,7 @@ class AuditLog:
         return batch, True
 
     def _serve(self, batch: list[Pending], *, stop: bool, quiet_s: float) -> None:
+        batch = self._joiner.take(batch, self._clock.mono_ns(), last=stop)
         work = [pending for pending in batch if self._in_order(pending)]
         beat = (
             self._since_heartbeat + len(work) >= HEARTBEAT_RECORDS
@@ -542,8 +501,7 @@ class AuditLog:
         self._since_heartbeat = 0 if beat else self._since_heartbeat + len(work)
         before = self._writer.written
         self._writer.commit_all(work)
-        if self._usage is not None:
-            self._usage.add(self._writer.written - before)
+        self._health.add(self._writer.written - before)
         if stop or (not batch and self._writer.unpublished):
             self._writer.publish()
         if stop:
@@ -586,47 +544,22 @@ class AuditLog:
         if level is not self.state and self.state.writes:
             operator.warning("audit.capacity", state=level.value, before=self.state.value)
             self.state = level
-        data = {
-            "anchored": self._anchored,
-            "free": _free_bytes(self._layout),
-            "export_age_s": self._export_age_s(),
-            "state": self.state.value,
-        }
-        if self._anchored:
-            data["anchor_age_s"] = max(0, self._now() - self._anchored_at)
-        if self._usage is not None:
-            data["used_percent"] = int(self._usage.part * 100)
-        return [self._own("heartbeat", data=data)]
+        return [self._own("heartbeat", data=self._health.beat(self._now(), self.state))]
 
     def _level(self) -> State:
-        """Return the state that space and export age ask for."""
+        """Return the state that space and export age ask for; a log that ended stays so."""
         if not self.state.writes and self.state is not State.OPENING:
             return self.state
-        if not self._reserved:
-            return State.DRAIN
-        part = self._usage.part if self._usage is not None else 0.0
-        return self._capacity.state(part, self._export_age_s())
-
-    def _export_age_s(self) -> int:
-        return max(0, self._now() - self._exported.wall_s)
+        return self._health.state(self._now())
 
     def _now(self) -> int:
         return self._clock.wall_ns() // 10**9
 
     # -- faults ------------------------------------------------------------------------------------
 
-    def _store(self, path: Path, name: str, content: bytes) -> None:
-        """Write a file that is named by its digest, once."""
+    def _require_writing(self) -> None:
         if not self.state.writes:
             raise self._fault()
-        with self._object_lock:
-            if name not in self._objects:
-                if not path.is_file() or path.read_bytes() != content:
-                    self._disk.make_folder(path.parent)
-                    self._disk.put(path, content)
-                    if self._usage is not None:
-                        self._usage.add(len(content))
-                self._objects.add(name)
 
     def _halt(self, error: BaseException) -> None:
         self.state = State.HALTED
@@ -709,34 +642,6 @@ def _locked() -> threading.Lock:
     return waiting
 
 
-def _begun(layout: Layout) -> int:
-    """Return when this log began, seconds since 1970: the time on its first line; 0 if unknown."""
-    try:
-        first = layout.segment(segment_range(layout).start)
-        line = next(read_lines(first), b"")
-        return int(datetime.fromisoformat(parse_line(line[:-1])["ts"]).timestamp())
-    except (OSError, RefusedError):
-        return 0
-
-
-def _free_bytes(layout: Layout) -> int:
-    found = os.statvfs(layout.folder)
-    return found.f_bavail * found.f_frsize
-
-
 def _host_name(text: str) -> str:
     name = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in text.lower())
     return name[:64] or "host"
-
-
-def _recovery_data(recovered: Recovered, before: str) -> list[Mapping[str, Any]]:
-    """Return the `data` of one recovery record for each quarantined piece, or of one alone."""
-    common = {
-        "signed": recovered.head.size,
-        "found": recovered.found,
-        "reason": f"the last writer ended: {before or 'unknown'}"[:256],
-    }
-    return [
-        common | {"file": file, "bytes": size, "sha256": digest}
-        for file, size, digest in recovered.torn
-    ] or [common]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
@@ -78,6 +78,18 @@ class Recovered:
     anchored_at: int = 0  # when that anchor came back, seconds since 1970
     found: int = 0  # records in the files before anything was cut
     torn: list[tuple[str, int, str]] = field(default_factory=list)  # (file, bytes, sha256)
+
+    def report(self, before: str) -> list[dict[str, Any]]:
+        """Return the `data` of one recovery record for each quarantined piece, or of one alone."""
+        common = {
+            "signed": self.head.size,
+            "found": self.found,
+            "reason": f"the last writer ended: {before or 'unknown'}"[:256],
+        }
+        return [
+            common | {"file": file, "bytes": size, "sha256": digest}
+            for file, size, digest in self.torn
+        ] or [common]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ class Pending:
     fields: dict[str, Any]
     done: threading.Lock | None = None  # none for the owner's own records: nobody waits
     following: LogKey | None = None  # of a `key.rotate`: the key that signs from here on
+    followers: list[Pending] = field(default_factory=list)  # refusals that this record tells, too
     seq: int = -1
     leaf: bytes = b""
     batch: Batch | None = None
@@ -55,6 +56,9 @@ class Pending:
             self.batch, self.error = batch, error
             if self.done is not None:
                 self.done.release()
+        for follower in self.followers:
+            follower.seq, follower.leaf = self.seq, self.leaf
+            follower.answer(batch=batch, error=error)
 
 
 class Writer:
