@@ -367,7 +367,7 @@ def parse_site(content: bytes, name: str = FILE_NAME) -> Site:
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         problem = str(error) or type(error).__name__
         raise RefusedError("site.toml", f"{name}: {problem:.200}") from error
-    source = Source(name, value, _places(text))
+    source = Source(name, value, lambda: _places(text))
     site = source.build(Site, code="site.schema")
     _check(source, site)
     return site

@@ -6,8 +6,9 @@ unknown fact. Files are read by `load_rules` alone; day and clock are passed in.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import lru_cache
@@ -22,7 +23,7 @@ from bundle.manifest import ModelEntry
 from policy import snapshots
 from policy.approvals import Approvals
 from policy.engine import NO_APPROVALS, Decision, decide
-from policy.errors import RefusedError
+from policy.errors import FaultError, RefusedError
 from policy.evaluator import Request
 from policy.lineage import (
     SCHEMA as LINEAGE_SCHEMA,
@@ -61,6 +62,8 @@ __all__ = [
 PROBING_LIMIT = 3  # hazard holds of one person in 30 days that count as repeated probing
 TIERS = ("H0", "H1", "H2", "H3", "H4")
 MAX_SITE_FILES = 64
+SHIPPED = ("lists", "packs", "registry")  # folders below `policy/`
+DIGESTS = "digests.json"
 
 
 # -- rules ----------------------------------------------------------------------------------------
@@ -75,23 +78,83 @@ class Rules:
     registry: Registry
 
 
-def load_rules(root: Path | None) -> Rules:
+def load_rules(root: Path | None, *, drafts: Sequence[Path] = ()) -> Rules:
     """Load what the program ships and what `<root>/policy/*.yaml` adds or tightens.
 
+    A file of the site counts when it is signed as the trust root of the tree asks. `drafts` are
+    further files for a what-if, which nobody has signed yet.
+
     Raises:
-        RefusedError: `pack.*`, with file, line and column.
+        RefusedError: `policy.signature`, a file is not signed; `pack.*`, with file, line and
+            column; `trust.*`, there are files of the site and no trust root to judge them by.
 
     """
     shipped = _shipped()
-    own = _Files()
     folder = None if root is None else root / "policy"
-    if folder is not None and folder.is_dir():
-        own = _parse_files(sorted(folder.glob("*.yaml"))[: MAX_SITE_FILES + 1])
+    paths = [] if folder is None or not folder.is_dir() else sorted(folder.glob("*.yaml"))
+    require_few(paths)
+    own = _parse_files([(str(path), content) for path, content in _signed(root, paths)])
+    unsigned = _parse_files([(str(path), _read(path)) for path in drafts])
     return Rules(
-        packs=combine(shipped.packs, own.packs),
-        lists=Snapshots((*shipped.lists, *own.lists)),
-        registry=unite((*shipped.lineage, *own.lineage)),
+        packs=combine(shipped.packs, (*own.packs, *unsigned.packs)),
+        lists=Snapshots((*shipped.lists, *own.lists, *unsigned.lists)),
+        registry=unite((*shipped.lineage, *own.lineage, *unsigned.lineage)),
     )
+
+
+def _signed(root: Path | None, paths: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
+    """Read the files of a site whose signatures hold."""
+    if root is None or not paths:
+        return
+    # Signatures load cryptography, which a site without files of its own need not.
+    from airgap.site_rules import read_signature, verify_file  # noqa: PLC0415
+    from bundle.trust import load_trust  # noqa: PLC0415
+
+    trust = load_trust(root / "trust").document
+    for path in paths:
+        content = _read(path)
+        verify_file(content, path.name, read_signature(path), trust)
+        yield path, content
+
+
+def with_files(rules: Rules, paths: Sequence[Path]) -> Rules:
+    """The rules with the packs, lists and lineage of `paths` in place of those of the same name.
+
+    For comparisons only: nobody has signed them.
+
+    Raises:
+        RefusedError: `pack.*`.
+
+    """
+    given = _parse_files([(str(path), _read(path)) for path in paths])
+    ids = {each.pack_id for each in given.packs}
+    editions = {(each.list_id, each.text.edition) for each in given.lists}
+    shipped = {each.pack_id for each in _shipped().packs}
+    kept = [each for each in rules.packs.packs if each.pack_id not in ids]
+    base = [each for each in (*kept, *given.packs) if each.pack_id in shipped]
+    own = [each for each in (*kept, *given.packs) if each.pack_id not in shipped]
+    lists = [
+        each for each in rules.lists.snapshots if (each.list_id, each.text.edition) not in editions
+    ]
+    registry = rules.registry
+    if given.lineage:
+        registry = unite((*registry.files, *given.lineage))
+    return Rules(combine(base, own), Snapshots((*lists, *given.lists)), registry)
+
+
+def require_file(content: bytes, name: str) -> None:
+    """Refuse bytes that are no file of rules, lists or lineage; `pack.*` with line and column."""
+    _parse_files([(name, content)])
+
+
+def _read(path: Path) -> bytes:
+    return read_plain(path, policy.strict.MAX_BYTES + 1)
+
+
+def require_few(paths: Sequence[Path]) -> None:
+    """Refuse more files than a site needs; `pack.limit`."""
+    if len(paths) > MAX_SITE_FILES:
+        raise RefusedError("pack.limit", f"more than {MAX_SITE_FILES} files in {paths[0].parent}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +164,36 @@ class _Files:
     lineage: tuple[LineageFile, ...] = ()
 
 
+def shipped_files() -> dict[str, bytes]:
+    """The files of rules, lists and lineage that the program ships, by path below `policy/`."""
+    home = Path(policy.strict.__file__).parent
+    paths = sorted(path for each in SHIPPED for path in (home / each).glob("*.yaml"))
+    return {path.relative_to(home).as_posix(): path.read_bytes() for path in paths}
+
+
 @lru_cache(maxsize=1)
 def _shipped() -> _Files:
+    """Parse the shipped files; each must be the one that the digest list of the program names."""
     home = Path(policy.strict.__file__).parent
-    paths = [
-        path for each in ("packs", "lists", "registry") for path in (home / each).glob("*.yaml")
-    ]
-    return _parse_files(sorted(paths))
+    found = shipped_files()
+    listed = json.loads((home / DIGESTS).read_bytes())
+    digests = {name: str(Digest.of(content)) for name, content in found.items()}
+    if digests != listed:
+        wrong = sorted(
+            name for name in {*digests, *listed} if digests.get(name) != listed.get(name)
+        )
+        raise FaultError(
+            "host.self",
+            f"the shipped rules are not those of this release: {', '.join(wrong)[:300]}",
+        )
+    return _parse_files([(str(home / name), content) for name, content in found.items()])
 
 
-def _parse_files(paths: Sequence[Path]) -> _Files:
-    if len(paths) > MAX_SITE_FILES:
-        raise RefusedError("pack.limit", f"more than {MAX_SITE_FILES} files in {paths[0].parent}")
+def _parse_files(files: Iterable[tuple[str, bytes]]) -> _Files:
     found_packs: list[PolicyPack] = []
     found_lists: list[ListSnapshot] = []
     found_lineage: list[LineageFile] = []
-    for path in paths:
-        content = read_plain(path, policy.strict.MAX_BYTES + 1)
-        name = str(path)
+    for name, content in files:
         value = policy.strict.read_yaml(content, name).value
         schema = value.get("schema") if isinstance(value, dict) else None
         if schema == snapshots.SCHEMA:

@@ -221,6 +221,7 @@ def dues(rulebook: Rulebook, approvals: Approvals, start: date, days: int) -> tu
     """What falls due in the next `days` days, what is overdue among it, by day."""
     until = start + timedelta(days=min(days, (date.max - start).days))
     found = [each for rule in rulebook.packs.rules for each in _dues_of_rule(rule, start)]
+    found += _reviews(rulebook)
     found += _dues_of_lists(rulebook, start)
     for approval in approvals.approvals:
         if approval.expires > start:
@@ -230,7 +231,6 @@ def dues(rulebook: Rulebook, approvals: Approvals, start: date, days: int) -> tu
 
 
 def _dues_of_rule(rule: Rule, start: date) -> Iterator[Due]:
-    yield Due(rule.text.review_by, "review", f"review of {rule.id} ({rule.text.owner})")
     for window in rule.text.valid:
         if window.start is not None and window.start > start:
             yield Due(window.start, "rule", f"{rule.id} comes into force")
@@ -241,6 +241,15 @@ def _dues_of_rule(rule: Rule, start: date) -> Iterator[Due]:
         if day > start:
             doubt = ", estimate" if each.estimate else ""
             yield Due(day, "law", f"{rule.id}: {each.text}{doubt}")
+
+
+def _reviews(rulebook: Rulebook) -> Iterator[Due]:
+    """Reviews of rules, those of one owner and day together."""
+    groups: dict[tuple[date, str], list[str]] = {}
+    for rule in rulebook.packs.rules:
+        groups.setdefault((rule.text.review_by, rule.text.owner), []).append(rule.id)
+    for (day, owner), ids in groups.items():
+        yield Due(day, "review", f"{owner}: review of {', '.join(ids)}")
 
 
 def _dues_of_lists(rulebook: Rulebook, start: date) -> Iterator[Due]:

@@ -167,6 +167,10 @@ CODES: dict[str, str] = {
     "policy.denied": "the policy denies it",
     "policy.held": "the policy holds it until named people release it",
     "policy.model": "the lineage registry holds no such model",
+    "policy.adjudication": "an adjudication is not the signed statement that it should be",
+    "policy.list": "a notice does not have the form or the counts of the list that it should hold",
+    "policy.record": "a decision record from which no question can be made again",
+    "policy.signature": "a file of rules or lists is not signed by the people who may",
     "policy.request": "a request names an unregistered fact or a value of a wrong type",
     # -- holds ----------------------------------------------------------------------------------
     "hold.file": "a hold, or the decision that it cites, is not the file that was written",

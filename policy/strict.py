@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -69,18 +69,16 @@ Words = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 
 @dataclass(frozen=True)
 class Source:
-    """A parsed document: its plain value, and the text from which places are found again."""
+    """A parsed document: its plain value, and how to find the place of each node."""
 
     name: str
     value: Any
-    text: str
+    locate: Callable[[], Mapping[Path, tuple[int, int]]]
 
     @cached_property
     def places(self) -> Mapping[Path, tuple[int, int]]:
         """The (line, column) of every node, both from 1; read when something is refused."""
-        reader = _Reader(self.text, self.name, placed=True)
-        reader.document()
-        return reader.places
+        return self.locate()
 
     def where(self, path: Path) -> str:
         """Name the place of the node at `path`, or of its nearest ancestor."""
@@ -192,7 +190,13 @@ class _Reader:
             raise RefusedError(
                 "pack.yaml", f"{self.name}: line {line}, column {column}: {problem!s:.200}"
             ) from error
-        return Source(self.name, value, self.text)
+        return Source(self.name, value, self._locate)
+
+    def _locate(self) -> Mapping[Path, tuple[int, int]]:
+        """Read the same text again, with places."""
+        again = _Reader(self.text, self.name, placed=True)
+        again.document()
+        return again.places
 
     def _node(self, event: Any, path: Path, depth: int) -> Any:
         kind = type(event)

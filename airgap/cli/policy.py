@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli import approve
+from airgap.cli import approve, rules
 from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
 from policy.errors import RefusedError
 
@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
     policy = typer.Typer(help="Ask the rules, and read why.", no_args_is_help=True)
     policy.command(name="explain")(explain)
     policy.command(name="check")(check)
+    rules.register(policy)
     app.add_typer(policy, name="policy")
     site = typer.Typer(help="What this site says about itself.", no_args_is_help=True)
     site.command(name="init")(init)

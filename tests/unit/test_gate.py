@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from policy_cases import BUNDLE, DAY, NOW, RULES, blocking, demo_site, pack_text, rule
+from policy_site import put_signed
 
 from airgap.config import parse_site
 from airgap.gate import (
@@ -360,9 +361,8 @@ def test_people_counterparties_and_affiliations():
 
 
 def site_folder(tmp_path, **files):
-    (tmp_path / "policy").mkdir()
     for name, content in files.items():
-        (tmp_path / "policy" / f"{name}.yaml").write_bytes(content)
+        put_signed(tmp_path, f"{name}.yaml", content)
     return tmp_path
 
 

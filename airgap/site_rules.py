@@ -1,0 +1,163 @@
+"""Signed files of rules, lists and lineage of a site: DSSE beside each file.
+
+Obeys docs/design/policy.md, 3. `NAME.yaml.sig.json` is an in-toto statement over the SHA-256 of
+`NAME.yaml`, signed by as many people with the role `policy` as the trust root asks for. Who wrote
+the file is named in the statement and does not count.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from airgap.approvals import signers_of
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.envelope import Envelope, add_signature, parse_envelope, sign_statement
+from bundle.fields import Document, Instant, PersonId, Sha256Hex
+from bundle.keys import Signer, read_limited
+from bundle.manifest import first_problem
+from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
+from bundle.trust import RootDocument
+from policy.approvals import same_person
+from policy.errors import RefusedError
+from policy.terms import Digest
+
+CODE = "policy.signature"
+ROLE = "policy"
+ENDING = ".sig.json"
+RULES_TYPE: Literal["https://airgap.invalid/rules-file/v1"] = (
+    "https://airgap.invalid/rules-file/v1"  # below policy.terms.URI_BASE
+)
+MAX_FILE = 1 << 18
+_HINT = "airgap policy sign FILE --key KEY, by a person of the trust root with the role `policy`"
+
+
+class RulesFile(Document):
+    """Who wrote the file, and when it was signed."""
+
+    format: Literal["airgap-rules-file/1"] = "airgap-rules-file/1"
+    author: PersonId | None = None
+    issued: Instant
+
+
+class _FileDigest(Document):
+    sha256: Sha256Hex
+
+
+class _Subject(Document):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(yaml|toml)$")]
+    digest: _FileDigest
+
+
+class RulesStatement(Document):
+    """An in-toto statement about one file."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
+        STATEMENT_TYPE
+    )
+    predicate: RulesFile
+    predicate_type: Annotated[
+        Literal["https://airgap.invalid/rules-file/v1"], Field(alias="predicateType")
+    ] = RULES_TYPE
+    subject: tuple[_Subject]
+
+    def to_bytes(self) -> bytes:
+        """The canonical form: what is signed."""
+        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def sign_file(
+    content: bytes, name: str, signer: Signer, *, author: str | None, issued: datetime
+) -> Envelope:
+    """Sign a file as its first approver; RefusedError `policy.signature` for a strange name."""
+    try:
+        statement = RulesStatement(
+            subject=(_Subject(name=name, digest=_FileDigest(sha256=Digest.of(content).hex)),),
+            predicate=RulesFile(author=author, issued=issued.replace(microsecond=0)),
+        )
+    except ValidationError as error:
+        raise RefusedError(CODE, f"{name!r:.80}: {first_problem(error)}") from error
+    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+
+
+def countersign(envelope: Envelope, content: bytes, name: str, signer: Signer) -> Envelope:
+    """Sign a file as a further approver; RefusedError `policy.signature` for another file."""
+    _require_same(_parse(envelope), content, name)
+    return add_signature(envelope, signer)
+
+
+def verify_file(content: bytes, name: str, envelope: Envelope, root: RootDocument) -> RulesFile:
+    """Return what was signed about a file, when enough people signed this very file.
+
+    Raises:
+        RefusedError: `policy.signature`; `seal.type` or `seal.algorithm` for a strange envelope.
+
+    """
+    statement = _parse(envelope)
+    _require_same(statement, content, name)
+    about = statement.predicate
+    author = None if about.author is None else same_person(about.author)
+    people = [
+        each
+        for each in signers_of(envelope, root, at=about.issued)
+        if ROLE in each.roles and same_person(each.person) != author
+    ]
+    wanted = root.thresholds.policy
+    roles = {role for each in people for role in each.roles}
+    if len(people) < wanted.people or not set(wanted.required_roles) <= roles:
+        named = ", ".join(each.person for each in people) or "nobody"
+        raise RefusedError(
+            CODE,
+            f"{name}: {wanted.people} people with the role `{ROLE}` must sign it, its author"
+            f" {about.author or '(not named)'} apart; {named} did",
+            hint=_HINT,
+        )
+    return about
+
+
+def is_about(envelope: Envelope, content: bytes, name: str) -> bool:
+    """Whether a signature is about this very file."""
+    signed = _parse(envelope).subject[0]
+    return signed.name == name and signed.digest.sha256 == Digest.of(content).hex
+
+
+def read_signature(path: Path) -> Envelope:
+    """Read the signature beside the file at `path`; RefusedError `policy.signature` for none."""
+    beside = path.with_name(path.name + ENDING)
+    if not beside.is_file():
+        raise RefusedError(
+            CODE,
+            f"{path}: not signed; expected its signature in {beside.name}",
+            hint=_HINT,
+        )
+    return parse_envelope(
+        read_limited(beside, MAX_FILE, code=CODE, what="the signature"), code=CODE
+    )
+
+
+def _parse(envelope: Envelope) -> RulesStatement:
+    parse_canonical(envelope.payload, code=CODE, what="the signature", limit=MAX_FILE)
+    try:
+        statement = RulesStatement.model_validate_json(envelope.payload)
+    except ValidationError as error:
+        raise RefusedError(CODE, f"the signature: {first_problem(error)}") from error
+    if statement.to_bytes() != envelope.payload:
+        raise RefusedError(CODE, "the signature writes a field in another form")
+    return statement
+
+
+def _require_same(statement: RulesStatement, content: bytes, name: str) -> None:
+    signed = statement.subject[0]
+    found = Digest.of(content).hex
+    if signed.name != name or signed.digest.sha256 != found:
+        raise RefusedError(
+            CODE,
+            f"{name}: the signature is about {signed.name} sha256:{signed.digest.sha256}, and this"
+            f" file is sha256:{found}",
+            hint="have the file as it is now signed",
+        )

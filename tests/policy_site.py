@@ -1,0 +1,49 @@
+"""Trees with signed files of rules and lists, for tests."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import bundles
+
+from airgap import site_rules
+from bundle import keys, trust
+
+ISSUED = datetime(2026, 11, 20, tzinfo=UTC)
+
+
+def enrol(made: trust.Trust, *people: str, role: str = "policy") -> trust.Trust:
+    """Enrol people with one key of the same name each."""
+    for name in people:
+        key = bundles.signer(name).public_key
+        public = keys.PublicKeyFile(
+            keyid=key.keyid,
+            person=name,
+            public=keys.encode_base64(key.public),
+            roles=(role,),
+            scheme=key.scheme,
+        )
+        made = trust.add_key(made, public, [bundles.signer("root")], now=bundles.ENROLLED)
+    return made
+
+
+def new_trust(*people: str) -> trust.Trust:
+    """A trust root in which these people have the role `policy`, and tom another one."""
+    first = trust.new_root(bundles.public("root"), bundles.signer("root"), now=bundles.ENROLLED)
+    return enrol(enrol(first, *people), "tom", role="approver")
+
+
+TRUST = new_trust("pat", "polly")
+
+
+def put_signed(root: Path, name: str, content: bytes, who: str = "pat") -> Path:
+    """Write `<root>/policy/NAME` with its signature, and the trust root where there is none."""
+    if not (root / "trust").exists():
+        trust.save_trust(TRUST, root / "trust")
+    path = root / "policy" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    signed = site_rules.sign_file(content, name, bundles.signer(who), author=None, issued=ISSUED)
+    path.with_name(name + site_rules.ENDING).write_bytes(signed.to_bytes())
+    return path
