@@ -456,6 +456,7 @@ class AuditLog:
         while running:
             soon = self._writer.unpublished or self._joiner.holds
             batch, running = self._gather(PUBLISH_S if soon else HEARTBEAT_S)
+            batch = self._joiner.take(batch, self._clock.mono_ns(), last=not running)
             try:
                 if self.state is not State.HALTED:
                     quiet = time.monotonic() - last_commit
@@ -485,7 +486,6 @@ class AuditLog:
         return batch, True
 
     def _serve(self, batch: list[Pending], *, stop: bool, quiet_s: float) -> None:
-        batch = self._joiner.take(batch, self._clock.mono_ns(), last=stop)
         work = [pending for pending in batch if self._in_order(pending)]
         beat = (
             self._since_heartbeat + len(work) >= HEARTBEAT_RECORDS
