@@ -46,6 +46,7 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
     lines = [
         f"{row['reference']}  {row['opened'][:16]}  {row['person']}  {row['project']}"
         f"  {row['task']} ({row['stage']})  {row['state']}"
+        + (f"  [{', '.join(row['rules'])}]" if "rules" in row else "")
         for row in rows
     ]
     show({"holds": rows}, Text("\n".join(lines) or "nothing is held"), json=json)
@@ -67,9 +68,23 @@ def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
             "classes": facts.get("screen.classes", {}).get("value", []),
             "faults": desk.faults(found),
         }
-    lines = [f"{name:>10}  {value}" for name, value in row.items()]
+    lines = [f"{name:>10}  {words}" for name, value in row.items() for words in in_words(value)]
     text = "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}")
     show(row, Text(text), json=json)
+
+
+def in_words(value: Any) -> list[str]:
+    """Return a value as lines: a reason by rule and plain words, a mapping by name."""
+    if isinstance(value, dict):
+        return [f"{name}: {each}" for name, each in value.items()]
+    if not isinstance(value, list):
+        return [str(value)]
+    return [
+        f"{each['rule']} ({each['state']}): {each['plain']}"
+        if isinstance(each, dict)
+        else str(each)
+        for each in value
+    ]
 
 
 def alerts(

@@ -489,6 +489,10 @@ def test_only_the_hazard_officer_sees_rules_classes_and_inputs(call, tree, tmp_p
     assert "cwc1_exact" in shown["classes"]
     assert shown["inputs"] == {"smiles": "CC(=O)Nc1ccc(O)cc1"}
     assert shown["faults"] == ["no release"]
+    text = call("hold", "show", exact["reference"], text=True)[1]
+    assert "HAZ-CWC1-EXACT (fired): Held for review." in text
+    assert "smiles: CC(=O)Nc1ccc(O)cc1" in text
+    assert "[HAZ-CWC1" in call("hold", "list", text=True)[1]
     assert "HAZ-CWC1" in call("hold", "list")[1]["holds"][0]["rules"]
     assert call("hold", "alerts")[1] == {"alerts": [], "flags": 0}
     sign(call, family["reference"], "eve", *first_words(tmp_path))
