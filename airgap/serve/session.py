@@ -32,10 +32,11 @@ from airgap.enclave.running import noted
 from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
-from airgap.install.standing import require_standing
 from airgap.install.record import actor_of
+from airgap.install.standing import require_standing
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
+from airgap.site_rules import read_signature, verify_file
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import load_trust
 from policy.approvals import Approval, Approvals
@@ -89,12 +90,13 @@ def open_broker(
     person = site.require_account(os.getuid(), account_name())
     chosen = choose_project(site, person, project)
     described = describe(installed)
+    packs = screen_packs(root)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open_site_log(root, site))
         with loading(log, installed):
             worker, helper = (
                 stack.enter_context(sealed(log, spec))
-                for spec in specs(installed, described, site, root / "enclave")
+                for spec in specs(installed, described, site, root / "enclave", packs)
             )
         trust = trusted.document
         holds = Holds(root, trust, person.id)
@@ -222,7 +224,11 @@ def hazard_holds(log: Log, uid: int, now: datetime, settled: frozenset[int] = fr
 
 
 def specs(
-    installed: InstalledBundle, model: Model, site: Site, state: Path
+    installed: InstalledBundle,
+    model: Model,
+    site: Site,
+    state: Path,
+    packs: tuple[Path, ...] = (),
 ) -> tuple[SealSpec, SealSpec]:
     """Return what to seal: the worker with the model, and the helper without it."""
     min_rung, reverify_s = site.enclave.min_rung, float(site.enclave.reverify_s)
@@ -240,7 +246,6 @@ def specs(
         state=state,
         reverify_s=reverify_s,
     )
-    packs = screen_packs(state.parent)
     helper = SealSpec(
         profile="screen",
         program=HELPER,
@@ -255,8 +260,18 @@ def specs(
 
 
 def screen_packs(root: Path) -> tuple[Path, ...]:
-    """Return the screen packs that the site adds to those that are shipped."""
-    return tuple(sorted((root / SCREEN_PACKS).glob("*.toml")))
+    """Return the screen packs that the site adds, each signed like its rules.
+
+    Raises:
+        RefusedError: `policy.signature`, one is not signed by those whom the trust root asks for.
+
+    """
+    paths = tuple(sorted((root / SCREEN_PACKS).glob("*.toml")))
+    if paths:
+        trust = load_trust(root / "trust").document
+        for path in paths:
+            verify_file(path.read_bytes(), path.name, read_signature(path), trust)
+    return paths
 
 
 def account_name() -> str:

@@ -11,7 +11,7 @@ import typer
 from policy_cases import DEMO, NOW, blocking
 from test_approvals import BUNDLE, LONG_AGO, PROJECT, TRUST, decide, enrolled, reasons, statement
 
-from airgap import approvals
+from airgap import approvals, site_rules
 from airgap.audit import open_log
 from airgap.audit.query import read_records
 from airgap.cli import install, policy
@@ -230,6 +230,15 @@ def tree(tmp_path):
         keys.new_key(root / "keys", name, person=name, roles=("general_counsel",))
         public = keys.parse_public_key((root / "keys" / f"{name}.pub.json").read_bytes())
         made = trust.add_key(made, public, [bundles.signer("root")], now=LONG_AGO)
+    paula = bundles.signer("paula").public_key
+    public = keys.PublicKeyFile(
+        keyid=paula.keyid,
+        person="paula",
+        public=keys.encode_base64(paula.public),
+        roles=("policy",),
+        scheme=paula.scheme,
+    )
+    made = trust.add_key(made, public, [bundles.signer("root")], now=LONG_AGO)
     trust.save_trust(made, root / "trust")
     with open_log(root, site="Test Lab"):
         pass
@@ -319,7 +328,13 @@ def test_a_new_edition_puts_approvals_of_lineage_rules_up_for_review(call, tree)
         shipped,
     )
     assert days != shipped
-    (tree / "policy" / "newer.yaml").write_text(days.replace('edition: "', 'edition: "9'))
+    content = days.replace('edition: "', 'edition: "9').encode()
+    beside = tree / "policy" / "newer.yaml"
+    beside.write_bytes(content)
+    signed_file = site_rules.sign_file(
+        content, "newer.yaml", bundles.signer("paula"), author=None, issued=ISSUED
+    )
+    beside.with_name("newer.yaml.sig.json").write_bytes(signed_file.to_bytes())
     (line,) = call("approve", "list")[1]["up_for_review"]
     assert "US-NDAA26-1532-B" in line
 
