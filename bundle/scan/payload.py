@@ -133,7 +133,7 @@ def scan_file(data: memoryview, role: Role, what: str) -> tuple[str, ...]:
     if role is Role.TEMPLATE:
         lint_template(data, what)
     elif role is Role.WHEEL:
-        check_wheel(data, what.rpartition("/")[2])
+        return check_wheel(data, what.rpartition("/")[2])
     elif role is Role.EXTERNAL_DATA and what.endswith(".safetensors"):
         parse_safetensors(data, what)
     elif role in {Role.DOCUMENT, Role.LICENCE, Role.CARD}:

@@ -7,13 +7,13 @@ itself.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from bundle import canonical
 from policy.errors import FaultError, RefusedError
 
 MAX_DEPTH = 64
@@ -57,20 +57,15 @@ def parse_json(data: memoryview, *, code: str, what: str, limit: int) -> Any:
         RefusedError: `code`; too long, not UTF-8, not JSON, a key twice, NaN, or too deep.
 
     """
-    if len(data) > limit:
-        raise RefusedError(code, f"{what} has {len(data):,} bytes; at most {limit:,} are read")
-    try:
-        value = json.loads(
-            bytes(data).decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=_constant,
-        )
-        _require_depth(value, MAX_DEPTH)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(code, f"{what} is not strict JSON: {error!s:.160}") from error
-    return value
+    return canonical.parse_json(
+        data,
+        code=code,
+        what=what,
+        limit=limit,
+        depth=MAX_DEPTH,
+        integer=_integer,
+        fraction=_float,
+    )
 
 
 def parse_object(data: memoryview, *, code: str, what: str, limit: int) -> dict[str, Any]:
@@ -95,15 +90,6 @@ def parse_text(data: memoryview, *, code: str, what: str, limit: int) -> str:
     return text
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r:.60} stands twice in one object")
-    return found
-
-
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
@@ -115,18 +101,3 @@ def _float(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text!r:.40} is not a finite number")
     return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _require_depth(value: Any, depth: int) -> None:
-    if depth == 0:
-        raise ValueError(f"nested deeper than {MAX_DEPTH}")
-    if isinstance(value, dict):
-        for item in value.values():
-            _require_depth(item, depth - 1)
-    elif isinstance(value, list):
-        for item in value:
-            _require_depth(item, depth - 1)

@@ -1,12 +1,14 @@
 """A wheel, looked into without installing it: no hook at start-up, and RECORD tells all.
 
-Decides whether a wheel holds exactly the files of its own RECORD, with those digests, and nothing
-that Python runs by itself (`.pth`). Obeys docs/design/bundle.md, 5.
+Decides whether a wheel holds exactly the files of its own RECORD, with those digests, nothing that
+Python runs by itself (`.pth`), no native code that its tag does not declare, and no known telemetry
+client. Native libraries and entry points are findings. Obeys docs/design/bundle.md, 5.
 """
 
 from __future__ import annotations
 
 import base64
+import configparser
 import csv
 import hashlib
 import io
@@ -24,17 +26,33 @@ MAX_RATIO = 200
 MAX_RECORD = 16 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+(-\d\w*)?-[\w.]+-[\w.]+-[\w.]+\.whl")
 _BLOCK = 1 << 20
+MAX_ENTRY_POINTS = 1 << 20
+# Clients that send without being asked: the one of onnxruntime from 1.29 on, and common services.
+_TELEMETRY = (
+    b"OneCollector",
+    b"events.data.microsoft.com",
+    b"app.posthog.com",
+    b"us.i.posthog.com",
+)
+_OVERLAP = max(map(len, _TELEMETRY)) - 1
+_NATIVE = re.compile(r"\.(so(\.\d+)*|dylib|dll|pyd|exe)$", re.IGNORECASE)
 _COLUMNS = 3  # of RECORD: path, digest, size
 
 
-def check_wheel(data: memoryview, name: str) -> None:
-    """Refuse a wheel that is not exactly what its RECORD says; RefusedError `scan.wheel`."""
+def check_wheel(data: memoryview, name: str) -> tuple[str, ...]:
+    """Refuse a wheel that is not exactly what its RECORD says, and return findings.
+
+    Raises:
+        RefusedError: `scan.wheel`.
+
+    """
     if not _NAME.fullmatch(name):
         raise _no(name, "the file name is not that of a wheel")
     try:
         with zipfile.ZipFile(_Bytes(data)) as archive:
             _check_members(archive, name)
             _check_record(archive, name)
+            return (*_native(archive), *_entry_points(archive, name))
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
         raise _no(name, f"it cannot be read: {error!s:.120}") from error
     except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
@@ -48,6 +66,7 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
     if len({member.filename.casefold() for member in members}) != len(members):
         raise _no(name, "two files bear one name")
     total = 0
+    pure = name.endswith("-none-any.whl")
     for member in members:
         path = member.filename
         total += member.file_size
@@ -57,6 +76,8 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
             ("sitecustomize.py", "usercustomize.py")
         ):
             raise _no(name, f"{path!r:.80} would run whenever Python starts")
+        if pure and _NATIVE.search(path):
+            raise _no(name, f"its tag says pure Python, but {path!r:.80} is native code")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise _no(name, f"{path!r:.80} is a link")
         if member.file_size > MAX_RATIO * max(member.compress_size, 1024) or total > MAX_UNPACKED:
@@ -76,13 +97,46 @@ def _check_record(archive: zipfile.ZipFile, name: str) -> None:
         odd = sorted(files ^ set(listed))[:1]
         raise _no(name, f"RECORD and the files differ: {odd!r:.100}")
     for path in sorted(files - unsigned):
-        digest = hashlib.sha256()
+        digest, tail = hashlib.sha256(), b""
         with archive.open(path) as member:
             while block := member.read(_BLOCK):
                 digest.update(block)
+                _require_silent(tail + block, path, name)
+                tail = block[-_OVERLAP:]
         found = base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
         if listed[path] != f"sha256={found}":
             raise _no(name, f"{path!r:.80} is not the file that RECORD names")
+
+
+def _require_silent(block: bytes, path: str, name: str) -> None:
+    """Refuse the strings of telemetry clients that are on by default."""
+    for mark in _TELEMETRY:
+        if mark in block:
+            raise _no(name, f"{path!r:.80} holds a telemetry client ({mark.decode()})")
+
+
+def _native(archive: zipfile.ZipFile) -> tuple[str, ...]:
+    found = sorted(path for path in archive.namelist() if _NATIVE.search(path))
+    names = ", ".join(path.rpartition("/")[2] for path in found)
+    return (f"{len(found)} native libraries: {names:.400}",) if found else ()
+
+
+def _entry_points(archive: zipfile.ZipFile, name: str) -> tuple[str, ...]:
+    """List what the wheel offers to be started by, or to be loaded into, other programs."""
+    place = f"{'-'.join(name.split('-')[:2])}.dist-info/entry_points.txt"
+    if place not in archive.namelist():
+        return ()
+    if archive.getinfo(place).file_size > MAX_ENTRY_POINTS:
+        raise _no(name, f"{place!r:.100} is too large")
+    parser = configparser.ConfigParser(delimiters=("=",), interpolation=None, strict=True)
+    try:
+        parser.read_string(archive.read(place).decode("utf-8"))
+    except configparser.Error as error:
+        raise _no(name, f"{place!r:.100} cannot be read") from error
+    return tuple(
+        f"entry points {section!r:.60}: {', '.join(parser.options(section)):.200}"
+        for section in parser.sections()
+    )
 
 
 class _Bytes(io.RawIOBase):

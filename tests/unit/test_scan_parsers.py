@@ -365,6 +365,15 @@ BAD_WHEELS = {
     "RECORD of two columns": (NAME, wheel({**SOUND, "good-1.0.dist-info/RECORD": b"a,b\n"})),
     "RECORD not UTF-8": (NAME, wheel({**SOUND, "good-1.0.dist-info/RECORD": b"\xff"})),
     "cut": (NAME, wheel(SOUND)[:-30]),
+    "native code in a pure wheel": (NAME, wheel(record({"good/a.so.1": b""}))),
+    "a telemetry client": (
+        "good-1.0-cp311-cp311-linux_x86_64.whl",
+        wheel(record({"good/a.so": b"\0" * 1048570 + b"OneCollector/1.0"})),
+    ),
+    "entry points that cannot be read": (
+        NAME,
+        wheel(record({"good-1.0.dist-info/entry_points.txt": b"no section\n"})),
+    ),
 }
 
 
@@ -372,6 +381,20 @@ BAD_WHEELS = {
 def test_bad_wheels_are_refused(name):
     file, data = BAD_WHEELS[name]
     assert refused(check_wheel, memoryview(data), file).code == "scan.wheel"
+
+
+def test_native_libraries_and_entry_points_are_told():
+    files = {
+        "good/__init__.py": b"",
+        "good/_a.cpython-311.so": b"",
+        "good.libs/libz.so.1": b"",
+        "good-1.0.dist-info/entry_points.txt": b"[console_scripts]\ngood = good:main\n",
+    }
+    found = check_wheel(memoryview(wheel(record(files))), "good-1.0-cp311-cp311-linux_x86_64.whl")
+    assert found == (
+        "2 native libraries: libz.so.1, _a.cpython-311.so",
+        "entry points 'console_scripts': good",
+    )
 
 
 def test_links_and_bombs_in_wheels_are_refused(tmp_path, monkeypatch):
