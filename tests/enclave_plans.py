@@ -11,6 +11,7 @@ FACTS = replace(
     arch="x86_64",
     uid=1000,
     sys_admin=False,
+    may_kill=True,
     uid_map=((0, 0, 1 << 32),),
     landlock_abi=7,
     autofs=(),

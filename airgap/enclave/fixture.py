@@ -286,8 +286,10 @@ class Outside:
 
     def __exit__(self, *_: object) -> None:
         for child in self._children:
-            with contextlib.suppress(OSError):
+            try:
                 os.kill(child, signal.SIGKILL)
+            except OSError:
+                continue  # root without CAP_KILL: it dies with this process, and is not waited for
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(child, 0)
         with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from typing import Any
 from airgap.enclave import landlock, tables
 
 _PROC = Path("/proc")
-_CAP_SYS_ADMIN = 21
+_CAP_KILL, _CAP_SYS_ADMIN = 5, 21
 _WORKER_UIDS = range(
     61184, 65520
 )  # systemd's range for dynamic users: no distribution assigns them
@@ -41,6 +41,7 @@ class HostSurvey:
     uid: int
     overflow_uid: int
     sys_admin: bool
+    may_kill: bool  # a process of another uid; the death signal asks for it as well
     uid_map: tuple[tuple[int, int, int], ...]
     max_user_namespaces: int | None
     apparmor_userns: int | None
@@ -78,6 +79,7 @@ def survey(proc: Path = _PROC) -> HostSurvey:
         uid=os.geteuid(),
         overflow_uid=int(_text(proc / "sys/kernel/overflowuid") or 65534),
         sys_admin=bool(effective & (1 << _CAP_SYS_ADMIN)),
+        may_kill=bool(effective & (1 << _CAP_KILL)),
         uid_map=parse_id_map(_text(proc / "self/uid_map") or ""),
         max_user_namespaces=_number(proc / "sys/user/max_user_namespaces"),
         apparmor_userns=_number(proc / "sys/kernel/apparmor_restrict_unprivileged_userns"),
@@ -114,6 +116,9 @@ def rung_obstacles(facts: HostSurvey) -> dict[str, str]:
         return dict.fromkeys(RUNGS, f"no filter is enabled for the architecture {facts.arch}")
     if facts.seccomp_actions is not None and "errno" not in facts.seccomp_actions.split():
         return dict.fromkeys(RUNGS, "the kernel offers no seccomp filters")
+    if facts.uid == 0 and not facts.may_kill:
+        reason = "root lacks CAP_KILL here: it could not end a worker, nor would its own end do so"
+        return dict.fromkeys(RUNGS, reason)
     if facts.uid == facts.overflow_uid:
         # Inside a user namespace the files of root bear this number too: a worker that others may
         # read could not be told from one that they may not.
