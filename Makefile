@@ -10,7 +10,7 @@ SITE = $(wildcard $(VENV)/lib/python3*/site-packages)
 SEALED_LIBRARIES := numpy onnxruntime tokenizers llguidance rdkit gemmi
 INSTALL := $(PIP) install --no-compile --quiet -c constraints.txt --build-constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test wheel-test lint bench soak smoke-train clean
+.PHONY: demo test test-tools wheel-test lint bench soak smoke-train clean
 
 $(VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,13 @@ test: $(VENV)/.dev
 	    echo "$$package: at least 90 % of lines"; \
 	    $(BIN)/coverage report --include="$$package/*" --fail-under=90 --format=total || exit 1; \
 	done
+
+# Debian packages that some tests compare with (OpenSSL, SoftHSM, systemd and others); without one
+# its tests are skipped and say so.
+test-tools:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	    $$(cat tests/apt-packages.txt)
 
 # The wheel alone: a lab with [cpu,science], an auditor with no extra at all.
 wheel-test: $(VENV)/.run
