@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show
-from policy.errors import UsageError
+from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from bundle.evidence.deep import DeepReport
-    from bundle.manifest import Manifest
+    from bundle.manifest import FileEntry, Manifest
     from bundle.media import Help
+    from bundle.medium import Medium
     from bundle.trust import Trust
+
+STATEMENT_LIMIT = 16 * 1024 * 1024
 
 
 def register(app: typer.Typer) -> None:
@@ -77,6 +80,78 @@ def repeat(
     with open_bundle(bundle, trust, now=now, more=more) as sealed:
         report = verify_deep(sealed.manifest, sealed.read, anchors)
         return Repeated(sealed.manifest, report, now)
+
+
+def show_attested(bundle: Path, *, json: bool) -> int:
+    """Show what a bundle attests and which keys signed it; nobody's word on either is taken here.
+
+    The statements are held against the manifest in the same file. Whether the seal holds is for
+    `airgap verify`, on a host with a trust root.
+    """
+    from airgap.cli.bundle import table
+    from airgap.receipt import ATTESTATIONS, statement_facts
+    from bundle.envelope import parse_envelope
+    from bundle.manifest import parse_manifest
+    from bundle.media import open_medium
+    from bundle.statement import parse_statement, require_matches
+
+    medium = open_medium(bundle)
+    try:
+        envelope = parse_envelope(medium.head.envelope)
+        manifest = parse_manifest(medium.head.manifest)
+        require_matches(parse_statement(envelope.payload), manifest, medium.head.manifest)
+        statements = [
+            statement_facts(entry.path, _read(medium, entry))
+            for entry in manifest.files
+            if entry.path.startswith(ATTESTATIONS) and entry.path.endswith(".json")
+        ]
+    finally:
+        medium.close()
+    document = {
+        "format": "airgap/attested/1",
+        "verdict": "not verified",
+        "bundle": str(manifest.digest),
+        "name": manifest.name,
+        "version": manifest.version,
+        "keyids": [each.keyid for each in envelope.signatures],
+        "models": [
+            {"id": each.id, "provenance_level": each.provenance_level, "source": each.source}
+            for each in manifest.models
+        ],
+        "evidence": [
+            {"kind": each.kind, "path": each.path, "sha256": each.sha256, "summary": each.summary}
+            for each in manifest.evidence
+        ],
+        "attestations": statements,
+    }
+    rows = [
+        ("bundle", f"{manifest.name} {manifest.version}: what it says of itself, NOT verified"),
+        ("digest", str(manifest.digest)),
+        *(("signed by key", each.keyid) for each in envelope.signatures),
+        *(("model", f"{m.id}, claims provenance {m.provenance_level}") for m in manifest.models),
+        *(("evidence", f"{each.kind}: {each.summary}") for each in manifest.evidence),
+        *(("attests", f"{s['path']}: {s['type']} {s['result']}".strip()) for s in statements),
+        ("next step", f"airgap verify {bundle.name}"),
+    ]
+    show(document, table(rows), json=json)
+    return 0
+
+
+def _read(medium: Medium, entry: FileEntry) -> dict[str, Any]:
+    """Read a statement and hold it against the manifest beside it."""
+    from hashlib import sha256
+
+    from bundle.scan.strict import parse_object
+
+    raw = bytearray(min(entry.size, STATEMENT_LIMIT))
+    medium.read_into(entry.offset, memoryview(raw))
+    if sha256(raw).hexdigest() != entry.sha256:
+        raise RefusedError(
+            "seal.subject", f"{entry.path!r:.100} is not the document that the manifest names"
+        )
+    return parse_object(
+        memoryview(raw), code="manifest.schema", what=entry.path, limit=STATEMENT_LIMIT
+    )
 
 
 def receipt(

@@ -126,11 +126,15 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Tell what a snapshot is and what is proved.
+    """Tell what a snapshot is and what is proved; of a bundle, what it attests.
 
     Lists or refuses every file, hashes every byte, and compares with the pins of your institution
     and the records of the hub client. Nothing in the snapshot is loaded or run.
     """
+    if source.is_file():
+        from airgap.cli.evidence import show_attested
+
+        return show_attested(source, json=json)
     with _staging():
         from bundle.staging.inspect import inspect_source
         from bundle.staging.output import output_problem
