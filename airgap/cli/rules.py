@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +50,7 @@ def register(group: typer.Typer) -> None:
     group.command("export")(export)
     group.command("schema")(schema)
     group.command("sign")(sign)
+    group.command("load-list")(load_list)
 
 
 # -- lint and test ----------------------------------------------------------------------------
@@ -396,7 +397,9 @@ def schema(
 
 
 def sign(
-    file: Annotated[Path, typer.Argument(help="A pack, list or lineage file of this site.")],
+    file: Annotated[
+        Path, typer.Argument(help="A pack, list, lineage file or screen pack of this site.")
+    ],
     *,
     key: Key,
     author: Annotated[
@@ -414,7 +417,10 @@ def sign(
 
     tree = root_folder(root)
     content = read_limited(file, PACK_LIMIT + 1, code="pack.limit", what="the file")
-    require_file(content, str(file))
+    if file.suffix == ".toml":
+        require_screen_pack(content, file)
+    else:
+        require_file(content, str(file))
     signer = signer_of(key, passphrase_file, tree)
     beside = file.with_name(file.name + site_rules.ENDING)
     if beside.exists() and not _is_stale(beside, content, file.name):
@@ -436,6 +442,16 @@ def sign(
     show(document, Text(f"wrote {beside}; it {state}"), json=json)
 
 
+def require_screen_pack(content: bytes, file: Path) -> None:
+    """Refuse what is no screen pack; its patterns are built in the sealed helper alone."""
+    from airgap.science.packs import read_pack
+
+    try:
+        read_pack(content)
+    except ValueError as error:
+        raise RefusedError("pack.schema", f"{file}: {error}") from error
+
+
 def _is_stale(beside: Path, content: bytes, name: str) -> bool:
     """Whether the signature at hand is about another state of the file."""
     from airgap import site_rules
@@ -444,6 +460,86 @@ def _is_stale(beside: Path, content: bytes, name: str) -> bool:
 
     raw = read_limited(beside, site_rules.MAX_FILE, code=site_rules.CODE, what="the signature")
     return not site_rules.is_about(parse_envelope(raw, code=site_rules.CODE), content, name)
+
+
+Day = Annotated[str, typer.Option(help="YYYY-MM-DD.")]
+
+
+def load_list(
+    notice: Annotated[Path, typer.Argument(help="XML of the Federal Register, full text.")],
+    *,
+    list_id: Annotated[str, typer.Option("--list", help="List that it is an edition of.")],
+    edition: Annotated[str, typer.Option("--edition", help="Name of the edition.")],
+    released: Day,
+    published: Day,
+    retrieved: Day,
+    citation: Annotated[str, typer.Option("--citation", help="As the notice is cited.")],
+    out: Annotated[Path, typer.Option("--out", help="New file, to be read and signed.")],
+    review: Annotated[str, typer.Option("--review", help="Next review, YYYY-MM-DD.")] = "",
+    parents: Annotated[
+        int | None, typer.Option("--parents", help="Bullets that the edition has.")
+    ] = None,
+    names: Annotated[int | None, typer.Option("--names", help="Names that it has.")] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Keep what was read; other names stay unknown.")
+    ] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Read a list from your own copy of its notice; sign the result with `policy sign`."""
+    from airgap import federal_register
+    from airgap.config import read_plain
+    from policy import parse_lists
+
+    found = federal_register.parse_notice(read_plain(notice, federal_register.MAX_BYTES + 1))
+    shipped = next(
+        (
+            each
+            for each in load(root).lists.snapshots
+            if each.list_id == list_id and each.text.edition == edition
+        ),
+        None,
+    )
+    expected = names if names is not None or shipped is None else shipped.text.names_in_edition
+    if not partial:
+        federal_register.require_counts(found, parents=parents, names=expected)
+    about = federal_register.Edition(
+        list_id=list_id,
+        edition=edition,
+        released=as_day(released, "--released"),
+        published=as_day(published, "--published"),
+        retrieved_on=as_day(retrieved, "--retrieved"),
+        citation=citation,
+        next_review_by=as_day(review, "--review") if review else None,
+        complete=not partial and expected is not None,
+    )
+    document = federal_register.snapshot_document(found, about, shipped)
+    text = federal_register.to_yaml(document)
+    parse_lists(text.encode(), str(out))
+    _write_new(out, text)
+    words = (
+        f"wrote {out}: {found.parents} companies with a bullet, {len(found.companies)} names from"
+        f" FR Doc {found.document or 'without a number'}"
+        f"{'' if about.complete else '; partial: a name that is not there stays unknown'}"
+    )
+    result = {
+        "file": str(out),
+        "document": found.document,
+        "parents": found.parents,
+        "names": len(found.companies),
+        "complete": about.complete,
+    }
+    show(result, Text(words), json=json)
+
+
+def as_day(text: str, option: str) -> date:
+    """Read a day of an option."""
+    from policy.strict import parse_day
+
+    day = parse_day(text)
+    if not isinstance(day, date):
+        raise UsageError("usage.argument", f"{option} {text!r:.40}: expected YYYY-MM-DD")
+    return day
 
 
 # -- shared -----------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import datetime as dt
 import itertools
 import re
 import time
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -30,12 +29,11 @@ from rdkit import Chem
 from rdkit.Chem import rdinchi
 from rdkit.Chem.MolStandardize import rdMolStandardize
 
-SCHEMA = "airgap/screen/1"
-TIERS = ("H0", "H1", "H2", "H3", "H4")
+from airgap.science.packs import read_pack
+
 PACK_FOLDER = Path(__file__).parent / "screen_packs"
 PACK_FILE = PACK_FOLDER / "cwc.toml"
 PACKS_LIMIT = 16
-PACK_LIMIT = 1024 * 1024
 ATOM_LIMIT = 500
 FRAGMENT_LIMIT = 40
 MATCH_LIMIT = 500
@@ -47,14 +45,6 @@ _NON_METALS = frozenset({5, 6, 7, 8, 9, 14, 15, 16, 17, 33, 34, 35, 53})
 NEAR = "near."
 """Begins the name of a resemblance."""
 
-# Schedule, part and number of the Annex; number of the Australia Group's list; or, in a pack of a
-# site, a class of `policy.terms.SCREEN_CLASSES` and a number of the site's own.
-_PARAGRAPH = re.compile(
-    r"[123][ab]\d\d|ag\d\d|(?:eccn_1c350|dea_listed|select_agent|toxin):[A-Za-z0-9][A-Za-z0-9.-]{0,31}"
-)
-_HEAD = frozenset(
-    {"schema", "name", "version", "source", "source_date", "author", "reviewer", "reviewed_on"}
-)
 # An output of a retrosynthesis is a step of the route: a treaty chemical there counts as a target,
 # the bulk chemicals of the Australia Group do not.
 _BULK = re.compile(r"ag\d\d(?:\.listed)?")
@@ -144,32 +134,23 @@ class ScreenResult:
 
 
 def parse_pack(raw: bytes) -> Pack:
-    """Read a pack from bytes; ValueError for anything that is not one."""
-    if len(raw) > PACK_LIMIT:
-        raise ValueError("the screen pack is too large")
-    try:
-        document = tomllib.loads(raw.decode("utf-8"))
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema {document['schema']!r:.40}, expected {SCHEMA}")
-        if strange := set(document) - _HEAD - {"listed", "family"}:
-            raise ValueError(f"the pack has an unknown field {min(strange)!r:.40}")
-        pack = Pack(
-            name=_token(document["name"]),
-            version=int(document["version"]),
-            digest=f"sha256:{sha256(raw).hexdigest()}",
-            source=str(document["source"]),
-            source_date=_day(document["source_date"]),
-            author=str(document["author"]),
-            reviewer=str(document["reviewer"]),
-            reviewed_on=_day(document["reviewed_on"]) if "reviewed_on" in document else None,
-            listed=tuple(_listed(entry) for entry in document.get("listed", ())),
-            families=tuple(_family(entry) for entry in document.get("family", ())),
-        )
-    except (KeyError, TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"not a screen pack: {error}") from error
-    if not pack.listed and not pack.families:
-        raise ValueError("the screen pack is empty")
-    return pack
+    """Read a pack from bytes and build its patterns; ValueError for anything that is not one."""
+    document = read_pack(raw)
+    return Pack(
+        name=document["name"],
+        version=document["version"],
+        digest=f"sha256:{sha256(raw).hexdigest()}",
+        source=document["source"],
+        source_date=document["source_date"],
+        author=document["author"],
+        reviewer=document["reviewer"],
+        reviewed_on=document.get("reviewed_on"),
+        listed=tuple(
+            Listed(entry["paragraph"], entry["tier"], entry["block"], entry["atoms"])
+            for entry in document.get("listed", ())
+        ),
+        families=tuple(_family(entry) for entry in document.get("family", ())),
+    )
 
 
 def load_pack() -> Pack:
@@ -194,54 +175,21 @@ def load_packs(paths: Iterable[Path] = ()) -> tuple[Pack, ...]:
     return packs
 
 
-def _token(name: object) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", name):
-        raise ValueError(f"the pack has the name {name!r:.40}, expected a-z, 0-9 and -")
-    return name
-
-
-def _day(value: object) -> dt.date:
-    if type(value) is not dt.date:
-        raise ValueError(f"the pack has {value!r:.40} where a day is wanted")
-    return value
-
-
-def _paragraph(entry: Mapping[str, Any]) -> str:
-    if not _PARAGRAPH.fullmatch(str(entry["paragraph"])):
-        raise ValueError(f"the pack has a paragraph {entry['paragraph']!r:.60} of no known form")
-    return str(entry["paragraph"])
-
-
-def _listed(entry: Mapping[str, Any]) -> Listed:
-    if set(entry) != {"paragraph", "name", "tier", "block", "atoms"}:
-        raise ValueError(f"entry {entry.get('name')!r:.60} has other fields than expected")
-    return Listed(_paragraph(entry), _tier(entry), str(entry["block"]), str(entry["atoms"]))
-
-
 def _family(entry: Mapping[str, Any]) -> Family:
-    known = {"paragraph", "text", "tier", "cores", "whole", "groups", "exempt"}
-    if not known >= set(entry):
-        raise ValueError(f"family {entry.get('paragraph')!r:.60} has unknown fields")
     cores = tuple(Chem.MolFromSmarts(core) for core in entry["cores"])
-    if not cores or any(core is None for core in cores):
+    if any(core is None for core in cores):
         raise ValueError(f"family {entry['paragraph']!r:.60} has a core that is no SMARTS")
     return Family(
-        paragraph=_paragraph(entry),
-        tier=_tier(entry),
+        paragraph=entry["paragraph"],
+        tier=entry["tier"],
         cores=cores,
-        whole=bool(entry["whole"]),
+        whole=entry["whole"],
         groups={
             int(number): tuple(_group(text) for text in texts)
             for number, texts in entry.get("groups", {}).items()
         },
         exempt=frozenset(entry.get("exempt", ())),
     )
-
-
-def _tier(entry: Mapping[str, Any]) -> str:
-    if entry["tier"] not in TIERS:
-        raise ValueError(f"tier {entry['tier']!r:.10} is none of {TIERS}")
-    return str(entry["tier"])
 
 
 def _group(text: str) -> Group:
