@@ -97,7 +97,7 @@ def load_rules(root: Path | None, *, drafts: Sequence[Path] = ()) -> Rules:
     unsigned = _parse_files([(str(path), _read(path)) for path in drafts])
     return Rules(
         packs=combine(shipped.packs, (*own.packs, *unsigned.packs)),
-        lists=Snapshots((*shipped.lists, *own.lists, *unsigned.lists)),
+        lists=snapshots.complete(shipped.lists, (*own.lists, *unsigned.lists)),
         registry=unite((*shipped.lineage, *own.lineage, *unsigned.lineage)),
     )
 

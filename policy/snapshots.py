@@ -144,6 +144,39 @@ def parse_lists(content: bytes, name: str = "lists") -> tuple[ListSnapshot, ...]
     return tuple(loaded)
 
 
+def complete(shipped: Iterable[ListSnapshot], own: Iterable[ListSnapshot]) -> Snapshots:
+    """Unite editions; one of a site completes a shipped one of which names are missing.
+
+    What the shipped one names stays: completing it can only add.
+
+    Raises:
+        RefusedError: `pack.duplicate`, one edition twice, or a complete one that is brought again.
+
+    """
+    own = tuple(own)
+    ours = {(each.list_id, each.text.edition): each for each in own}
+    found: list[ListSnapshot] = []
+    for each in shipped:
+        better = None if each.text.complete else ours.pop((each.list_id, each.text.edition), None)
+        found.append(each if better is None else _completed(each, better))
+    used = {id(each) for each in own} - {id(each) for each in ours.values()}
+    return Snapshots((*found, *(each for each in own if id(each) not in used)))
+
+
+def _completed(shipped: ListSnapshot, own: ListSnapshot) -> ListSnapshot:
+    entries = (*own.text.entries, *shipped.text.entries)
+    index: dict[str, list[Entry]] = {}
+    for entry in entries:
+        for each in entry.names:
+            index.setdefault(normal_name(each), []).append(entry)
+    return ListSnapshot(
+        text=own.text.model_copy(update={"entries": entries}),
+        prepared_on=own.prepared_on,
+        digest=Digest.of(rfc8785.dumps([str(shipped.digest), str(own.digest)])),
+        index=MappingProxyType({key: tuple(each) for key, each in index.items()}),
+    )
+
+
 def _ended(entry: Entry) -> bool:
     return bool(entry.released and entry.released.end)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jsonschema
@@ -24,6 +25,7 @@ from airgap.gate import load_rules
 from bundle import trust
 from policy.errors import AirgapError
 from policy.schema import pack_schema
+from policy.snapshots import normal_name
 
 PACKS = Path(policy.strict.__file__).parent / "packs"
 OSCAL = Path(__file__).parent.parent / "vectors" / "oscal" / "oscal_component_schema.json"
@@ -195,3 +197,29 @@ def test_an_exported_component_definition_is_valid_by_the_schema_of_nist(call, t
     checker = jsonschema.validators.extend(jsonschema.Draft7Validator, {"pattern": pattern})
     found = checker(json.loads(OSCAL.read_text())).iter_errors(made)
     assert [each.message for each in found] == []
+
+
+def test_a_list_is_read_from_its_notice_signed_and_completes_the_shipped_edition(
+    call, root, tmp_path
+):
+    bullets = ("Alibaba Group Holding Limited", "Quiet Hill Models Co., Ltd.")
+    body = "".join(f"<P>\u2022 {each}</P>" for each in bullets)
+    notice = tmp_path / "notice.xml"
+    notice.write_text(
+        f"<NOTICE><SUPLINF>{body}</SUPLINF><FRDOC>[FR Doc. 2026-11571 Filed]</FRDOC></NOTICE>"
+    )
+    out = tmp_path / "list.yaml"
+    argv = ["load-list", notice, "--list", "dod-1260h", "--edition", "2026-06-08", "--out", out]
+    argv += ["--released", "2026-06-08", "--published", "2026-06-10", "--retrieved", "2026-11-24"]
+    argv += ["--citation", "91 FR 35189", "--json"]
+    status, document = as_json(call(*argv))
+    assert (status, document["code"]) == (1, "policy.list"), "188 names are wanted"
+    status, document = as_json(call(*argv, "--names", "2", "--parents", "2"))
+    assert (status, document["names"], document["complete"]) == (0, 2, True)
+    put_signed(root, "list.yaml", out.read_bytes())
+    held = load_rules(root).lists.held("dod-1260h", datetime(2026, 11, 25, tzinfo=UTC))
+    assert held.text.complete
+    assert held.matches([normal_name("Quiet Hill Models Company Limited")])
+    assert held.matches([normal_name("Tencent")]), "what the shipped edition names stays"
+    assert call(*argv[:-1], "--partial", "--out", out)[0] == 2, "never written over"
+    assert call(*argv[:-1], "--partial", "--review", "soon", "--out", tmp_path / "x.yaml")[0] == 2
