@@ -323,7 +323,8 @@ def _root(anchors: Anchors, what: str) -> str:
 
 
 def _name(who: Identity) -> str:
-    return f"{who.identity} by {who.issuer} ({who.name})"
+    known = "" if who.name == who.identity else f" ({who.name})"
+    return f"{who.identity} by {who.issuer}{known}"
 
 
 def _bad(what: str, reason: str) -> RefusedError:

@@ -124,8 +124,14 @@ def conversion_statement(
     weights: Mapping[str, str],
     tools: Mapping[str, str],
     seal: Mapping[str, object],
+    pickles: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Return the build provenance of the graphs; `seal` is the stable part of its evidence."""
+    """Return the build provenance of the graphs.
+
+    `seal` is the stable part of its evidence; `pickles` are what the weights were made of, when
+    they were not published as they are.
+    """
+    inputs = sorted({**weights, **(pickles or {})}.items())
     return canonical_json(
         {
             "_type": _STATEMENT,
@@ -140,8 +146,7 @@ def conversion_statement(
                     "externalParameters": {"task": "text-generation-with-past", "dtype": "fp32"},
                     "internalParameters": {"network": "none", "seal": dict(seal)},
                     "resolvedDependencies": [
-                        {"name": path, "digest": {"sha256": digest}}
-                        for path, digest in sorted(weights.items())
+                        {"name": path, "digest": {"sha256": digest}} for path, digest in inputs
                     ],
                 },
                 "runDetails": {
@@ -150,6 +155,12 @@ def conversion_statement(
             },
         }
     )
+
+
+def pickles_of(report: InspectReport) -> dict[str, str]:
+    """Return the pickles that the weights were made of here, by name and SHA-256."""
+    files = report.unpickled.files if report.unpickled else ()
+    return {pair.source: pair.source_sha256 for pair in files}
 
 
 def _hub_records(report: InspectReport) -> list[tuple[str, Path]]:

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from bundle.canonical import canonical_json
+from bundle.evidence.levels import UNPICKLED
 from bundle.fields import format_time
 from bundle.manifest import ModelEntry
 from bundle.scan.bom import PATH
@@ -163,7 +164,8 @@ def _model(
                 for number, hint in enumerate(report.lineage)
             ],
             "patches": [{"type": "unofficial", "resolves": []}],
-            "notes": "exported to ONNX with a key-value cache in fp32, in a process without a "
+            "notes": (f"{UNPICKLED}; " if report.unpickled else "")
+            + "exported to ONNX with a key-value cache in fp32, in a process without a "
             f"network; {len(parity.vectors)} prompts: largest difference of a logit {parity.full} "
             f"in a full pass and {parity.past} with the cache, same greedy tokens",
         },
