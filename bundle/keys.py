@@ -11,7 +11,7 @@ import base64
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -140,6 +140,11 @@ class Signer(Protocol):
 
     def sign(self, message: bytes) -> bytes:
         """Sign `message` itself, never a hash of it, as the scheme says."""
+
+
+def as_signers(signer: Signer | Sequence[Signer]) -> tuple[Signer, ...]:
+    """Return the keys of a person who signs with one key or, in the profile `cnsa2`, with two."""
+    return tuple(signer) if isinstance(signer, Sequence) else (signer,)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from bundle.keys import (
     PublicKey,
     PublicKeyFile,
     Signer,
+    as_signers,
     decode_base64,
     read_limited,
 )
@@ -243,7 +244,7 @@ def new_root(
 
     """
     owned = (owner,) if isinstance(owner, PublicKeyFile) else tuple(owner)
-    holding = tuple(signers) if isinstance(signers, Sequence) else (signers,)
+    holding = as_signers(signers)
     first = owned[0]
     for each in owned:
         if ROOT not in each.roles or each.person != first.person:
@@ -539,6 +540,16 @@ def _follow_list(trust: Trust, carried: Trust, entry: object) -> Trust:
     if held is not None and offered.version < held.version:
         return trust
     return accept_revocations(trust, envelope) if offered != held else trust
+
+
+def newest_of(raw: bytes) -> int:
+    """Return the version of the last root in `META/trust.json`; codes as `follow_chain`."""
+    parse_canonical(raw, code="trust.chain", what="the chain of roots", limit=CHAIN_LIMIT)
+    try:
+        last = _Chain.model_validate_json(raw).roots[-1]
+    except ValidationError as error:
+        raise RefusedError("trust.chain", f"the chain of roots: {first_problem(error)}") from error
+    return parse_root(parse_envelope(canonical_json(last), code="trust.chain").payload).version
 
 
 def parse_root(raw: bytes) -> RootDocument:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
+from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
 Key = Annotated[Path, typer.Option("--key", help="Private key file, from `airgap keys new`.")]
-Passphrase = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
-]
 Pin = Annotated[
     Path | None,
     typer.Option("--pin", help="File in the form of sha256sum that fixes every file (level L1)."),
@@ -189,8 +187,9 @@ def build(
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write, NAME.agb.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model and of the release.")],
     version: Annotated[str, typer.Option("--version", help="Version of the release.")],
-    key: Key,
+    key: Keys,
     passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
     pin: Pin = None,
     model_signature: ModelSignatures = None,
     sigstore: SigstoreBundles = None,
@@ -253,7 +252,6 @@ def build(
         from bundle.staging.pipeline import build as build_draft
         from bundle.staging.views import built_document, built_view
     from airgap.enclave import run_sealed
-    from bundle.keys import load_signer, read_passphrase
     from bundle.trust import load_trust
 
     upstream = _upstream(
@@ -294,7 +292,7 @@ def build(
             out,
             facts,
             trust=load_trust(folder / "trust"),
-            signer=load_signer(key, read_passphrase(passphrase_file)),
+            signer=open_keys(key, root, passphrase_file, pin_file),
             run_sealed=run_sealed,
             admit=_admission(folder, project, moment),
             pins=pin,
@@ -308,8 +306,12 @@ def build(
 def sign(
     bundle: Annotated[Path, typer.Argument(help="The draft, NAME.agb.")],
     *,
-    key: Key,
+    key: Keys,
     passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    role: Annotated[
+        str, typer.Option("--role", help="The role in which you approve. Default: all of yours.")
+    ] = "",
     confirm: Annotated[
         str | None,
         typer.Option("--confirm", help="What you would type: the model's name or the digest."),
@@ -319,24 +321,28 @@ def sign(
 ) -> int:
     """Read a draft, confirm it, and sign it.
 
-    Shows the report that the seal names, takes the model's name as the confirmation, and adds the
-    signature in place. The builder of a draft never approves it.
+    Hashes the whole draft and checks its files as a lab will, shows the report that the seal
+    names, takes the model's name as the confirmation, and adds the signature in place. The builder
+    of a draft never approves it.
     """
     with _staging():
         from bundle.staging import sign as signing
         from bundle.staging.views import draft_view, tally_document, tally_view
-    from bundle.keys import load_signer, read_passphrase
+    from airgap.cli.bundle import bar
     from bundle.trust import load_trust
 
     trust = load_trust(root_folder(root) / "trust")
     draft = signing.read_draft(bundle)
-    signer = load_signer(key, read_passphrase(passphrase_file))
-    who, _ = signing.require_approver(draft, trust, signer)
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    who, roles = signing.require_approver(draft, trust, signers, role=role)
+    with bar("hash every byte") as progress:
+        signing.verify_payload(draft, trust, progress)
     if not json or confirm is None:
         stderr.print(draft_view(draft, signing.count(draft, trust)))
+        stderr.print(f"you sign as {who}: {', '.join(roles)}", markup=False, highlight=False)
     typed = confirm if confirm is not None else _ask(draft.manifest.name)
-    tally = signing.sign(draft, trust, signer, confirmation=typed)
-    show(tally_document(draft, tally, who), tally_view(draft, tally, who), json=json)
+    tally = signing.sign(draft, trust, signers, confirmation=typed, role=role)
+    show(tally_document(draft, tally, who, roles), tally_view(draft, tally, who), json=json)
     return 0
 
 

@@ -34,6 +34,7 @@ _BY_CODE = {
     "scan.graphs": "build the bundle again with `airgap build`",
     "store.missing": "airgap list shows what is installed",
     "trust.chain": "compare `airgap trust show` on this host and on the staging host",
+    "trust.token": "check the PIN file, the labels and the module; pkcs11-tool -O -l lists a token",
     "trust.keyfile": "give a key file that `airgap keys new` made, and its own passphrase",
     "trust.time": "wait until then, or set the clock of this host right",
 }

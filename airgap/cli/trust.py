@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from airgap.cli import revoke, rotation
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from airgap.cli.media import new_transit_key
+from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from bundle.keys import FileSigner, PublicKeyFile
+    from bundle.keys import PublicKeyFile, Signer
     from bundle.trust import Trust
-
-KeyOption = Annotated[
-    str, typer.Option("--key", help="Private key: a file, or a name in keys/ of the tree.")
-]
-Passphrase = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +29,9 @@ def register(app: typer.Typer) -> None:
     trust.command("init")(init)
     trust.command("add")(add)
     trust.command("show")(show_trust)
+    rotation.register(trust)
+    trust.command("import-revocations")(revoke.import_revocations)
+    revoke.register(app)
     app.add_typer(trust, name="trust")
 
 
@@ -49,39 +47,97 @@ def new(
         Path | None, typer.Option("--out", help="Folder. Default: keys/ of the tree.")
     ] = None,
     passphrase_file: Passphrase = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="ed25519, ecdsa-p384 or ml-dsa-87.")
+    ] = "ed25519",
+    profile: Annotated[
+        str, typer.Option("--profile", help="cnsa2 makes both keys of a person.")
+    ] = "default",
+    pkcs11: Annotated[
+        str, typer.Option("--pkcs11", help="Make the key inside this token: a pkcs11: URI.")
+    ] = "",
+    pin_file: PinFile = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Make NAME.pem (private, mode 0600) and NAME.pub.json (to hand to the trust root)."""
-    from bundle.keys import new_key, read_passphrase
+    """Make NAME.pem (private, mode 0600) and NAME.pub.json (to hand to the trust root).
+
+    With --pkcs11 the private key is made in the token and never leaves it. With --profile cnsa2
+    both keys of a person are made: NAME-ml-dsa-87 and NAME-ecdsa-p384.
+    """
+    from bundle.keys import new_key, new_pair, pair_names, read_passphrase
 
     folder = (out or root_folder(root) / "keys").absolute()
-    made = new_key(
-        folder, name, person=person, roles=tuple(role), passphrase=read_passphrase(passphrase_file)
+    roles, phrase = tuple(role), read_passphrase(passphrase_file)
+    if profile not in {"default", "cnsa2"} or (pkcs11 and profile == "cnsa2"):
+        raise UsageError(
+            "usage.argument",
+            f"--profile {profile!r:.40}: default or cnsa2, and cnsa2 makes no keys in tokens",
+            hint="make each key of the pair by itself: --scheme ml-dsa-87, --scheme ecdsa-p384",
+        )
+    if pkcs11:
+        made = [_token_key(pkcs11, pin_file, folder, name, scheme, person=person, roles=roles)]
+        names = [name]
+    elif profile == "cnsa2":
+        made = [*new_pair(folder, name, person=person, roles=roles, passphrase=phrase)]
+        names = [*pair_names(name)]
+    else:
+        made = [new_key(folder, name, person=person, roles=roles, passphrase=phrase, scheme=scheme)]
+        names = [name]
+    rows = [
+        {
+            "keyid": key.keyid,
+            "scheme": key.scheme,
+            "person": key.person,
+            "roles": list(key.roles),
+            "private": pkcs11 or str(folder / f"{each}.pem"),
+            "public": str(folder / f"{each}.pub.json"),
+            "encrypted": passphrase_file is not None,
+        }
+        for each, key in zip(names, made, strict=True)
+    ]
+    document = rows[0] if len(rows) == 1 else {**rows[0], "keys": rows}
+    text = "\n".join(
+        f"private  {row['private']}  (keep it; never carry it across)\n"
+        f"public   {row['public']}  (hand it over: airgap trust add)\n"
+        f"key id   {row['keyid']}  ({row['scheme']})"
+        for row in rows
     )
-    document = {
-        "keyid": made.keyid,
-        "person": made.person,
-        "roles": list(made.roles),
-        "private": str(folder / f"{name}.pem"),
-        "public": str(folder / f"{name}.pub.json"),
-        "encrypted": passphrase_file is not None,
-    }
-    text = (
-        f"private  {document['private']}  (keep it; never carry it across)\n"
-        f"public   {document['public']}  (hand it over: airgap trust add)\n"
-        f"key id   {made.keyid}\n"
-        f"person   {made.person}, {', '.join(made.roles)}"
-    )
-    show(document, text, json=json)
-    if passphrase_file is None and not json:
+    show(document, f"{text}\nperson   {person}, {', '.join(role)}", json=json)
+    if passphrase_file is None and not json and not pkcs11:
         stderr.print("note: the key has no passphrase (--passphrase-file)", markup=False)
+
+
+def _token_key(
+    uri: str,
+    pin_file: Path | None,
+    folder: Path,
+    name: str,
+    scheme: str,
+    *,
+    person: str,
+    roles: tuple[str, ...],
+) -> PublicKeyFile:
+    """Make a key in a token; its public half is written like any other."""
+    from bundle.keys import public_key_file, read_passphrase, save_public_key
+    from bundle.token import new_token_key
+
+    if (folder / f"{name}.pub.json").exists():  # before the token holds a key that nobody wants
+        raise RefusedError("trust.keyfile", f"{folder / name}.pub.json exists; choose another name")
+    signer = new_token_key(uri, read_passphrase(pin_file), scheme)
+    document = public_key_file(name, signer.public_key, person=person, roles=roles)
+    save_public_key(folder, name, document)
+    return document
 
 
 def init(
     *,
-    key: KeyOption = "root",
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
     passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="default, or cnsa2 for good.")
+    ] = "default",
     people: Annotated[
         int, typer.Option("--people", min=1, max=16, help="Approvers that a bundle needs.")
     ] = 2,
@@ -99,7 +155,7 @@ def init(
     json: Json = False,
 ) -> None:
     """Begin a trust root with a root key, or import one whose fingerprint you were told."""
-    from bundle.keys import load_signer, read_limited, read_passphrase
+    from bundle.keys import read_limited
     from bundle.trust import CHAIN_LIMIT, import_root, new_root, save_trust
     from policy.terms import Digest
 
@@ -108,14 +164,16 @@ def init(
     if source is None:
         if fingerprint:
             raise UsageError("usage.argument", "--fingerprint needs --from")
-        path = _key_path(key, root)
-        signer = load_signer(path, read_passphrase(passphrase_file))
+        if profile not in {"default", "cnsa2"}:
+            raise UsageError("usage.argument", f"--profile {profile!r:.40}: default or cnsa2")
+        signers = open_keys(key, root, passphrase_file, pin_file)
         trust = new_root(
-            _public_half(path, signer),
-            signer,
+            [_public_half(each, key, root) for each in signers],
+            signers,
             now=datetime.now(UTC),
             people=people,
             required_roles=tuple(require_role or ()),
+            profile="cnsa2" if profile == "cnsa2" else "default",
         )
     else:
         if not fingerprint:
@@ -131,31 +189,24 @@ def init(
 
 
 def add(
-    public_key: Annotated[Path, typer.Argument(help="NAME.pub.json of the person.")],
+    public_key: rotation.PublicKeys,
     *,
-    key: KeyOption = "root",
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
     passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
     name: Annotated[str, typer.Option("--name", help="Full name of the person.")] = "",
+    propose: rotation.Propose = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Enrol a key in the next version of the root, signed by the root key."""
-    from bundle.keys import (
-        KEY_FILE_LIMIT,
-        load_signer,
-        parse_public_key,
-        read_limited,
-        read_passphrase,
-    )
-    from bundle.trust import add_key, load_trust, save_trust
+    """Enrol keys in the next version of the root, signed by the root key."""
+    from bundle.trust import load_trust, with_keys
 
-    folder = root_folder(root) / "trust"
-    trust = load_trust(folder)
-    raw = read_limited(public_key, KEY_FILE_LIMIT, code="trust.keyfile", what="the public key file")
-    signer = load_signer(_key_path(key, root), read_passphrase(passphrase_file))
-    longer = add_key(trust, parse_public_key(raw), [signer], now=datetime.now(UTC), name=name)
-    save_trust(longer, folder)
-    show(trust_document(longer, folder), trust_view(longer, folder), json=json)
+    trust = load_trust(root_folder(root) / "trust")
+    found = rotation.read_public_keys(public_key)
+    document = with_keys(trust.document, found, now=datetime.now(UTC), name=name)
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    rotation.finish(trust, document, signers, propose=propose, root=root, json=json)
 
 
 def show_trust(*, root: Root = None, json: Json = False) -> None:
@@ -180,11 +231,26 @@ def trust_document(trust: Trust, folder: Path) -> dict[str, Any]:
         "issued": format_time(document.issued),
         "expires": format_time(document.expires),
         "profile": document.profile,
+        "revocations": _list_facts(trust),
         "thresholds": document.thresholds.model_dump(mode="json"),
         "people": {
             who: person.model_dump(mode="json", exclude_none=True)
             for who, person in document.people.items()
         },
+    }
+
+
+def _list_facts(trust: Trust) -> dict[str, Any] | None:
+    from bundle.fields import format_time
+
+    held = trust.revocations
+    if held is None:
+        return None
+    return {
+        "version": held.version,
+        "next_update": format_time(held.document.next_update),
+        "entries": len(held.document.entries()),
+        "alarm": held.alarm(datetime.now(UTC)),
     }
 
 
@@ -208,10 +274,20 @@ def trust_view(trust: Trust, folder: Path) -> str:
             "",
             f"a bundle needs  {seal.people} approvers beside its builder{roles}",
             f"root            version {trust.version}, until {format_time(document.expires)[:10]}",
+            f"profile         {document.profile}",
+            _list_line(trust),
             f"document        {folder / 'root.json'}",
             f"fingerprint     {trust.fingerprint}",
         ]
     )
+
+
+def _list_line(trust: Trust) -> str:
+    facts = _list_facts(trust)
+    if facts is None:
+        return "revocations     no list"
+    line = f"revocations     list {facts['version']}, {facts['entries']} entries, the next is due "
+    return f"{line}{facts['next_update'][:10]}" + (", STALE" if facts["alarm"] else "")
 
 
 def _require_new(folder: Path) -> None:
@@ -223,21 +299,26 @@ def _require_new(folder: Path) -> None:
         )
 
 
-def _key_path(key: str, root: Path | None) -> Path:
-    """Return the file that a path, or a name in keys/ of the tree, stands for."""
-    path = Path(key)
-    if "/" not in key and not path.exists():
-        path = root_folder(root) / "keys" / f"{key.removesuffix('.pem')}.pem"
-    return path
-
-
-def _public_half(path: Path, signer: FileSigner) -> PublicKeyFile:
-    """Read the public file beside a private one; it must be its public half."""
+def _public_half(signer: Signer, names: list[str], root: Path | None) -> PublicKeyFile:
+    """Find the public file of a key: beside the private one, or in keys/ of the tree."""
+    from bundle.keyring import key_paths
     from bundle.keys import KEY_FILE_LIMIT, parse_public_key, read_limited
+    from bundle.token import SCHEME
 
-    beside = path.with_suffix(".pub.json")
-    raw = read_limited(beside, KEY_FILE_LIMIT, code="trust.keyfile", what="the public key file")
-    found = parse_public_key(raw)
-    if found.keyid != signer.public_key.keyid:
-        raise RefusedError("trust.keyfile", f"{beside} is not the public half of {path}")
-    return found
+    folder = root_folder(root) / "keys"
+    named = [
+        path for name in names if not name.startswith(SCHEME) for path in key_paths(name, folder)
+    ]
+    beside = [path.with_suffix(".pub.json") for path in named]
+    others = sorted(folder.glob("*.pub.json")) if len(named) < len(names) else []
+    for path in [*beside, *others]:
+        raw = read_limited(path, KEY_FILE_LIMIT, code="trust.keyfile", what="the public key file")
+        found = parse_public_key(raw)
+        if found.keyid == signer.public_key.keyid:
+            return found
+    raise RefusedError(
+        "trust.keyfile",
+        f"{', '.join(map(str, beside)) or folder} is not the public half of key "
+        f"{signer.public_key.keyid}",
+        hint="airgap keys new writes NAME.pub.json beside NAME.pem",
+    )

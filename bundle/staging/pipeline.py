@@ -27,7 +27,7 @@ from bundle.envelope import Envelope, sign_statement
 from bundle.evidence.summary import PATH as SUMMARY
 from bundle.evidence.summary import upstream_summary
 from bundle.graphs import FileRef, Graph, Graphs, canonical_graphs
-from bundle.keys import Signer
+from bundle.keys import Signer, as_signers
 from bundle.manifest import (
     REPORT,
     Base,
@@ -53,6 +53,7 @@ from bundle.staging.architecture import Architecture
 from bundle.staging.attest import (
     conversion_statement,
     evidence_of,
+    pickles_of,
     scan_statement,
     source_digest,
     source_files,
@@ -126,7 +127,7 @@ def build(
     facts: Facts,
     *,
     trust: Trust,
-    signer: Signer,
+    signer: Signer | Sequence[Signer],
     run_sealed: RunSealed | None,
     admit: Admit,
     pins: Path | None = None,
@@ -140,7 +141,7 @@ def build(
         out: The bundle; replaced if it exists, and untouched until the draft is complete.
         facts: What the snapshot does not say.
         trust: Of this site; names the person whose key `signer` is.
-        signer: The builder's key.
+        signer: The builder's key; both keys in the profile `cnsa2`.
         run_sealed: Runs a program without a network; refused when there is none.
         admit: Asks the policy for the admission.
         pins: A file in the form of `sha256sum`.
@@ -202,11 +203,11 @@ def build(
             payload = seal_statement(
                 manifest, builder=builder, policy_pack_digests=draft.pack_digests
             ).to_bytes()
-            return sign_statement(payload, PAYLOAD_TYPE, signer)
+            return sign_statement(payload, PAYLOAD_TYPE, *as_signers(signer))
 
         manifest = write_archive(
             out,
-            draft.release,
+            draft.release.model_copy(update={"profile": trust.document.profile}),
             draft.members,
             trust_chain=chain_document(trust),
             seal=seal,
@@ -271,7 +272,13 @@ def describe(
         (f"{_ATTEST}/scan.json", scan_statement(report, weights), "attestation"),
         (
             f"{_ATTEST}/conversion.json",
-            conversion_statement(graph_files, weights, tools, stable_evidence(converted.seal)),
+            conversion_statement(
+                graph_files,
+                weights,
+                tools,
+                stable_evidence(converted.seal),
+                pickles_of(report),
+            ),
             "attestation",
         ),
         (SUMMARY, summary, "attestation"),
@@ -391,15 +398,16 @@ def modalities_of(report: InspectReport) -> tuple[str, ...]:
     return tuple(name for tag, name in by_tag.items() if tag in report.tags) or ("text",)
 
 
-def require_builder(trust: Trust, signer: Signer, at: datetime) -> str:
-    """Return the person whose key signs, who must be enrolled as a builder.
+def require_builder(trust: Trust, signer: Signer | Sequence[Signer], at: datetime) -> str:
+    """Return the person whose keys sign, who must be enrolled as a builder.
 
     Raises:
         RefusedError: `seal.role`.
 
     """
-    keyid = signer.public_key.keyid
-    who = trust.document.find_person(keyid)
+    keyids = [each.public_key.keyid for each in as_signers(signer)]
+    keyid = keyids[0]
+    who = next(iter(trust.document.people_of(keyids)), None)
     person = trust.document.people.get(who or "")
     if who is None or person is None or BUILDER not in person.roles or not person.is_enrolled(at):
         found = "nobody's here" if who is None else f"{who}'s, who is not enrolled as a builder"

@@ -2,25 +2,36 @@
 
 Decides whether a key may sign this draft at all: its person is enrolled as an approver and did not
 build it. What is shown is what is signed: the report's bytes are held against the digest in the
-seal before anybody reads them. The body is not read: signing costs the same for any size.
+seal before anybody reads them, and every chunk of the body is held against the tree: nobody signs
+what a lab would refuse as damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bundle.archive import Progress
 from bundle.canonical import parse_canonical
 from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope
-from bundle.keys import Signer
+from bundle.keys import Signer, as_signers
 from bundle.manifest import REPORT, Manifest, parse_manifest
 from bundle.media import open_medium
 from bundle.medium import Medium
+from bundle.revocation import revoked_signers
 from bundle.staging.pipeline import DECISION
-from bundle.statement import PAYLOAD_TYPE, SealStatement, parse_statement, require_matches
-from bundle.trust import BUILDER, Trust
+from bundle.statement import (
+    PAYLOAD_TYPE,
+    SealStatement,
+    VerifiedSeal,
+    parse_statement,
+    require_matches,
+)
+from bundle.trust import BUILDER, OFFICES, Trust
+from bundle.verify import SealedBundle, verify_contents
 from policy.errors import RefusedError
 from policy.terms import Digest
 
@@ -97,16 +108,14 @@ def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally
     root = trust.document
     seal = draft.statement.predicate
     keyids = find_signers(envelope or draft.envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
-    approvers, builder_signed = set(), False
-    for keyid in keyids:
-        who = root.find_person(keyid)
-        if who is None:
-            continue
-        person = root.people[who]
-        if who == seal.builder:
-            builder_signed = builder_signed or BUILDER in person.roles
-        elif person.approves and person.is_enrolled(seal.created):
-            approvers.add(who)
+    revoked = revoked_signers(trust.revocations, root, keyids)
+    signed = root.people_of(keyid for keyid in keyids if keyid not in revoked)
+    builder_signed = seal.builder in signed and BUILDER in root.people[seal.builder].roles
+    approvers = {
+        who
+        for who in signed - {seal.builder}
+        if root.people[who].approves and root.people[who].is_enrolled(seal.created)
+    }
     held = {role for who in approvers for role in root.people[who].roles}
     return Tally(
         seal.builder,
@@ -115,6 +124,26 @@ def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally
         root.thresholds.seal.people,
         tuple(sorted(set(root.thresholds.seal.required_roles) - held)),
     )
+
+
+def verify_payload(draft: Draft, trust: Trust, progress: Progress | None = None) -> None:
+    """Hash every chunk of the draft and run the strict parsers, as a lab will.
+
+    Raises:
+        RefusedError: `chunk.*`, `archive.*`, `manifest.layout`, `bom.mismatch`, `scan.*`.
+        FaultError: `host.io`.
+
+    """
+    nobody = VerifiedSeal(draft.statement, (), draft.statement.predicate.builder, ())
+    medium = open_medium(draft.path)
+    try:
+        sealed = SealedBundle(medium, nobody, trust)
+        if sealed.digest != draft.digest:
+            raise RefusedError("seal.subject", "the draft changed while it was read")
+        sealed.verify_body(progress=progress)
+        verify_contents(sealed.manifest, sealed.view)
+    finally:
+        medium.close()
 
 
 def _document(medium: Medium, manifest: Manifest, path: str) -> dict[str, Any]:
@@ -133,20 +162,38 @@ def _document(medium: Medium, manifest: Manifest, path: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def require_approver(draft: Draft, trust: Trust, signer: Signer) -> tuple[str, tuple[str, ...]]:
-    """Return the person whose key this is, and her roles; she must be able to approve this draft.
+def require_approver(
+    draft: Draft, trust: Trust, signer: Signer | Sequence[Signer], *, role: str = ""
+) -> tuple[str, tuple[str, ...]]:
+    """Return the person whose keys these are, and the roles in which she approves.
+
+    Args:
+        draft: What is to be signed.
+        trust: Of this site.
+        signer: Her key; both of them in the profile `cnsa2`.
+        role: The role that she claims; it must be one of hers that approves. Empty: all of hers.
 
     Raises:
-        RefusedError: `seal.people`, `seal.role`, `seal.malformed`.
+        RefusedError: `seal.people`, `seal.role`, `seal.malformed`, `seal.profile`.
 
     """
     root, seal = trust.document, draft.statement.predicate
-    keyid = signer.public_key.keyid
-    who = root.find_person(keyid)
-    if who is None:
+    if seal.profile != root.profile:
+        raise RefusedError(
+            "seal.profile",
+            f"this trust root demands profile {root.profile}, the draft has {seal.profile}",
+            hint="build it again under this trust root",
+        )
+    keyids = [each.public_key.keyid for each in as_signers(signer)]
+    owners = {root.find_person(keyid) for keyid in keyids}
+    who = next(iter(root.people_of(keyids)), None)
+    if len(owners) != 1 or who is None:
+        known = ", ".join(sorted(filter(None, owners))) or "nobody"
         raise RefusedError(
             "seal.role",
-            f"key {keyid} is nobody's in this trust root",
+            f"the keys {', '.join(keyids)} are those of {known} in this trust root; profile "
+            f"{root.profile} needs {'ML-DSA-87 and P-384' if root.profile == 'cnsa2' else 'a key'} "
+            "of one person",
             hint="`airgap trust add` enrols a key; `airgap trust show` lists them",
         )
     if who == seal.builder:
@@ -170,24 +217,41 @@ def require_approver(draft: Draft, trust: Trust, signer: Signer) -> tuple[str, t
             f"{who} has signed this draft already; one person counts once",
             hint="another person signs it",
         )
-    return who, person.roles
+    if revoked_signers(trust.revocations, root, keyids):
+        raise RefusedError("seal.revoked", f"a key of {who} is revoked, and signs nothing more")
+    able = tuple(each for each in person.roles if each not in OFFICES)
+    if role and role not in able:
+        raise RefusedError(
+            "seal.role",
+            f"{who} approves as {', '.join(able)}, not as {role!r:.64}",
+            hint="give a role of yours with --role; `airgap trust show` lists them",
+        )
+    return who, (role,) if role else able
 
 
-def sign(draft: Draft, trust: Trust, signer: Signer, *, confirmation: str) -> Tally:
+def sign(
+    draft: Draft,
+    trust: Trust,
+    signer: Signer | Sequence[Signer],
+    *,
+    confirmation: str,
+    role: str = "",
+) -> Tally:
     """Add the signature of an approver in place.
 
     Args:
         draft: As shown to the approver.
         trust: Of this site.
-        signer: The approver's key.
+        signer: The approver's key, or both.
         confirmation: What she typed.
+        role: In which she approves.
 
     Raises:
         RefusedError: `sign.confirm`, `seal.*`; the file is as it was.
         FaultError: `host.io`.
 
     """
-    require_approver(draft, trust, signer)
+    require_approver(draft, trust, signer, role=role)
     if not draft.confirms(confirmation):
         raise RefusedError(
             "sign.confirm",
@@ -202,7 +266,7 @@ def sign(draft: Draft, trust: Trust, signer: Signer, *, confirmation: str) -> Ta
             "the draft changed between reading and signing",
             hint="read it again, then sign",
         )
-    envelope = add_signature(again.envelope, signer)
+    envelope = add_signature(again.envelope, *as_signers(signer))
     medium = open_medium(draft.path)  # of a set, every volume is signed
     try:
         medium.require_whole(again.manifest, again.digest)

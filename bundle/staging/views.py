@@ -7,7 +7,7 @@ without control characters, the page gets it escaped.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,7 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
         ("digest", str(draft.digest)),
         ("holds", f"{seal.not_before:%Y-%m-%d} to {seal.expires:%Y-%m-%d}"),
         ("built by", seal.builder),
+        ("profile", f"{seal.profile}, {seal.body_size:,} bytes, {len(draft.manifest.files)} files"),
         ("source", f"{model.source} at {model.revision}"),
         ("provenance", f"{report['provenance']['level']}: {report['provenance']['sentence']}"),
         ("supplier", f"{model.supplier.legal_name} ({model.supplier.jurisdiction}), declared"),
@@ -212,12 +213,15 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
     return Group(*parts, *_holds(draft.decision), Text())
 
 
-def tally_document(draft: Draft, tally: Tally, who: str) -> dict[str, Any]:
+def tally_document(
+    draft: Draft, tally: Tally, who: str, roles: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what `airgap sign --json` prints."""
     return {
         "bundle": str(draft.path),
         "digest": str(draft.digest),
         "signed_by": who,
+        "roles": list(roles),
         "people": list(tally.approvers),
         "needed": tally.needed,
         "missing_roles": list(tally.missing_roles),
@@ -276,7 +280,19 @@ def _report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     )
     rows.append(("lineage", hints or "nothing stated, and no sign of a base model"))
     rows.append(("use", _use_text(report)))
+    rows.append(("scanners", _scanner_text(report)))
     return rows
+
+
+def _scanner_text(report: Mapping[str, Any]) -> str:
+    """Say what outside scanners said; that one did not run is a result as well."""
+    ran = [
+        f"{run['name']} {run['version']} {run['verdict']}"
+        for run in report.get("scanners", [])
+        if run["verdict"] != "not run"
+    ]
+    others = [run["name"] for run in report.get("scanners", []) if run["verdict"] == "not run"]
+    return "; ".join([*ran, *([f"not run: {', '.join(others)}"] if others else [])]) or "none"
 
 
 def _weights_text(report: Mapping[str, Any]) -> str:

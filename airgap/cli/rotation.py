@@ -1,0 +1,485 @@
+"""`airgap trust`: the next version of the root, by those who hold root keys, and its way here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from policy.errors import RefusedError, UsageError
+
+if TYPE_CHECKING:
+    from bundle.envelope import Envelope
+    from bundle.keys import Signer
+    from bundle.trust import RootDocument, Trust
+
+Propose = Annotated[
+    Path | None,
+    typer.Option(
+        "--propose", help="Write a proposal here for other root people to sign, and change nothing."
+    ),
+]
+PublicKeys = Annotated[list[Path], typer.Argument(help="NAME.pub.json; two of a cnsa2 person.")]
+Confirm = Annotated[
+    str | None,
+    typer.Option("--confirm", help="What you would type: the first 8 digits of the digest."),
+]
+_SHORT = 8
+
+
+def register(trust: typer.Typer) -> None:
+    """Add the commands to `airgap trust`."""
+    trust.command("rotate")(rotate)
+    trust.command("renew")(renew)
+    trust.command("retire")(retire)
+    trust.command("remove")(remove)
+    trust.command("threshold")(threshold)
+    trust.command("cnsa2")(raise_profile)
+    trust.command("sign")(sign)
+    trust.command("export")(export)
+    trust.command("import")(import_file)
+    trust.command("clock")(show_clock)
+    trust.command("clock-sign")(clock_sign)
+    trust.command("clock-reset")(clock_reset)
+
+
+# -- the next version -------------------------------------------------------------------------
+
+
+def rotate(
+    new: PublicKeys,
+    *,
+    old: Annotated[list[str], typer.Option("--old", help="Id of a key that goes; repeatable.")],
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Put new keys of a person in the place of old ones.
+
+    A root key that goes signs together with the one that comes: name both with --key.
+    """
+    from bundle.rotation import rotate as change
+
+    trust, now = _load(root), datetime.now(UTC)
+    document = change(trust.document, old, read_public_keys(new), now=now)
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def renew(
+    *,
+    days: Annotated[int, typer.Option("--days", min=1, max=36500, help="From now on.")] = 5 * 365,
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Let the root hold for longer; an expired root is renewed in the same way."""
+    from bundle.rotation import renew as change
+
+    trust, now = _load(root), datetime.now(UTC)
+    document = change(trust.document, now=now, valid_for=timedelta(days=days))
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def retire(
+    person: Annotated[str, typer.Argument(help="Id of the person.")],
+    *,
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """End the enrolment of a person who leaves; releases of before go on counting."""
+    from bundle.rotation import retire as change
+
+    trust = _load(root)
+    document = change(trust.document, person, now=datetime.now(UTC))
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def remove(
+    keyid: Annotated[str, typer.Argument(help="Id of the key.")],
+    *,
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Take a key out: nothing that it signed counts any more. For a stolen key also revoke it."""
+    from bundle.rotation import without_key
+
+    trust = _load(root)
+    document = without_key(trust.document, keyid, now=datetime.now(UTC))
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def threshold(
+    *,
+    people: Annotated[int | None, typer.Option("--people", min=1, max=16)] = None,
+    root_people: Annotated[int | None, typer.Option("--root-people", min=1, max=16)] = None,
+    revocation_people: Annotated[
+        int | None, typer.Option("--revocation-people", min=1, max=16)
+    ] = None,
+    require_role: Annotated[
+        list[str] | None, typer.Option("--require-role", help="Replaces the required roles.")
+    ] = None,
+    list_required: Annotated[
+        bool | None,
+        typer.Option("--list-required/--list-optional", help="Whether hosts need a list."),
+    ] = None,
+    stale: Annotated[
+        str | None, typer.Option("--stale", help="With a stale list: alarm, or refuse.")
+    ] = None,
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Change how many people must sign a bundle, a root or a revocation list."""
+    from bundle.rotation import with_thresholds
+    from bundle.trust import RevocationRule
+
+    trust = _load(root)
+    if stale not in {None, "alarm", "refuse"}:
+        raise UsageError("usage.argument", f"--stale {stale!r:.40}", hint="alarm, or refuse")
+    held = trust.document.revocations or RevocationRule()
+    rule = RevocationRule.model_validate(
+        {
+            "required": held.required if list_required is None else list_required,
+            "stale": stale or held.stale,
+        }
+    )
+    document = with_thresholds(
+        trust.document,
+        now=datetime.now(UTC),
+        root=root_people,
+        seal=people,
+        revocation=revocation_people,
+        required_roles=None if require_role is None else tuple(require_role),
+        rule=None if rule == RevocationRule() and trust.document.revocations is None else rule,
+    )
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def raise_profile(
+    *,
+    key: Keys = ["root"],  # noqa: B006 - typer copies it
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    propose: Propose = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Raise the profile to cnsa2. There is no way back; bundles of before are refused from then on.
+
+    Enrol the pairs of everybody first. The root person signs with the old key and both new ones.
+    """
+    from bundle.rotation import to_cnsa2
+
+    trust = _load(root)
+    document = to_cnsa2(trust.document, now=datetime.now(UTC))
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    finish(trust, document, signers, propose=propose, root=root, json=json)
+
+
+def finish(
+    trust: Trust,
+    document: RootDocument,
+    signers: Sequence[Signer],
+    *,
+    propose: Path | None,
+    root: Path | None,
+    json: bool,
+) -> None:
+    """Sign the next version; keep it, or write the proposal."""
+    from bundle.rotation import propose as make
+    from bundle.trust import append_envelope
+
+    envelope = make(document, signers)
+    if propose is not None:
+        _write(propose, envelope)
+        _tell(trust, envelope, propose, json=json)
+        return
+    keep(append_envelope(trust, envelope), root, json=json)
+
+
+# -- proposals and chains on their way --------------------------------------------------------
+
+
+def sign(
+    proposal: Annotated[Path, typer.Argument(help="The file that --propose wrote.")],
+    *,
+    key: Keys,
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    confirm: Confirm = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Read a proposal, confirm it, and sign it."""
+    from bundle.rotation import describe_change, read_proposal, sign_proposal
+    from policy.terms import Digest
+
+    trust, envelope = _load(root), _read(proposal)
+    document = read_proposal(trust, envelope)
+    digest = Digest.of(envelope.payload)
+    for line in [*describe_change(trust.document, document), f"digest {digest}"]:
+        stderr.print(line, markup=False, soft_wrap=True)
+    require_typed(digest.hex, confirm)
+    signed = sign_proposal(trust, envelope, open_keys(key, root, passphrase_file, pin_file))
+    _write(proposal, signed)
+    _tell(trust, signed, proposal, json=json)
+
+
+def export(
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Write the chain of roots and the revocation list, for hosts that hold an older root."""
+    from bundle.trust import chain_document
+
+    trust = _load(root)
+    _put(out, chain_document(trust) + b"\n")
+    document = {"file": str(out), "version": trust.version, "fingerprint": str(trust.fingerprint)}
+    show(document, f"wrote {out}: roots up to version {trust.version}", json=json)
+
+
+def import_file(
+    source: Annotated[Path, typer.Argument(help="A chain (trust export) or a signed proposal.")],
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Take newer roots that continue the chain of this tree; an older one changes nothing."""
+    from bundle.keys import read_limited
+    from bundle.rotation import read_proposal
+    from bundle.trust import CHAIN_LIMIT, append_envelope, follow_chain, newest_of
+
+    trust = _load(root)
+    raw = read_limited(source, CHAIN_LIMIT, code="trust.chain", what="the file").strip(b"\n")
+    if b'"format":"airgap-trust/1"' in raw[:40]:
+        if newest_of(raw) < trust.version:
+            raise RefusedError(
+                "trust.chain",
+                f"the file ends with root {newest_of(raw)}, this tree holds root {trust.version}",
+                hint="an older root never takes the place of a newer one; nothing is to be done",
+            )
+        longer = follow_chain(trust, raw)
+    else:
+        envelope = _read(source)
+        read_proposal(trust, envelope)
+        longer = append_envelope(trust, envelope)
+    keep(longer, root, json=json)
+
+
+def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
+    """Save a longer chain, on record where this tree keeps a log, and show it."""
+    from airgap.approvals import on_record
+    from airgap.cli.policy import account_name
+    from airgap.cli.trust import trust_document, trust_view
+    from bundle.trust import save_trust
+
+    folder = root_folder(root)
+    with on_record(folder, "admin.trust", account_name(), trust.fingerprint):
+        save_trust(trust, folder / "trust")
+    place = folder / "trust"
+    show(trust_document(trust, place), trust_view(trust, place), json=json)
+
+
+# -- a clock that ran ahead -------------------------------------------------------------------
+
+
+def show_clock(*, root: Root = None, json: Json = False) -> None:
+    """Say which time this host will not fall behind, and what to do after a clock ran ahead."""
+    from bundle.fields import format_time
+
+    floor, now = _floor(root), datetime.now(UTC)
+    seen = "" if floor is None else format_time(floor)
+    document = {"clock": format_time(now), "latest": seen, "behind": bool(floor and now < floor)}
+    text = f"clock of this host   {format_time(now)}\nlatest that has been {seen or 'nothing'}"
+    if floor is not None and now < floor:
+        text += (
+            "\nThis host refuses bundles. If that time never was, whoever holds a root key signs:\n"
+            f"airgap trust clock-sign clock.json --forget {seen} --reason WHY --key root\n"
+            "and here: airgap trust clock-reset clock.json"
+        )
+    show(document, text, json=json)
+
+
+def clock_sign(
+    out: Annotated[Path, typer.Argument(help="The statement to write, or to add to.")],
+    *,
+    forget: Annotated[str, typer.Option("--forget", help="What `trust clock` printed.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why; it goes on record.")] = "",
+    key: Keys,
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign, with a root key, that a host shall forget a time that never was."""
+    from bundle.clock import CLOCK_TYPE, parse_clock, sign_clock
+    from bundle.envelope import add_signature
+    from bundle.fields import parse_time
+
+    signers = open_keys(key, root, passphrase_file, pin_file)
+    if forget or not out.exists():
+        try:
+            moment = parse_time(forget)
+        except ValueError as error:
+            raise UsageError(
+                "usage.argument", f"--forget: {error}", hint="airgap trust clock prints it"
+            ) from error
+        envelope = sign_clock(moment, reason, signers, now=datetime.now(UTC))
+    else:
+        found = _read(out)
+        statement = parse_clock(found.payload)
+        if found.payload_type != CLOCK_TYPE:
+            raise RefusedError("trust.clock", f"{out} is no statement about a clock")
+        stderr.print(f"forget {statement.forget}: {statement.reason}", markup=False)
+        envelope = add_signature(found, *signers)
+    _write(out, envelope)
+    show(
+        {"file": str(out), "signatures": len(envelope.signatures)},
+        f"wrote {out}, {len(envelope.signatures)} signatures",
+        json=json,
+    )
+
+
+def clock_reset(
+    statement: Annotated[Path, typer.Argument(help="What the root people signed.")],
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Forget the time that the statement names. It goes on record, and works once."""
+    from airgap.approvals import on_record
+    from airgap.cli.policy import account_name
+    from airgap.install import Store
+    from bundle.clock import verify_clock
+    from bundle.fields import format_time
+    from policy.terms import Digest
+
+    trust, envelope, folder = _load(root), _read(statement), root_folder(root)
+    found = verify_clock(envelope, trust.document, floor=_floor(root), now=datetime.now(UTC))
+    store = Store(folder / "store")
+    with (
+        store.locked(),
+        on_record(folder, "admin.trust", account_name(), Digest.of(envelope.payload)),
+    ):
+        store.forget_time(found.issued)
+        _put(folder / "trust" / "clock.json", envelope.to_bytes() + b"\n")
+    document = {"forgotten": format_time(found.forget), "latest": format_time(found.issued)}
+    text = f"forgotten {document['forgotten']}; this host has seen {document['latest']}"
+    show(document, text, json=json)
+
+
+def _floor(root: Path | None) -> datetime | None:
+    """Return the latest time that this tree has seen, noting that of the log.
+
+    After a reset the log still ends in records of the wrong time until the next one is written;
+    the reset itself is such a record.
+    """
+    from airgap.install import Store
+    from airgap.install.record import last_record
+
+    folder = root_folder(root)
+    return Store(folder / "store").floors(last_record(folder)).clock
+
+
+# -- helpers ----------------------------------------------------------------------------------
+
+
+def read_public_keys(paths: list[Path]) -> list[Any]:
+    """Read public key files."""
+    from bundle.keys import KEY_FILE_LIMIT, parse_public_key, read_limited
+
+    return [
+        parse_public_key(
+            read_limited(path, KEY_FILE_LIMIT, code="trust.keyfile", what="the public key file")
+        )
+        for path in paths
+    ]
+
+
+def require_typed(digest: str, confirm: str | None) -> None:
+    """Have the first digits of a digest typed; RefusedError `sign.confirm` otherwise."""
+    typed = confirm
+    if typed is None and sys.stdin.isatty():
+        stderr.print(f"Type {digest[:_SHORT]} to sign, anything else to stop: ", end="")
+        typed = sys.stdin.readline()
+    text = (typed or "").strip().removeprefix("sha256:").lower()
+    if len(text) < _SHORT or not digest.startswith(text):
+        raise RefusedError(
+            "sign.confirm",
+            "nothing was signed: the confirmation is not the digest of the file",
+            hint=f"read it, then add: --confirm {digest[:_SHORT]}",
+        )
+
+
+def _load(root: Path | None) -> Trust:
+    from bundle.trust import load_trust
+
+    return load_trust(root_folder(root) / "trust")
+
+
+def _read(path: Path) -> Envelope:
+    from bundle.envelope import parse_envelope
+    from bundle.keys import read_limited
+    from bundle.trust import CHAIN_LIMIT
+
+    raw = read_limited(path, CHAIN_LIMIT, code="trust.chain", what="the file")
+    return parse_envelope(raw.strip(b"\n"), code="trust.chain", limit=CHAIN_LIMIT)
+
+
+def _write(path: Path, envelope: Envelope) -> None:
+    _put(path, envelope.to_bytes() + b"\n")
+
+
+def _put(path: Path, content: bytes) -> None:
+    from airgap.install.store import write_beside
+    from policy.errors import FaultError
+
+    try:
+        write_beside(path.absolute(), content, 0o644)
+    except OSError as error:
+        raise FaultError("host.io", f"{path} cannot be written: {error.strerror}") from error
+
+
+def _tell(trust: Trust, envelope: Envelope, path: Path, *, json: bool) -> None:
+    from bundle.rotation import missing_signers
+    from policy.terms import Digest
+
+    missing = missing_signers(trust, envelope)
+    document = {
+        "file": str(path),
+        "digest": str(Digest.of(envelope.payload)),
+        "signatures": len(envelope.signatures),
+        "missing": missing,
+    }
+    text = f"wrote {path}\n{missing or f'complete: airgap trust import {path}'}"
+    show(document, text, json=json)
