@@ -283,6 +283,7 @@ class VolumeSet(Medium):
             self._volumes.clear()
             paths = self._asker(number, self.facts_of_set.count)
             if not paths:
+                self._asker = None  # who has no disc is not asked for the next one
                 return
             for path in paths:
                 found = self._read(path)

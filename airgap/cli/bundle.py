@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +21,8 @@ from airgap.cli.forms import (
 )
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from bundle.verify import VerifyReport
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
@@ -99,8 +101,29 @@ def verify(
     again.finish(vsa)
 
 
+class Bar:
+    """A bar on standard error; called with bytes done and bytes in all."""
+
+    def __init__(self, display: Progress, label: str) -> None:
+        self._display = display
+        self._task = display.add_task(label, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self._display.update(self._task, completed=done, total=total)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take the bar away while a person is asked something."""
+        self._display.stop()
+        try:
+            yield
+        finally:
+            self._display.start()
+
+
 @contextlib.contextmanager
-def bar(label: str) -> Iterator[Callable[[int, int], None]]:
+def bar(label: str) -> Iterator[Bar]:
     """Show bytes done, rate and time left on standard error while the block runs."""
     from rich.progress import (
         BarColumn,
@@ -120,12 +143,7 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
         console=stderr,
         transient=True,
     ) as display:
-        task = display.add_task(label, total=None)
-
-        def tell(done: int, total: int) -> None:
-            display.update(task, completed=done, total=total)
-
-        yield tell
+        yield Bar(display, label)
 
 
 def verify_view(report: VerifyReport) -> str:
@@ -149,6 +167,7 @@ def verify_view(report: VerifyReport) -> str:
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
+    rows += [("ALARM", text) for text in report.alarms]
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
     return "sealed and whole\n" + table(rows)

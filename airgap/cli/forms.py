@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from policy.errors import UsageError
 if TYPE_CHECKING:
     from bundle.delta import Base
     from bundle.media import Help
+    from bundle.volumes import Asker
     from policy.terms import Digest
 
 Volumes = Annotated[
@@ -43,7 +45,7 @@ def open_help(
     base: Path | None,
     *,
     store: Path | None = None,
-    ask: bool = False,
+    ask: Asker | None = None,
 ) -> Help:
     """Return what it takes to open other forms, from the options of a command.
 
@@ -65,7 +67,7 @@ def open_help(
     phrase = read_passphrase(passphrase_file)
     return Help(
         volumes=tuple(volumes or ()),
-        asker=ask_for_disc if ask else None,
+        asker=ask,
         find_base=find,
         identities=tuple(load_identity(path, phrase) for path in transit_keys or ()),
     )
@@ -79,6 +81,16 @@ def open_base(path: Path) -> Base:
     if (path / "META" / "manifest.json").is_file():
         return InstalledBase(path)
     return BundleBase(open_medium(path))
+
+
+def disc_asker(pause: Callable[[], AbstractContextManager[None]]) -> Asker:
+    """Return what asks a person for the next disc while the bar is away."""
+
+    def ask(number: int, count: int) -> list[Path]:
+        with pause():
+            return ask_for_disc(number, count)
+
+    return ask
 
 
 def ask_for_disc(number: int, count: int) -> list[Path]:

@@ -12,7 +12,7 @@ import typer
 from airgap.cli.approve import owed
 from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
-from airgap.cli.forms import Passphrase, TransitKeys, Volumes, open_help
+from airgap.cli.forms import Passphrase, TransitKeys, Volumes, disc_asker, open_help
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
@@ -81,7 +81,13 @@ def install(
                 log, actor=None if person is None else actor_of(person), project=project
             ),
             last_record=before,
-            more=open_help(volume, transit_key, passphrase_file, None, ask=discs),
+            more=open_help(
+                volume,
+                transit_key,
+                passphrase_file,
+                None,
+                ask=disc_asker(progress.paused) if discs else None,
+            ),
             progress=progress,
         )
     document = {

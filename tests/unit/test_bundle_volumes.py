@@ -611,7 +611,10 @@ def test_an_install_asks_for_the_next_disc(volumes, root, tmp_path):
 
 def test_an_install_that_gets_no_disc_can_be_resumed(volumes, root):
     name(volumes, 5).rename(volumes.parent / "tiny.agb.005")
-    assert refusal(bring_in, volumes, root, asker=lambda *_: []).code == "volume.missing"
+    asked = []
+    error = refusal(bring_in, volumes, root, asker=lambda *about: asked.append(about) or [])
+    assert error.code == "volume.missing"
+    assert asked == [(5, COUNT)]
     (volumes.parent / "tiny.agb.005").rename(name(volumes, 5))
     assert bring_in(volumes, root).resumed > 0
 
