@@ -31,6 +31,7 @@ from policy.lineage import (
 from policy.lineage import (
     LineageFile,
     Registry,
+    Ruling,
     parse_lineage,
     unite,
 )
@@ -98,8 +99,18 @@ def load_rules(root: Path | None, *, drafts: Sequence[Path] = ()) -> Rules:
     return Rules(
         packs=combine(shipped.packs, (*own.packs, *unsigned.packs)),
         lists=snapshots.complete(shipped.lists, (*own.lists, *unsigned.lists)),
-        registry=unite((*shipped.lineage, *own.lineage, *unsigned.lineage)),
+        registry=unite((*shipped.lineage, *own.lineage, *unsigned.lineage), _rulings(root)),
     )
+
+
+def _rulings(root: Path | None) -> Iterable[Ruling]:
+    """The signed adjudications of a site; none where it has no folder for them."""
+    if root is None or not (root / "policy" / "adjudications").is_dir():
+        return ()
+    from airgap.adjudications import load  # noqa: PLC0415 - loads cryptography
+    from bundle.trust import load_trust  # noqa: PLC0415 - as above
+
+    return load(root, load_trust(root / "trust").document)
 
 
 def _signed(root: Path | None, paths: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
@@ -138,7 +149,8 @@ def with_files(rules: Rules, paths: Sequence[Path]) -> Rules:
     ]
     registry = rules.registry
     if given.lineage:
-        registry = unite((*registry.files, *given.lineage))
+        signed = [each for each in registry.rulings if each.expires is not None]
+        registry = unite((*registry.files, *given.lineage), signed)
     return Rules(combine(base, own), Snapshots((*lists, *given.lists)), registry)
 
 

@@ -173,6 +173,23 @@ class LineageText(Frozen):
     adjudications: tuple[Adjudication, ...] = Field(strict=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What a person decided about two names that look alike, for one edition.
+
+    It arrives as a verified value, like an approval. `name` and `against` are normalised.
+    """
+
+    name: str
+    list_id: str
+    edition: str
+    against: str
+    same: bool
+    people: tuple[str, ...]
+    expires: date | None
+    digest: Digest
+
+
 class Step(NamedTuple):
     """One edge as walked from one end."""
 
@@ -198,6 +215,25 @@ class Registry:
     keys: Mapping[str, tuple[str, ...]]
     by_name: Mapping[str, str]
     by_source: Mapping[str, str]
+    rulings: tuple[Ruling, ...] = ()
+
+    def ruling(
+        self, names: Iterable[str], listed: Iterable[str], edition: tuple[str, str], day: date
+    ) -> Ruling | None:
+        """What was decided about a party of these names and an entry of those; `same` goes first.
+
+        An expired ruling is none.
+        """
+        ours, theirs = set(names), set(listed)
+        found = [
+            each
+            for each in self.rulings
+            if (each.list_id, each.edition) == edition
+            and each.name in ours
+            and each.against in theirs
+            and (each.expires is None or day < each.expires)
+        ]
+        return max(found, key=lambda each: each.same, default=None)
 
     def party_of(self, name: str) -> str | None:
         """Resolve a party id, a name or a handle exactly; None when nobody is called so."""
@@ -235,8 +271,10 @@ def parse_lineage(content: bytes, name: str = "lineage") -> LineageFile:
     return LineageFile(source.build(LineageText), Digest.of(rfc8785.dumps(source.value)))
 
 
-def unite(files: Iterable[LineageFile]) -> Registry:
+def unite(files: Iterable[LineageFile], rulings: Iterable[Ruling] = ()) -> Registry:
     """Make one registry of the packaged file and a site's own, in any order.
+
+    An adjudication of a file counts when a reviewer is named; `rulings` are the signed ones.
 
     Raises:
         RefusedError: `pack.duplicate`, one id or name twice; `pack.vocabulary`, an unknown party.
@@ -260,10 +298,12 @@ def unite(files: Iterable[LineageFile]) -> Registry:
         model.id: [each.casefold() for each in (model.id, *model.sources)]
         for model in models.values()
     }
+    signed = tuple(sorted(rulings, key=lambda each: each.digest))
+    identity = [str(part.digest) for part in parts] + [str(each.digest) for each in signed]
     return Registry(
         files=parts,
         version="+".join(str(text.registry_version) for text in texts),
-        digest=Digest.of(rfc8785.dumps([str(part.digest) for part in parts])),
+        digest=Digest.of(rfc8785.dumps(identity)),
         parties=MappingProxyType(parties),
         edges=tuple(edges.values()),
         models=MappingProxyType(models),
@@ -272,7 +312,25 @@ def unite(files: Iterable[LineageFile]) -> Registry:
         keys=MappingProxyType(keys),
         by_name=MappingProxyType(_invert(keys, "party name")),
         by_source=MappingProxyType(_invert(sources, "model source")),
+        rulings=(*(each for part in parts for each in _reviewed(part)), *signed),
     )
+
+
+def _reviewed(part: LineageFile) -> list[Ruling]:
+    return [
+        Ruling(
+            name=normal_name(each.name),
+            list_id=each.list_id,
+            edition=each.edition,
+            against=normal_name(each.against),
+            same=each.decision == "same",
+            people=(each.reviewer,),
+            expires=None,
+            digest=part.digest,
+        )
+        for each in part.text.adjudications
+        if each.reviewer is not None
+    ]
 
 
 def _by_id(kind: str, pairs: Iterable[tuple[Key, Item]]) -> dict[Key, Item]:

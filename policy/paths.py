@@ -7,7 +7,7 @@ name or an unchecked list, and false otherwise, which reads "no hit on edition X
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from policy.lineage import Registry, Step
 from policy.logic import AnyPath, F, T, Truth, U
+from policy.similar import find_alike
 from policy.snapshots import Entry, ListSnapshot, normal_name
 from policy.terms import MAKER_RELATIONS
 
@@ -255,20 +256,65 @@ class PathFinder:
                 return T, f"{party or name} is on {edition} as {entry.names[0]} ({basis})"
         if any(entry.window(basis) is None and _on_other_basis(entry, day) for entry in entries):
             return U, f"{party or name} is on {edition}, but its {basis} dates are not recorded"
+        if party is not None and entries:
+            return F, f"no hit for {party} on {edition}"
+        return self._look_for_others(leaf, snapshot, party, name, day)
+
+    def _look_for_others(
+        self, leaf: AnyPath, snapshot: ListSnapshot, party: str | None, name: str, day: date
+    ) -> tuple[Truth, str]:
+        """No entry has this very name: what people have found, and what looks alike."""
+        edition = f"{snapshot.list_id} edition {snapshot.text.edition}"
+        names = (normal_name(name),) if party is None else self.registry.keys[party]
+        alike = self._look_alike(snapshot, names, leaf.basis or "released", day)
+        if alike is not None and alike[0] == T:
+            return alike
+        if party is not None and self._finding(snapshot, party) == "no_hit":
+            return F, f"no hit for {party} on {edition}"
+        if alike is not None:
+            return alike
         if party is None:
             return U, f"{name} is not in the lineage registry"
-        if entries or self._looked_at(snapshot, party, leaf.via, day):
+        if self._looked_at(snapshot, party, leaf.via, day):
             return F, f"no hit for {party} on {edition}"
         held = "" if snapshot.text.complete else ", which is held in part"
         return U, f"{party} has not been checked against {edition}{held}"
 
+    def _look_alike(
+        self, snapshot: ListSnapshot, names: Sequence[str], basis: str, day: date
+    ) -> tuple[Truth, str] | None:
+        """Entries whose names look like ours: unknown, until a person has ruled on each."""
+        edition = (snapshot.list_id, snapshot.text.edition)
+        for entry in snapshot.text.entries:
+            window = entry.window(basis)
+            if window is not None and not window.holds(day):
+                continue
+            listed = [normal_name(each) for each in entry.names]
+            ruling = self.registry.ruling(names, listed, edition, day)
+            if ruling is not None and not ruling.same:
+                continue
+            if ruling is not None and window is not None:
+                people = ", ".join(ruling.people)
+                return T, f"{names[0]} is {entry.names[0]} on {snapshot.list_id}: {people} ruled so"
+            pair = find_alike(names, listed)
+            if pair is not None:
+                return U, (
+                    f"possible match, review: {pair[0]} looks like {entry.names[0]} on"
+                    f" {snapshot.list_id} edition {snapshot.text.edition}"
+                )
+        return None
+
+    def _finding(self, snapshot: ListSnapshot, party: str) -> str | None:
+        key = (party, snapshot.list_id, snapshot.text.edition)
+        finding = self.registry.findings.get(key)
+        return None if finding is None else finding.finding
+
     def _looked_at(
         self, snapshot: ListSnapshot, party: str, via: frozenset[str], day: date
     ) -> bool:
-        key = (party, snapshot.list_id, snapshot.text.edition)
-        finding = self.registry.findings.get(key)
+        finding = self._finding(snapshot, party)
         if finding is not None:
-            return finding.finding == "no_hit"
+            return finding == "no_hit"
         return snapshot.text.complete or self._stands_for_another(party, via, day)
 
     def _entries(self, snapshot: ListSnapshot, party: str | None, name: str) -> tuple[Entry, ...]:
@@ -296,6 +342,7 @@ def boundaries(registry: Registry, held: Iterable[ListSnapshot | None]) -> set[d
     found: set[date | None] = set()
     for edge in registry.edges:
         found |= {edge.valid.start, edge.valid.end}
+    found |= {ruling.expires for ruling in registry.rulings}
     for snapshot in held:
         for entry in snapshot.text.entries if snapshot else ():
             for window in (entry.released, entry.published):

@@ -51,6 +51,7 @@ def register(group: typer.Typer) -> None:
     group.command("schema")(schema)
     group.command("sign")(sign)
     group.command("load-list")(load_list)
+    group.command("adjudicate")(adjudicate)
 
 
 # -- lint and test ----------------------------------------------------------------------------
@@ -530,6 +531,56 @@ def load_list(
         "complete": about.complete,
     }
     show(result, Text(words), json=json)
+
+
+def adjudicate(
+    name: Annotated[str, typer.Argument(help="Name of the party, as the registry has it.")],
+    against: Annotated[str, typer.Argument(help="Name on the list that looks like it.")],
+    *,
+    list_id: Annotated[str, typer.Option("--list", help="The list.")],
+    edition: Annotated[str, typer.Option("--edition", help="The edition; another is asked anew.")],
+    same: Annotated[bool, typer.Option("--same/--not-same", help="Whether both mean one party.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
+    expires: Day,
+    key: Key,
+    passphrase_file: Passphrase = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign whether a name that looks like a listed one means it; for one edition, until a day."""
+    from airgap import adjudications
+    from bundle.trust import load_trust
+
+    tree = root_folder(root)
+    held = {(each.list_id, each.text.edition) for each in load(root).lists.snapshots}
+    if (list_id, edition) not in held:
+        known = ", ".join(sorted(f"{one} {two}" for one, two in held))
+        raise RefusedError(
+            adjudications.CODE,
+            f"no edition {edition!r:.40} of {list_id!r:.64} is held; there are {known[:300]}",
+        )
+    about = adjudications.adjudication(
+        name=name,
+        list_id=list_id,
+        edition=edition,
+        against=against,
+        same=same,
+        reason=reason,
+        issued=datetime.now(UTC),
+        expires=as_day(expires, "--expires"),
+    )
+    envelope = adjudications.sign(about, signer_of(key, passphrase_file, tree))
+    ruling = adjudications.verify(envelope, load_trust(tree / "trust").document)
+    path = adjudications.write(envelope, tree)
+    words = "is" if same else "is not"
+    document = {
+        "file": str(path),
+        "same": same,
+        "people": list(ruling.people),
+        "expires": about.expires.isoformat(),
+    }
+    text = f"wrote {path}: {name} {words} {against} on {list_id} {edition}, until {about.expires}"
+    show(document, Text(text), json=json)
 
 
 def as_day(text: str, option: str) -> date:
