@@ -22,7 +22,9 @@ from airgap.enclave.channel import PART, REPLY, Frame
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.holds import Holds
 from airgap.inference.protocol import Done, Sample
+from airgap.science.views import screen_line
 from airgap.serve.broker import Broker
+from airgap.serve.present import reasons_of
 from airgap.serve.session import hazard_holds
 from bundle import keys, trust
 from bundle.envelope import Envelope
@@ -331,6 +333,12 @@ def test_a_quiet_flag_is_kept_for_review_and_holds_nothing(broker, tmp_path):
     broker.worker.frames = writes("CC(C)OP(=O)(F)OC(C)C")
     answer = broker.infer(job(task="molecule", inputs={}))
     assert answer.assessed.output_screen.tier == "H1"
+    broker.worker.frames = writes("CC(C)OC(=O)OC(C)C")
+    plain = broker.infer(job(task="molecule", inputs={}))
+    assert plain.assessed.output_screen.tier == "H0"  # and its reader cannot tell
+    assert reasons_of(answer) == reasons_of(plain)
+    assert answer.permit.ref.outcome == plain.permit.ref.outcome
+    assert screen_line(answer.assessed) == screen_line(plain.assessed)
     (alert,) = broker.holds.alerts()
     assert alert.classes == ("similarity",)
     assert alert.record["request"]["person"] == "ada"
