@@ -144,7 +144,7 @@ class DeltaMedium(Medium):
         layout = Layout([(DELTA, len(raw)), (NEW, self.facts_of_delta.new)])
         require_layout(source, self.head.body_start, layout)
         self._new = self.head.body_start + layout.offsets[1]
-        self._find_base = find_base
+        self._search = find_base
         self._base: Base | None = None
         self._layout: Layout | None = None
         self._runs: list[tuple[tuple[Run, ...], list[int], list[int]]] = []
@@ -160,7 +160,7 @@ class DeltaMedium(Medium):
                 hint="ask the staging host for a delta of this release, or a full bundle",
             )
         try:
-            base = self._find_base(Digest.parse(facts.base))
+            base = self._search(Digest.parse(facts.base))
         except AirgapError as error:
             raise RefusedError(
                 "delta.base",
@@ -212,6 +212,10 @@ class DeltaMedium(Medium):
                         hint="install the base again from its medium, or bring a full bundle",
                     )
         return None
+
+    def find_base(self) -> Manifest | None:
+        """Return the manifest of the base."""
+        return None if self._base is None else self._base.manifest
 
     def facts(self) -> dict[str, Any]:
         """Return what a report says of the form."""

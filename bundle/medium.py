@@ -85,6 +85,10 @@ class Medium:
         """Return the error for chunks that were not there and could not be made up for."""
         return RefusedError("volume.missing", f"{len(indices)} chunks are not here")
 
+    def find_base(self) -> Manifest | None:
+        """Return what the release that a delta builds on consists of; None for other forms."""
+        return None
+
     def check_spares(self) -> None:
         """Read what a verification of the body does not need, such as parity volumes."""
 

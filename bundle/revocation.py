@@ -2,7 +2,7 @@
 
 A list is signed by the threshold `revocation` of the trust root, travels in `META/trust.json` or
 as a file of its own, and only grows: a host takes no list that is older than one it has seen, and
-none that drops an entry. FORMAT.md section 14.
+none that drops an entry. FORMAT.md section 18.
 """
 
 from __future__ import annotations

@@ -424,6 +424,9 @@ def open_bundle(
         sealed = SealedBundle(medium, seal, newest)
         sealed.alarms = alarms
         require_unrevoked(newest.revocations, sealed.manifest, sealed.digest)
+        base = medium.find_base()
+        if base is not None:  # its bytes would be those of the result
+            require_unrevoked(newest.revocations, base, base.digest)
         _require_fresh(sealed, now, floors)
     except BaseException:
         medium.close()

@@ -14,6 +14,7 @@ DELTA = "unit/test_bundle_delta.py"
 EVIDENCE = "unit/test_evidence.py"
 STORE = "unit/test_install_store.py"
 PARSERS = "property/test_bundle_parsers.py"
+REVOKED = "unit/test_revocations.py"
 ROOT = "unit/test_trust_root.py"
 
 CATALOGUE: dict[str, tuple[str, ...]] = {
@@ -112,7 +113,7 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
     "role missing": (f"{ATTACKS}::test_required_role_missing",),
     "unknown key only": ("attack: an unknown key alone",),
     "key inside bundle": ("attack: the bundle brings its own anchor",),
-    "revoked signer": (),
+    "revoked signer": (f"{REVOKED}::test_a_revoked_signer_counts_for_nothing",),
     "key out of validity": (f"{ATTACKS}::test_enrolment_ended_before_the_release",),
     "algorithm confusion": (f"{ATTACKS}::test_a_key_of_another_scheme_never_counts",),
     "profile downgrade": (
@@ -179,8 +180,16 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
         f"{ATTACKS}::test_clock_set_back",
         f"{STORE}::test_the_clock_may_not_lie_before_the_last_record",
     ),
-    "revoked model; rollback to revoked": (),
-    "old revocation list": (),
+    "revoked model; rollback to revoked": (
+        f"{REVOKED}::test_revoked_things_are_refused",
+        f"{REVOKED}::test_a_model_is_revoked_by_what_it_was_made_of",
+        f"{REVOKED}::test_an_installed_bundle_is_asked_again_before_each_start",
+        f"{DELTA}::test_a_revoked_base_is_none",
+    ),
+    "old revocation list": (
+        f"{REVOKED}::test_a_list_only_grows",
+        f"{REVOKED}::test_a_forged_list_in_a_bundle_is_refused",
+    ),
     "root gap, root signed by new keys only": (
         "attack: a gap in the chain of roots",
         f"{ROOT}::test_new_keys_alone_do_not_make_a_new_root",

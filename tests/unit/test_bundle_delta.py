@@ -66,6 +66,12 @@ def base_of(path):
     )
 
 
+def open_digest(path):
+    medium = open_medium(path)
+    medium.close()
+    return trust.Digest.of(medium.head.manifest)
+
+
 def verify(path, base=None):
     more = Help() if base is None else Help(find_base=base_of(base))
     return verify_bundle(path, TRUST, now=bundles.NOW, more=more)
@@ -174,6 +180,22 @@ def test_a_base_whose_manifest_is_damaged(line, root):
     for raw in (b"{}", manifest.read_bytes().replace(b'"epoch":1', b'"epoch":2')):
         manifest.write_bytes(raw)
         assert refusal(bring_in, line / "two.delta.agb", root).code == "delta.base"
+
+
+def test_a_revoked_base_is_none(line):
+    from test_revocations import make_list, make_trust
+
+    roots = make_trust()
+    listed = trust.accept_revocations(
+        roots, make_list(bundles={str(open_digest(line / "one.agb")): "stolen"})
+    )
+    base = base_of(line / "one.agb")
+    more = Help(find_base=base)
+    other = trust.accept_revocations(roots, make_list(bundles={"sha256:" + "0" * 64: "stolen"}))
+    verify_bundle(line / "two.delta.agb", other, now=bundles.NOW, more=more)
+    verify_bundle(line / "two.agb", listed, now=bundles.NOW)  # the full bundle needs no base
+    error = refusal(verify_bundle, line / "two.delta.agb", listed, now=bundles.NOW, more=more)
+    assert error.code == "trust.revoked"
 
 
 def test_an_install_of_a_delta_resumes(line, root):
