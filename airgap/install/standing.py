@@ -1,7 +1,7 @@
 """Whether an installed bundle still counts: the revocation list is asked before each start.
 
 An install is no pardon: a release, a model, a file, a wheel, or the people who sealed it may be
-revoked later, and the list that says so comes by itself; FORMAT.md section 14.
+revoked later, and the list that says so comes by itself; FORMAT.md section 18.
 """
 
 from __future__ import annotations
