@@ -264,6 +264,27 @@ class PrivateSigstore:
             "timestampAuthorities": stamps,
         }
 
+    def trust_config(self) -> dict[str, Any]:
+        """Return the form in which client tools take a trusted root."""
+        start = {"start": (self.now - _DAY).strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+        def service(url: str) -> dict[str, Any]:
+            return {"url": url, "majorApiVersion": 1, "validFor": start, "operator": "lab"}
+
+        return {
+            "mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json",
+            "trustedRoot": self.trusted_root(),
+            "signingConfig": {
+                "mediaType": "application/vnd.dev.sigstore.signingconfig.v0.2+json",
+                "caUrls": [service("https://fulcio.lab.example")],
+                "oidcUrls": [service(ISSUER)],
+                "rekorTlogUrls": [service(f"https://{LOG}")],
+                "rekorTlogConfig": {"selector": "ANY"},
+                "tsaUrls": [],
+                "tsaConfig": {"selector": "ANY"},
+            },
+        }
+
     def make_tsa(self, folder: Path) -> None:
         """Make a timestamp authority in `folder`; its answers are those of `openssl ts`."""
         root, leaf = new_key(), new_key()

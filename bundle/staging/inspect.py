@@ -223,7 +223,7 @@ def inspect_source(
     source = source_of(report, report.upstream.items, pinned=pinned is not None)
     _collect(report, lambda: _check_upstream(report, source))
     report.provenance = level_document(source, pinned, pin_digest, report.hub, report.proofs)
-    report.scanners = run_scanners(report, run_sealed)
+    report.scanners = run_scanners(report.files, run_sealed)
     report.refusals += refusals_of(report.scanners)
     title = _read_card(report)
     if name is None and repository is None and title:

@@ -8,21 +8,20 @@ already; the scanners are asked because they may know an attack that has a name.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from bundle.scan.strict import parse_object
 from bundle.staging.sealed import RunSealed, SealedJob, place_file, python, take
+from bundle.staging.source import SourceFile
 from policy.errors import AirgapError, RefusedError
-
-if TYPE_CHECKING:
-    from bundle.staging.inspect import InspectReport
 
 Verdict = Literal["clean", "hit", "not run"]
 PROGRAM = Path(__file__).with_name("scanner_main.py")
@@ -31,12 +30,27 @@ MEMORY_MB = 4096
 SIZE_LIMIT = 256 * 1024 * 1024
 _RESULT_LIMIT = 1 << 20
 _SHOWN = 200
-# Command, its arguments before the folder, and the exit statuses that it documents.
-_KNOWN: Mapping[str, tuple[tuple[str, ...], frozenset[int], frozenset[int]]] = {
-    "picklescan": (("--path",), frozenset([0]), frozenset([1])),
-    "modelscan": (("scan", "-p"), frozenset([0, 3]), frozenset([1])),
-    "modelaudit": (("scan", "--strict"), frozenset([0]), frozenset([1])),
+_PLACE = re.compile(r"\S*airgap-scan-\w+/source/?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a scanner is asked: arguments before the folder (or each file), documented exits."""
+
+    arguments: tuple[str, ...]
+    clean: frozenset[int] = frozenset([0])
+    hit: frozenset[int] = frozenset([1])
+    each: bool = False
+
+
+_KNOWN: Mapping[str, _Way] = {
+    "picklescan": _Way(("--path",)),
+    "modelscan": _Way(("scan", "-p"), clean=frozenset([0, 3])),
+    "modelaudit": _Way(("scan", "--strict")),
+    "fickling": _Way(("--check-safety", "--json-output", "{out}/fickling.json"), each=True),
 }
+OF_SNAPSHOTS = ("picklescan", "modelscan", "modelaudit")
+OF_PICKLES = ("picklescan", "modelscan", "fickling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +72,27 @@ class ScannerRun:
         }
 
 
-def run_scanners(report: InspectReport, run_sealed: RunSealed | None) -> tuple[ScannerRun, ...]:
-    """Ask every known scanner about the files that the walk found; none of them may raise."""
-    return tuple(_ask(name, report, run_sealed) for name in _KNOWN)
+def run_scanners(
+    files: Sequence[SourceFile],
+    run_sealed: RunSealed | None,
+    *,
+    names: Sequence[str] = OF_SNAPSHOTS,
+    limit: int = SIZE_LIMIT,
+    beside: Path | None = None,
+) -> tuple[ScannerRun, ...]:
+    """Ask each scanner about the files that the walk found; none of them may raise.
+
+    Args:
+        files: Of the snapshot.
+        run_sealed: Runs a program without a network; without it nothing runs.
+        names: Of the scanners.
+        limit: Bytes of a file up to which it is given to them; larger ones are weights, of a
+            format without code, that our own parser has read.
+        beside: A folder on the disk of the files, so that they are linked and not copied.
+
+    """
+    given = [file for file in files if file.size <= limit]
+    return tuple(_ask(name, given, run_sealed, beside) for name in names)
 
 
 def refusals_of(runs: Iterable[ScannerRun]) -> list[RefusedError]:
@@ -92,39 +124,51 @@ def find_site(name: str) -> tuple[Path, str] | None:
     return None
 
 
-def _ask(name: str, report: InspectReport, run_sealed: RunSealed | None) -> ScannerRun:
+def _ask(
+    name: str, files: Sequence[SourceFile], run_sealed: RunSealed | None, beside: Path | None
+) -> ScannerRun:
     found = find_site(name)
     if found is None:
-        where = "not installed here for this Python"
-        return ScannerRun(name, "not run", "", where)
+        return ScannerRun(name, "not run", "", "not installed here for this Python")
     site, version = found
     if run_sealed is None:
         return ScannerRun(name, "not run", version, "there is no sealed runner to run it in")
-    try:
-        status, text = _run(name, site, report, run_sealed)
-    except (AirgapError, OSError) as error:
-        return ScannerRun(name, "not run", version, f"it did not finish: {error!s:.160}")
-    _, clean, hit = _KNOWN[name]
-    words = " ".join(text.split())[-_SHOWN:]
-    if status in hit:
-        return ScannerRun(name, "hit", version, words)
-    if status in clean:
-        return ScannerRun(name, "clean", version, "")
-    return ScannerRun(name, "not run", version, f"it ended with {status}: {words}")
+    way = _KNOWN[name]
+    groups = [[file] for file in files] if way.each else [list(files)]
+    for group in groups:
+        try:
+            status, text = _run(name, site, group, run_sealed, beside)
+        except (AirgapError, OSError) as error:
+            code = error.code if isinstance(error, AirgapError) else type(error).__name__
+            return ScannerRun(name, "not run", version, f"it did not finish: {code}")
+        words = " ".join(_PLACE.sub("", text).split())[-_SHOWN:]
+        if status in way.hit:
+            return ScannerRun(name, "hit", version, words or group[0].path)
+        if status not in way.clean:
+            # Its words may tell of times and places, which would differ from build to build.
+            return ScannerRun(name, "not run", version, f"it ended with status {status}")
+    return ScannerRun(name, "clean", version, "")
 
 
-def _run(name: str, site: Path, report: InspectReport, run_sealed: RunSealed) -> tuple[int, str]:
-    with tempfile.TemporaryDirectory(prefix="airgap-scan-") as temporary:
+def _run(
+    name: str,
+    site: Path,
+    files: Sequence[SourceFile],
+    run_sealed: RunSealed,
+    beside: Path | None,
+) -> tuple[int, str]:
+    way = _KNOWN[name]
+    with tempfile.TemporaryDirectory(prefix="airgap-scan-", dir=beside) as temporary:
         source, out = Path(temporary, "source"), Path(temporary, "out")
         source.mkdir()
         out.mkdir()
-        for file in report.files:
-            if file.size > SIZE_LIMIT:
-                continue  # weights, of a format without code, that our parser has read
+        for file in files:
             target = source / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             place_file(file.place, target)
-        arguments = [str(site), name, str(out), *_KNOWN[name][0], str(source)]
+        before = [word.format(out=out) for word in way.arguments]
+        asked = source / files[0].path if way.each else source
+        arguments = [str(site), name, str(out), *before, str(asked)]
         done = run_sealed(
             SealedJob(
                 argv=(*python(PROGRAM), *arguments),

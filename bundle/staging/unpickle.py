@@ -22,6 +22,7 @@ from bundle.manifest import first_problem
 from bundle.scan.roles import role_of
 from bundle.scan.safetensors import parse_safetensors
 from bundle.scan.strict import open_view, parse_object
+from bundle.staging.scanners import OF_PICKLES, refusals_of, run_scanners
 from bundle.staging.sealed import (
     RunSealed,
     SealedJob,
@@ -31,7 +32,15 @@ from bundle.staging.sealed import (
     require_success,
     take,
 )
-from bundle.staging.source import Digests, SourceFile, hash_file, open_file, read_head, walk
+from bundle.staging.source import (
+    MAX_BYTES,
+    Digests,
+    SourceFile,
+    hash_file,
+    open_file,
+    read_head,
+    walk,
+)
 from bundle.staging.unpickle_main import REFUSED
 from policy.errors import RefusedError
 
@@ -62,6 +71,7 @@ class Unpickled(Document):
     files: tuple[Pair, ...]
     versions: dict[str, str]
     rung: Text
+    scanners: tuple[Text, ...]
 
 
 def unpickle(folder: Path, out: Path, *, run_sealed: RunSealed | None) -> Unpickled:
@@ -147,6 +157,9 @@ def _convert(
     for file in pickles:
         before[file.path] = hash_file(file, _ignore).sha256
         place_file(file.place, source / file.path)
+    runs = run_scanners(pickles, run_sealed, names=OF_PICKLES, limit=MAX_BYTES, beside=work)
+    for hit in refusals_of(runs):
+        raise hit
     size = sum(file.size for file in pickles) // (1 << 20)
     done = run_sealed(
         SealedJob(
@@ -191,6 +204,7 @@ def _convert(
         if isinstance(versions, dict)
         else {},
         rung=str(done.evidence.get("rung", "unknown")),
+        scanners=tuple(" ".join(f"{r.name} {r.version} {r.verdict}".split()) for r in runs),
     )
     (ready / RECORD).write_bytes(canonical_json(result.model_dump(mode="json")))
     ready.rename(out)

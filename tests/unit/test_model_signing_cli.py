@@ -6,6 +6,7 @@ Every run of the tool happens in a network namespace of its own, without a route
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bundle import keys
-from bundle.evidence.anchors import Anchors, Authority, Key
+from bundle.evidence.anchors import Anchors, Authority, Identity, Key
 from bundle.staging.inspect import inspect_source
 from bundle.staging.model_signature import write_signature
 from bundle.staging.upstream import Upstream, read_items
@@ -155,3 +156,24 @@ def test_a_key_that_the_tool_does_not_know_is_refused_in_words(tmp_path):
         write_signature(folder, tmp_path / "model.sig", bundles.signer("builder"))
     assert caught.value.code == "seal.algorithm"
     assert not (tmp_path / "model.sig").exists()
+
+
+def test_a_private_sigstore_is_believed_by_the_tool_and_by_us_alike(tmp_path):
+    folder = snapshot(tmp_path / "model")
+    lab = private.PrivateSigstore(NOW)
+    files = {name: each.sha256 for name, each in inspect_source(folder).digests.items()}
+    signature = tmp_path / "model.sig"
+    signature.write_text(json.dumps(lab.attest(private.oms_statement(files))))
+    (tmp_path / "config.json").write_text(json.dumps(lab.trust_config()))
+    verify = (
+        *("verify", "sigstore", folder, "--signature", signature),
+        *("--trust_config", tmp_path / "config.json", "--identity_provider", private.ISSUER),
+    )
+    done = tool(*verify, "--identity", private.WHO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tool(*verify, "--identity", "x@lab.example").returncode != 0
+    anchors = Anchors(
+        identities=(Identity(name="lab", identity=private.WHO, issuer=private.ISSUER),),
+        trusted_root=json.dumps(lab.trusted_root()),
+    )
+    assert inspected(folder, signature, anchors).provenance["level"] == "L3"

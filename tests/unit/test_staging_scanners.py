@@ -13,6 +13,8 @@ from staging_runs import run_inline
 from airgap.enclave import run_sealed
 from bundle.staging.inspect import inspect_source
 from bundle.staging.scanners import find_site
+from bundle.staging.unpickle import unpickle
+from policy.errors import RefusedError
 
 PROGRAM = """
 import socket, sys, pathlib
@@ -23,7 +25,8 @@ def main():
     except OSError as error:
         print("network:", type(error).__name__)
     folder = pathlib.Path(sys.argv[-1])
-    print("files:", *sorted(path.name for path in folder.iterdir()))
+    if folder.is_dir():
+        print("files:", *sorted(path.name for path in folder.iterdir()))
     {end}
 """
 
@@ -108,3 +111,22 @@ def test_a_scanner_for_another_python_is_not_run(tmp_path, monkeypatch):
     on_path(monkeypatch, install(tmp_path / "env", "picklescan", "sys.exit(1)", "python2.7"))
     assert find_site("picklescan") is None
     assert find_site("no-such-scanner") is None
+
+
+def test_pickles_are_shown_to_scanners_before_they_are_read(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    folder = tiny_llama.write_snapshot(tmp_path / "published")
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": torch.zeros(2)}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("picklescan", "fickling"):  # an earlier test loaded its own, in this process
+        monkeypatch.delitem(sys.modules, f"{name}_program", raising=False)
+    clean = install(tmp_path / "one", "fickling", "assert folder.is_file(); sys.exit(0)")
+    on_path(monkeypatch, clean)
+    record = unpickle(folder, tmp_path / "new", run_sealed=run_inline)
+    assert record.scanners == ("picklescan not run", "modelscan not run", "fickling 1.2.3 clean")
+    on_path(monkeypatch, clean, install(tmp_path / "two", "picklescan", "sys.exit(1)"))
+    with pytest.raises(RefusedError) as caught:
+        unpickle(folder, tmp_path / "other", run_sealed=run_inline)
+    assert caught.value.code == "scan.tripwire"
+    assert not (tmp_path / "other").exists()
