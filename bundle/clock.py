@@ -2,7 +2,7 @@
 
 A host refuses when its clock lies before the latest thing that happened on it. After a run with the
 clock years ahead that would be for years. The holders of the root keys then sign what the host
-prints: the very time that it believes in, the true time, and why. FORMAT.md section 15.
+prints: the very time that it believes in, the true time, and why. FORMAT.md section 19.
 """
 
 from __future__ import annotations

@@ -256,6 +256,10 @@ def sign(
 def export(
     out: Annotated[Path, typer.Argument(help="The file to write.")],
     *,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", help="Also write the approvers' public keys here, for openssl."),
+    ] = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -263,6 +267,12 @@ def export(
     from bundle.trust import chain_document
 
     trust = _load(root)
+    if keys is not None:
+        keys.mkdir(parents=True, exist_ok=True)
+        for keyid, key in trust.document.public_keys().items():
+            who = trust.document.find_person(keyid) or ""
+            if trust.document.people[who].approves and key.supported:
+                _put(keys / f"{who}-{keyid[:8]}.pem", key.pem)
     _put(out, chain_document(trust) + b"\n")
     document = {"file": str(out), "version": trust.version, "fingerprint": str(trust.fingerprint)}
     show(document, f"wrote {out}: roots up to version {trust.version}", json=json)

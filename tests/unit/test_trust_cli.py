@@ -121,7 +121,9 @@ def test_two_sign_a_list(site, tmp_path):
 
 def test_roots_travel_forward_only(site, host, tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    call("trust", "export", old, "--root", site)
+    call("trust", "export", old, "--root", site, "--keys", tmp_path / "pem")
+    (pem,) = (tmp_path / "pem").iterdir()
+    assert pem.name == f"alice-{keyid(site, 'alice')[:8]}.pem"
     call("trust", "renew", "--days", "10", "--root", site)
     call("trust", "export", new, "--root", site)
     assert call("trust", "import", new, "--root", host, "--json")["version"] == 3
