@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import policy.strict
 from airgap.config import Person, Project, Site, Transaction, read_plain
@@ -351,7 +352,17 @@ def decide_admission(
         },
         day_source=day_source,
     )
-    return _decide(request, rules, approvals, as_of, known_at)
+    return _decide(request, rules, in_legal_zone(site, approvals), as_of, known_at)
+
+
+def in_legal_zone(site: Site, approvals: Approvals) -> Approvals:
+    """The same approvals, issued at the same instant, which falls on the legal day of the site."""
+    if not approvals.approvals:
+        return approvals
+    zone = ZoneInfo(site.institution.legal_zone)
+    return Approvals(
+        tuple(replace(each, issued=each.issued.astimezone(zone)) for each in approvals.approvals)
+    )
 
 
 def _decide(
@@ -509,7 +520,7 @@ def decide_use(
         screens=screens,
         day_source=day_source,
     )
-    return _decide(request, rules, approvals, as_of, known_at)
+    return _decide(request, rules, in_legal_zone(site, approvals), as_of, known_at)
 
 
 def _person_facts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 
 from policy.pack import ApprovalOverride, Rule, WaiverOverride
 from policy.terms import Digest, Scope
@@ -36,7 +36,7 @@ class Approval:
         rules: Rule id -> the version that was approved; another version is not.
         approvers: Those who signed. For a waiver: who registered it and who confirmed it.
         bundle: The only bundle; `project` the only project; `task` the only task, None for all.
-        issued: When it was signed (UTC).
+        issued: When it was signed; its zone is that in which a day of law is counted.
         expires: First day on which it no longer counts.
         document: Digest of the filed document, where there is one.
         authority: For a government waiver: who granted it; None for an approval.
@@ -116,7 +116,7 @@ def _fault_of_subject(approval: Approval, case: Case) -> str | None:
 
 
 def _fault_of_day(approval: Approval, case: Case) -> str | None:
-    issued = approval.issued.astimezone(UTC)
+    issued = approval.issued
     if issued > case.known_at or issued.date() > case.as_of:
         return f"not yet valid: issued on {issued.date()}, and the day decided is {case.as_of}"
     if case.as_of >= approval.expires:
@@ -158,7 +158,7 @@ def _fault_of_emergency(approval: Approval, rule: Rule) -> str | None:
         return "break-glass is not for hazard, CUI or statutory rules"
     if not isinstance(rule.text.override, ApprovalOverride):
         return "break-glass only goes before an approval, and this rule takes none"
-    days = (approval.expires - approval.issued.astimezone(UTC).date()).days
+    days = (approval.expires - approval.issued.date()).days
     if days > BREAK_GLASS_DAYS:
         return f"runs longer than {BREAK_GLASS_DAYS} days, which is too long for break-glass"
     found = len(approval.approvers)
@@ -174,7 +174,7 @@ def _fault_of_terms(
     apart = [each for each in fit if same_person(each.person) not in leads]
     if rule.text.topic == "hazard":
         fit = apart
-    days = (approval.expires - approval.issued.astimezone(UTC).date()).days
+    days = (approval.expires - approval.issued.date()).days
     lacking = (
         f"too few people: {len(fit)} of {terms.approvers} with role {' or '.join(terms.roles)}"
     )

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import rfc8785
-
 from policy import record
+from policy.canonical import canonical_bytes
 from policy.engine import Decision
 from policy.evaluator import RuleResult
 from policy.logic import LETTERS, Comparison, Condition, Leaf, leaves
@@ -283,7 +282,7 @@ def is_restricted(decision: Decision) -> bool:
 
 def general_record(decision: Decision, restricted: str) -> bytes:
     """The public record as RFC 8785 JSON, with the commitment to the whole one."""
-    return rfc8785.dumps({**public_document(decision), "restricted": restricted})
+    return canonical_bytes({**public_document(decision), "restricted": restricted})
 
 
 def general_outcome(decision: Decision) -> Outcome:

@@ -125,7 +125,8 @@ def read_yaml(content: bytes, name: str = "pack") -> Source:
     """
     if len(content) > MAX_BYTES:
         raise RefusedError(
-            "pack.limit", f"{name}: {len(content)} bytes, at most {MAX_BYTES} are read"
+            "pack.limit",
+            f"{name}: line 1, column 1: {len(content)} bytes, at most {MAX_BYTES} are read",
         )
     return _Reader(_decode(content, name), name).document()
 

@@ -349,3 +349,41 @@ def test_a_file_that_is_no_approval_is_refused_loudly(call, tree):
     for argv in (("approve", "list"), ("policy", "explain", "--model", "logos-8b")):
         status, out, _ = call(*argv, "--root", tree, "--json")
         assert (status, json.loads(out)["code"]) == (1, "policy.approval")
+
+
+@pytest.mark.parametrize(
+    ("zone", "issued", "lifts"),
+    [
+        # 20:30 in New York is the next day in UTC, and still the legal day of the site.
+        ("America/New_York", datetime(2026, 11, 24, 1, 30, tzinfo=UTC), True),
+        ("UTC", datetime(2026, 11, 24, 1, 30, tzinfo=UTC), False),
+        # 00:30 in Tokyo is the day before in UTC, and the legal day has not come yet.
+        ("Asia/Tokyo", datetime(2026, 11, 23, 15, 30, tzinfo=UTC), False),
+        ("Asia/Tokyo", datetime(2026, 11, 23, 14, 30, tzinfo=UTC), True),
+    ],
+)
+def test_an_approval_counts_from_the_legal_day_on_which_it_was_signed(zone, issued, lifts):
+    site = demo_site()
+    site = site.model_copy(
+        update={"institution": site.institution.model_copy(update={"legal_zone": zone})}
+    )
+    envelope = approvals.sign(statement(issued=issued), bundles.signer("grace"))
+    assumed = {
+        "bundle.verified": Known(value=True, source="test"),
+        "bundle.manifest_complete": Known(value=True, source="test"),
+        "bundle.provenance_level": Known(1, "test"),
+        "bundle.licence_texts_recorded": Known(value=True, source="test"),
+    }
+    decision = decide_admission(
+        site,
+        RULES,
+        registry_facts("logos-8b", RULES.registry),
+        bundle_digest=BUNDLE,
+        project=PROJECT,
+        as_of=date(2026, 11, 23),
+        known_at=datetime(2026, 11, 24, 12, tzinfo=UTC),
+        submitter="ada",
+        assumed=assumed,
+        approvals=approvals.Approvals((approvals.verify_approval(envelope, TRUST.document),)),
+    )
+    assert ("LIC-CONFLICT" not in blocking(decision)) is lifts

@@ -23,7 +23,7 @@ from policy.errors import AirgapError
 from policy.pack import parse_pack
 from policy.terms import Digest, Outcome, Scope
 
-ISSUED = datetime(2026, 11, 23, tzinfo=UTC)
+ISSUED = datetime(2026, 11, 23, 12, tzinfo=UTC)
 SHORT = {"issued": ISSUED, "expires": date(2026, 11, 26), "break_glass": True, "document": None}
 
 
