@@ -122,9 +122,9 @@ def export(
     log: _Log = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that does not exist yet.")],
-    rows: Annotated[str, typer.Option("--format", help="Derived rows, such as jsonl or csv.")] = (
-        "jsonl"
-    ),
+    rows: Annotated[
+        str, typer.Option("--format", help="Derived rows: jsonl, csv, ocsf, rfc5424, cef or hec.")
+    ] = ("jsonl"),
     since: Annotated[
         str,
         typer.Option(
@@ -138,11 +138,11 @@ def export(
     json: Json = False,
 ) -> None:
     """Export evidence and derived rows. An export of your own log is itself on record."""
-    from airgap.audit.export.rows import FORMATS
+    from airgap.audit.export.rows import FORMATS, find_format
     from airgap.audit.export.write import Plan
     from airgap.audit.layout import Layout, last_checkpoint
 
-    if rows not in FORMATS:
+    if find_format(rows) is None:
         known = ", ".join(sorted(FORMATS))
         raise UsageError("usage.argument", f"--format: {rows!r:.40}", hint=f"use one of {known}")
     if out.exists():

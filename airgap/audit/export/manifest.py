@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from airgap.audit.checkpoint import MAX_NOTE, parse_checkpoint, strict_hash
 from airgap.audit.disk import open_plain
-from airgap.audit.export.rows import FORMATS
+from airgap.audit.export.rows import find_format
 from airgap.audit.export.sign import FILE as SIGNATURES
 from airgap.audit.export.sign import MAX_FILE, SCHEMES, ExportPublic
 from airgap.audit.findings import NOTE, TAMPERED, Finding
@@ -204,7 +204,7 @@ def _check_since(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 
 def _check_rows(layout: Layout, manifest: Manifest) -> Iterator[Finding]:
     """Write every derived row again and compare it with the file."""
-    chosen, name = FORMATS.get(manifest.rows), manifest.rows_file
+    chosen, name = find_format(manifest.rows), manifest.rows_file
     if chosen is None or name != chosen.file or not (layout.folder / name).is_file():
         yield Finding(TAMPERED, "rows", name, found="not the derived file of this format")
         return

@@ -1,4 +1,4 @@
-"""Rows that derive from records: JSON lines and CSV (docs/design/audit.md, 10).
+"""Rows that derive from records: JSON lines, CSV, and the table of formats (design, 10).
 
 The signed lines are the evidence; a row is a convenience that leads back to them by sequence
 number, leaf hash and origin. Rows are a function of the line alone, so a verifier can write them
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
+
+from airgap.audit.export.fields import Format
+from airgap.audit.export.ocsf import ocsf_row
+from airgap.audit.export.siem import EXAMPLE_ENTERPRISE, cef_row, hec_row, syslog_row
 
 _SAFE_START: Final = frozenset("=+-@\t\r")
 # Column, and where its value lies in a record.
@@ -46,16 +50,6 @@ _COLUMNS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("inst", ("inst",)),
     ("boot", ("boot",)),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How a derived file is written: its name, first line and one row a record."""
-
-    name: str
-    file: str
-    header: bytes
-    row: Callable[[str, Mapping[str, Any], bytes, bytes], bytes]  # origin, record, line, leaf
 
 
 def _jsonl_row(origin: str, record: Mapping[str, Any], line: bytes, leaf: bytes) -> bytes:
@@ -100,4 +94,16 @@ FORMATS: Final[dict[str, Format]] = {
         _csv_line(["seq", "leaf", "origin", *(name for name, _ in _COLUMNS), "data"]),
         _csv_row,
     ),
+    "ocsf": Format("ocsf", "records.ocsf", b"", ocsf_row),
+    "rfc5424": Format("rfc5424", "records.rfc5424", b"", syslog_row(EXAMPLE_ENTERPRISE)),
+    "cef": Format("cef", "records.cef", b"", cef_row),
+    "hec": Format("hec", "records.hec", b"", hec_row),
 }
+_ENTERPRISE: Final = re.compile("rfc5424-([1-9][0-9]{0,7})")
+
+
+def find_format(name: str) -> Format | None:
+    """Return a format by its name; `rfc5424-<number>` has the site's own enterprise number."""
+    if own := _ENTERPRISE.fullmatch(name):
+        return Format(name, "records.rfc5424", b"", syslog_row(int(own[1])))
+    return FORMATS.get(name)

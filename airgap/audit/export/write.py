@@ -20,6 +20,7 @@ from typing import Final
 
 from airgap.audit.checkpoint import Checkpoint, Head
 from airgap.audit.disk import open_plain
+from airgap.audit.export.fields import Format
 from airgap.audit.export.manifest import (
     BUNDLES,
     CONSISTENCY,
@@ -30,7 +31,7 @@ from airgap.audit.export.manifest import (
     bundle_entry,
     file_entry,
 )
-from airgap.audit.export.rows import FORMATS, Format
+from airgap.audit.export.rows import find_format
 from airgap.audit.export.sign import FILE as SIGNATURES
 from airgap.audit.export.sign import ExportKey
 from airgap.audit.layout import (
@@ -113,7 +114,9 @@ class _Export:
     kept: dict[int, bytes] = field(default_factory=dict)
 
     def write(self) -> Manifest:
-        head, chosen = self.plan.head, FORMATS[self.plan.rows]
+        head, chosen = self.plan.head, find_format(self.plan.rows)
+        if chosen is None:
+            raise RefusedError("usage.argument", f"no derived format {self.plan.rows!r:.40}")
         for name in ("seg", "tile", "objects"):
             (self.target.log / name).mkdir(parents=True)
         first = self._first()
