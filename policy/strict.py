@@ -126,7 +126,7 @@ def read_yaml(content: bytes, name: str = "pack") -> Source:
     if len(content) > MAX_BYTES:
         raise RefusedError(
             "pack.limit",
-            f"{name}: line 1, column 1: {len(content)} bytes, at most {MAX_BYTES} are read",
+            f"{name}: line 1, column 1: {len(content)} bytes, of {MAX_BYTES} allowed",
         )
     return _Reader(_decode(content, name), name).document()
 
