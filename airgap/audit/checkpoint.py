@@ -302,6 +302,11 @@ def parse_checkpoint(content: bytes) -> Checkpoint:
     return Checkpoint(origin, int(size), raw, f"{text}\n".encode(), signatures, note)
 
 
+def is_torn(content: bytes) -> bool:
+    """Whether a file that held a note may have been cut short or emptied by a crash."""
+    return not content.strip(b"\0") or not content.endswith(b"\n")
+
+
 def verify_checkpoint(checkpoint: Checkpoint, keys: Keys) -> Head:
     """Return the head if a known key signed it and the origin is the keys' name.
 

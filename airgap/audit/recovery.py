@@ -7,6 +7,7 @@ whole and are signed now. Everything else that does not fit is refused, never re
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ from airgap.audit.checkpoint import (
     Keys,
     Ring,
     Vkey,
+    is_torn,
     parse_checkpoint,
     parse_vkey,
     verify_checkpoint,
@@ -50,6 +52,7 @@ from policy.errors import RefusedError
 
 MAX_FRONTIER: Final = 1 << 24
 _CHUNK: Final = 4_096  # lines between writes of tiles
+_PHASE: Final = b'"phase":"'
 _EVENT: Final = b'"phase":"event"'
 _OUTCOME: Final = b'"phase":"outcome"'
 _INTENT: Final = b'"phase":"intent"'
@@ -244,9 +247,10 @@ def _replay(
 ) -> None:
     """Hash one segment into the state; cut or rewrite the tail of the last one."""
     content = layout.segment(index).read_bytes()
-    edge, signed, offset, signed_end = state.edge, state.head.size, 0, 0
+    edge, signed = state.edge, state.head.size
     made: dict[Node, bytes] = {}
     before = edge.size
+    offset = signed_end = _replay_tiles(content, state, min(signed, before + SEGMENT), expected)
     while offset < len(content) and edge.size - before < SEGMENT:
         end = content.find(b"\n", offset)
         line = content[offset : len(content) if end < 0 else end]
@@ -283,6 +287,46 @@ def _replay(
             good_end=offset,
             suspect=suspect,
         )
+
+
+def _replay_tiles(content: bytes, state: Recovered, end: int, expected: dict[int, bytes]) -> int:
+    """Take as many whole tiles of signed records as there are, fast; return the offset after them.
+
+    It stops before a tile in which a root must be compared or a key changes: those go one by one.
+    """
+    edge, sha256, offset = state.edge, hashlib.sha256, 0
+    opened: dict[bytes, bytes] = {}  # request -> line of its intent
+    roots = sorted(expected)
+    lines = content.split(b"\n", end - edge.size)
+    del lines[-1]  # what follows the last newline that was looked for
+    for start in range(0, len(lines) - WIDTH + 1, WIDTH):
+        tile = lines[start : start + WIDTH]
+        at = bisect.bisect_right(roots, edge.size)
+        if at < len(roots) and roots[at] <= edge.size + WIDTH:
+            break
+        if any(_ROTATE in line for line in tile):
+            break
+        leaves = [sha256(b"\0" + line).digest() for line in tile]
+        made: dict[Node, bytes] = {}
+        edge.append_tile(leaves, made)
+        state.tiles.add_tile(leaves, made)
+        _remember(state, made)
+        for line in tile:
+            at = line.find(_PHASE)
+            phase = line[at + 9 : at + 10]
+            if phase == b"e":
+                continue
+            at = line.find(_REQ, at) + len(_REQ)
+            req = line[at : at + 26]
+            if phase == b"i":
+                opened[req] = line
+            elif phase == b"o" and opened.pop(req, None) is None:
+                state.intents.pop(req.decode("ascii", "replace"), None)
+        state.prev = leaves[-1].hex()
+        offset += sum(map(len, tile)) + WIDTH
+    for line in opened.values():
+        _follow(state, line)
+    return offset
 
 
 def _replay_pruned(
@@ -476,13 +520,16 @@ def _mend_journal(
 
 
 def _current(layout: Layout) -> Checkpoint | None:
-    """Return `log/checkpoint`; None when absent or empty, as a crash may leave it."""
+    """Return `log/checkpoint`; None when absent, empty or torn, as a crash may leave it.
+
+    It is derived and not flushed; the journal holds the same head.
+    """
     try:
         with open_plain(layout.checkpoint) as file:
             content = file.read(MAX_NOTE + 1)
     except FileNotFoundError:
         return None
-    return parse_checkpoint(content) if content.strip(b"\0") else None
+    return None if is_torn(content) else parse_checkpoint(content)
 
 
 def _anchors(layout: Layout, ring: Ring) -> dict[int, tuple[bytes, int]]:

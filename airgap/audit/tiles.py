@@ -59,6 +59,24 @@ class Edge:
                 made[level, count] = leaf
         peaks.append(leaf)
 
+    def append_tile(self, leaves: list[bytes], made: dict[Node, bytes]) -> None:
+        """Add the leaves of one whole tile, at a multiple of its width.
+
+        Of the nodes that this completes, those from the tile's own root upwards come into `made`.
+        """
+        sha256, row = hashlib.sha256, leaves
+        while len(row) > 1:
+            row = [sha256(b"\x01" + row[i] + row[i + 1]).digest() for i in range(0, len(row), 2)]
+        node, level, count = row[0], HEIGHT, self.size // WIDTH
+        self.size += WIDTH
+        made[level, count] = node
+        while count & 1:
+            node = sha256(b"\x01" + self.peaks.pop() + node).digest()
+            count >>= 1
+            level += 1
+            made[level, count] = node
+        self.peaks.append(node)
+
     def root(self) -> bytes:
         """Return the root of all leaves so far."""
         if not self.peaks:
@@ -145,6 +163,17 @@ class Tiles:
         for (level, _), value in made.items():
             if level % HEIGHT == 0:
                 self._push(level // HEIGHT, value)
+
+    def add_tile(self, leaves: list[bytes], made: dict[Node, bytes]) -> None:
+        """Take one whole tile of leaves and the nodes that it completed."""
+        if not self._rows:
+            self._rows.append((0, []))
+        index, row = self._rows[0]
+        if row:
+            raise ValueError("a whole tile follows only whole tiles")
+        self.put(tile_name(0, index), b"".join(leaves))
+        self._rows[0] = (index + 1, [])
+        self.add(made)
 
     def start(self, segments: Sequence[bytes]) -> None:
         """Stand at a segment's end; `segments` are the roots of all segments before it."""

@@ -22,6 +22,7 @@ from airgap.audit.checkpoint import (
     Checkpoint,
     Keys,
     Ring,
+    is_torn,
     parse_checkpoint,
     ring_of,
     verify_checkpoint,
@@ -188,8 +189,8 @@ def _read_current(layout: Layout, findings: Findings, *, live: bool) -> Checkpoi
         if not live:
             findings.add(TAMPERED, "checkpoint", _CURRENT, found="nothing")
         return None
-    if live and not content.strip(b"\0"):
-        findings.add(NOTE, "checkpoint", _CURRENT, found="empty, as a crash may leave it")
+    if live and is_torn(content):
+        findings.add(NOTE, "checkpoint", _CURRENT, found="empty or torn, as a crash may leave it")
         return None
     try:
         return parse_checkpoint(content)

@@ -37,7 +37,7 @@ from airgap.audit.record import (
 )
 from airgap.audit.recovery import load_frontier
 from airgap.audit.stream import _tile_index
-from airgap.audit.tiles import Edge, inclusion_path, tile_name
+from airgap.audit.tiles import Edge, Tiles, inclusion_path, tile_name
 from bundle import merkle
 from policy.errors import AirgapError
 
@@ -307,3 +307,26 @@ def test_each_kind_has_a_pattern_that_its_plainest_record_matches(kind):
         assert (read_line(line).record is None) == (
             kind not in {"key.rotate", "prune", "spill.purge"}
         )
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 7])
+def test_whole_tiles_give_the_tree_that_single_leaves_give(tiles):
+    leaves = [hashlib.sha256(bytes([n % 251, n // 251])).digest() for n in range(256 * tiles + 9)]
+    written, slow, made = {}, Edge(), {}
+    one = Tiles(written.__setitem__)
+    for leaf in leaves:
+        slow.append(leaf, made)
+    one.add(made)
+    again, fast = {}, Edge()
+    other = Tiles(again.__setitem__)
+    for start in range(0, 256 * tiles, 256):
+        made = {}
+        fast.append_tile(leaves[start : start + 256], made)
+        other.add_tile(leaves[start : start + 256], made)
+    made = {}
+    for leaf in leaves[256 * tiles :]:
+        fast.append(leaf, made)
+    other.add(made)
+    assert (fast.size, fast.root()) == (slow.size, slow.root())
+    assert again == written
+    assert other.partial() == one.partial()
