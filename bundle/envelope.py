@@ -8,12 +8,12 @@ It is the second implementation in the tests instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bundle.canonical import canonical_json, parse_canonical
-from bundle.keys import SCHEMES, PublicKey, Signer, decode_base64, encode_base64
+from bundle.keys import SCHEMES, PublicKey, Signer, as_signers, decode_base64, encode_base64
 from policy.errors import RefusedError
 
 ENVELOPE_SIZE = 131_072
@@ -72,15 +72,17 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def sign_statement(payload: bytes, payload_type: str, *signers: Signer) -> Envelope:
+def sign_statement(
+    payload: bytes, payload_type: str, *signers: Signer | Sequence[Signer]
+) -> Envelope:
     """Return a new envelope with one signature a signer."""
     return add_signature(Envelope(payload, payload_type, ()), *signers)
 
 
-def add_signature(envelope: Envelope, *signers: Signer) -> Envelope:
+def add_signature(envelope: Envelope, *signers: Signer | Sequence[Signer]) -> Envelope:
     """Return the envelope with one more signature of each signer.
 
-    A person of the profile `cnsa2` signs with two keys.
+    A person of the profile `cnsa2` signs with two keys: both in a sequence, or one after the other.
 
     Raises:
         RefusedError: `seal.malformed`; one of these keys has signed already.
@@ -88,7 +90,7 @@ def add_signature(envelope: Envelope, *signers: Signer) -> Envelope:
     """
     message = pae(envelope.payload_type, envelope.payload)
     signed = {item.keyid: item for item in envelope.signatures}
-    for signer in signers:
+    for signer in (each for given in signers for each in as_signers(given)):
         keyid = signer.public_key.keyid
         if keyid in signed:
             raise RefusedError("seal.malformed", f"key {keyid} has signed this already")

@@ -191,6 +191,25 @@ class Trust:
         """The fingerprint of the newest root document."""
         return self.document.fingerprint
 
+    @property
+    def standing(self) -> RootDocument:
+        """The newest root without revoked keys and people: who counts for any act but a seal.
+
+        A seal is judged with the list beside the root, to tell a revoked key from a foreign one.
+        """
+        if self.revocations is None:
+            return self.document
+        listed, root = self.revocations.document, self.document
+        people = {
+            who: person.model_copy(update={"keys": kept})
+            for who, person in root.people.items()
+            if who not in listed.people
+            and (kept := tuple(keyid for keyid in person.keys if keyid not in listed.keys))
+        }
+        kept_keys = {keyid for person in people.values() for keyid in person.keys}
+        entries = {keyid: entry for keyid, entry in root.keys.items() if keyid in kept_keys}
+        return root.model_copy(update={"people": people, "keys": entries})
+
     def alarms(self, now: datetime) -> tuple[str, ...]:
         """Return what a person must hear: no list where the root demands one, or a stale list.
 

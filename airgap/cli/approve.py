@@ -118,7 +118,7 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
     from bundle.trust import load_trust
 
     tree = root_folder(root)
-    trust = load_trust(tree / "trust").document
+    trust = load_trust(tree / "trust").standing
     found, reviews = load_approvals(tree, trust).approvals, reviews_of(tree, trust)
     again = up_for_review(found, tree)
     lines = [words_of(each) for each in found] or ["no approval"]
@@ -188,7 +188,7 @@ def note(approval: Path, kind: str, text: str, signer: Any, tree: Path, *, json:
     from policy.approvals import same_person
     from policy.terms import Digest
 
-    trust = load_trust(tree / "trust").document
+    trust = load_trust(tree / "trust").standing
     target = approvals.read_approval(approval)
     about = approvals.verify_approval(target, trust)
     now = datetime.now(UTC).replace(microsecond=0)
@@ -221,7 +221,7 @@ def owed(tree: Path) -> list[str]:
 
     if not (tree / FOLDER).is_dir():
         return []
-    found = reviews_of(tree, load_trust(tree / "trust").document)
+    found = reviews_of(tree, load_trust(tree / "trust").standing)
     return [review_words(each) for each in found if each.is_open]
 
 
@@ -255,7 +255,7 @@ def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
     from airgap.approvals import on_record, verify_approval, write_approval
     from bundle.trust import load_trust
 
-    approval = verify_approval(envelope, load_trust(tree / "trust").document)
+    approval = verify_approval(envelope, load_trust(tree / "trust").standing)
     who = approval.approvers[-1].person if approval.approvers else "nobody-enrolled"
     with on_record(tree, "admin.approval", who, approval.digest):
         path = write_approval(envelope, tree)
@@ -383,13 +383,11 @@ def document_digest(path: Path | None) -> Digest | None:
 
 
 def signer_of(key: str, passphrase_file: Path | None, tree: Path) -> Any:
-    """Open a private key: a file, or a name in keys/ of the tree."""
-    from bundle.keys import load_signer, read_passphrase
+    """Open a person's private key: a file, or a name in keys/ of the tree; two of a cnsa2 name."""
+    from bundle.keyring import open_signers
+    from bundle.keys import read_passphrase
 
-    path = Path(key)
-    if "/" not in key and not path.exists():
-        path = tree / "keys" / f"{key.removesuffix('.pem')}.pem"
-    return load_signer(path, read_passphrase(passphrase_file))
+    return open_signers([key], tree / "keys", passphrase=read_passphrase(passphrase_file))
 
 
 def require_confirmed(statement: OverrideStatement, confirm: str | None) -> None:

@@ -210,7 +210,7 @@ def prune(
             found = plan(log, profile, now)
         else:
             found = prune_log(
-                log, read_act(statement), trust=load_trust(tree / "trust").document,
+                log, read_act(statement), trust=load_trust(tree / "trust").standing,
                 profile=profile, now=now, actor=Actor(_account()),
             )  # fmt: skip
     count = found.last + 1 - found.first
@@ -238,7 +238,7 @@ def purge(
     tree = root_folder(root)
     with _own(tree) as log:
         done = purge_payload(
-            log, read_act(statement), trust=load_trust(tree / "trust").document,
+            log, read_act(statement), trust=load_trust(tree / "trust").standing,
             now=datetime.now(UTC), actor=Actor(_account()),
         )  # fmt: skip
     text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"

@@ -175,7 +175,7 @@ def release(
         desk.confirm(found, open_release.release.reason, confirm)
         envelope = holds.countersign_release(open_release.envelope, signer)
     signed = holds.verify_release(envelope, desk.trust)
-    mine = desk.trust.find_person(signer.public_key.keyid)
+    mine = next(iter(desk.trust.people_of(each.public_key.keyid for each in signer)), None)
     if mine is None or mine not in {each.person for each in signed.people}:
         raise RefusedError(
             "hold.release",
@@ -326,7 +326,7 @@ class Desk:
         from policy.report import HAZARD_ROLE
 
         tree = root_folder(root)
-        site, trust = load_site(tree), load_trust(tree / "trust").document
+        site, trust = load_site(tree), load_trust(tree / "trust").standing
         reader = find_reader(site, "", os.getuid(), account_name())
         role = reader is not None and HAZARD_ROLE in reader.roles
         return cls(tree, site, load_rules(tree), trust, Holds(tree, trust), role)

@@ -67,7 +67,7 @@ def install(
         load_rules(folder),
         day,
         project=project,
-        approvals=load_approvals(folder, load_trust(folder / "trust").document),
+        approvals=load_approvals(folder, load_trust(folder / "trust").standing),
         submitter=None if person is None else person.id,
     )
     before = last_record(folder)

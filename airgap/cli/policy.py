@@ -51,6 +51,10 @@ AsOf = Annotated[
 ]
 TaskName = Annotated[str, typer.Option("--task", help="Task, as `airgap run` calls it.")]
 Action = Annotated[str, typer.Option("--action", help="What is done with the model.")]
+Drafts = Annotated[
+    list[Path] | None,
+    typer.Option("--draft", help="A file of rules or lists that nobody has signed yet, to try it."),
+]
 Assume = Annotated[
     list[str] | None,
     typer.Option("--assume", help="A fact for this question only, such as screen.tier=0."),
@@ -81,6 +85,7 @@ def explain(
     action: Action = "infer",
     as_of: AsOf = None,
     assume: Assume = None,
+    draft: Drafts = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -92,7 +97,7 @@ def explain(
     from policy import report
 
     asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
-    answer = decide(asked, root_folder(root), what_if=True)
+    answer = decide(asked, root_folder(root), what_if=True, drafts=draft or [])
     if json:
         document = report.public_document(answer.decision, hazard_role=answer.hazard_role)
         show({**document, **answer.beside}, "", json=True)
@@ -199,7 +204,7 @@ class Answered:
         return [*words, f"{more} more: see --json"] if more > 0 else words
 
 
-def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
+def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = ()) -> Answered:
     """Gather the facts of a question and decide it."""
     from airgap import inquiry
     from airgap.config import load_site, unnamed_site
@@ -216,7 +221,8 @@ def decide(asked: Asked, root: Path, *, what_if: bool) -> Answered:
         site = unnamed_site()
         notes.append(f"there is no site.toml in {root}: every fact of the site is unknown")
     now = datetime.now(UTC)
-    rules = load_rules(root)
+    rules = load_rules(root, drafts=drafts)
+    notes += [f"the rules of {each}, which nobody has signed" for each in drafts]
     reader = inquiry.find_reader(site, asked.person, os.getuid(), account_name())
     subject = inquiry.find_subject(
         bundle=asked.bundle, model=asked.model, root=root, rules=rules, now=now
@@ -254,7 +260,7 @@ def site_approvals(root: Path) -> Approvals:
     from airgap.approvals import load_approvals
     from bundle.trust import load_trust
 
-    return load_approvals(root, load_trust(root / "trust").document)
+    return load_approvals(root, load_trust(root / "trust").standing)
 
 
 def account_name() -> str:

@@ -296,7 +296,7 @@ class Desk:
         from policy.errors import AirgapError
 
         try:
-            return load_trust(self.tree / "trust").document
+            return load_trust(self.tree / "trust").standing
         except AirgapError:
             return None
 

@@ -432,7 +432,7 @@ def sign(
         envelope = site_rules.sign_file(
             content, file.name, signer, author=author or None, issued=datetime.now(UTC)
         )
-    trust = load_trust(tree / "trust").document
+    trust = load_trust(tree / "trust").standing
     try:
         site_rules.verify_file(content, file.name, envelope, trust)
         state = "counts"
@@ -570,7 +570,7 @@ def adjudicate(
         expires=as_day(expires, "--expires"),
     )
     envelope = adjudications.sign(about, signer_of(key, passphrase_file, tree))
-    ruling = adjudications.verify(envelope, load_trust(tree / "trust").document)
+    ruling = adjudications.verify(envelope, load_trust(tree / "trust").standing)
     path = adjudications.write(envelope, tree)
     words = "is" if same else "is not"
     document = {

@@ -142,7 +142,7 @@ def open_items(site: Site, tree: Path, log: LogFacts) -> list[oscal.OpenItem]:
 
 def _reviews(tree: Path) -> list[oscal.OpenItem]:
     try:
-        reviews = reviews_of(tree, load_trust(tree / "trust").document)
+        reviews = reviews_of(tree, load_trust(tree / "trust").standing)
     except AirgapError as error:
         return [
             oscal.OpenItem(

@@ -98,7 +98,7 @@ def open_broker(
                 stack.enter_context(sealed(log, spec))
                 for spec in specs(installed, described, site, root / "enclave", packs)
             )
-        trust = trusted.document
+        trust = trusted.standing
         holds = Holds(root, trust, person.id)
         approvals = load_approvals(root, trust)
         policy = UseRules(site, rules, installed, person, log, clock, approvals, holds)
@@ -268,7 +268,7 @@ def screen_packs(root: Path) -> tuple[Path, ...]:
     """
     paths = tuple(sorted((root / SCREEN_PACKS).glob("*.toml")))
     if paths:
-        trust = load_trust(root / "trust").document
+        trust = load_trust(root / "trust").standing
         for path in paths:
             verify_file(path.read_bytes(), path.name, read_signature(path), trust)
     return paths

@@ -7,6 +7,7 @@ import bundles
 import cnsa2
 import pytest
 
+from airgap import approvals
 from airgap.install import Store, install
 from airgap.install.standing import require_standing
 from bundle import clock, envelope, keys, revocation, rotation, trust
@@ -410,3 +411,31 @@ def test_only_the_root_people_reset_a_clock(roots):
     assert code_of(clock.parse_clock, b"{}") == "trust.clock"
     other = envelope.sign_statement(good.payload, "text/plain", *ROOT)
     assert code_of(check, other) == "seal.type"
+
+
+# -- other acts -------------------------------------------------------------------------------
+
+
+def test_who_is_revoked_counts_for_no_act(roots):
+    assert roots.standing == roots.document
+    alice = {bundles.public(name).keyid for name in ("alice", "alice2")}
+    gone = with_list(roots, people={"alice": "left"}).standing
+    assert "alice" not in gone.people
+    assert not alice & gone.keys.keys()
+    assert gone.people.keys() | {"alice"} == roots.document.people.keys()
+    one = with_list(roots, keys={bundles.public("alice").keyid: "lost"}).standing
+    assert one.people["alice"].keys == (bundles.public("alice2").keyid,)
+
+
+def test_an_act_of_cnsa2_needs_both_keys_too():
+    root = cnsa2.make_cnsa2_trust().standing
+    pair = cnsa2.pair("alice")
+    for signers, people in (
+        ([pair], ["alice"]),
+        ([pair[0]], []),
+        ([pair[1]], []),
+        ([pair, cnsa2.pair("bob")[0]], ["alice"]),
+    ):
+        made = envelope.sign_statement(b"{}", approvals.PAYLOAD_TYPE, *signers)
+        found = approvals.signers_of(made, root, at=NOW)
+        assert [each.person for each in found] == people
