@@ -24,6 +24,7 @@ __all__ = ["base", "tree"]  # fixtures
 
 TESTS = Path(__file__).resolve().parent.parent
 A, C = "attack/test_audit_attacks.py", "attack/test_audit_catalogue.py"
+CUTS = "attack/test_audit_reorderings.py"
 LOG, CLI = "unit/test_audit_log.py", "unit/test_audit_cli.py"
 EPOCHS, WITNESS = "unit/test_audit_epochs.py", "unit/test_audit_witness.py"
 PAYLOADS, RETENTION = "unit/test_audit_payloads.py", "unit/test_audit_retention.py"
@@ -99,8 +100,7 @@ CATALOGUE = {
     ],
     "T36": [
         f"{A}::test_t36_a_power_cut_loses_nothing_that_was_acknowledged_and_the_control_does",
-        "attack/test_audit_reorderings.py::"
-        "test_every_legal_disk_of_a_short_life_opens_with_what_was_acknowledged",
+        f"{CUTS}::test_every_legal_disk_of_a_short_life_opens_with_what_was_acknowledged",
     ],
     "T37": [
         f"{A}::test_t37_the_uid_is_the_kernels_and_a_name_in_the_message_changes_nothing",
