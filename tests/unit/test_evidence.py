@@ -20,6 +20,7 @@ from private_sigstore import (
     ISSUER,
     WHO,
     PrivateSigstore,
+    common_name,
     envelope_by,
     key_usage,
     make_ca,
@@ -403,3 +404,113 @@ def test_any_bytes_and_any_changed_field_are_refused_or_hold(data):
         raw[place] ^= data.draw(st.integers(1, 255))
     with contextlib.suppress(RefusedError):  # and no other error
         run(Item(kind, "m", bytes(raw)))
+
+
+def chained(*, path_length: int | None = 0, ca: bool = True) -> dict:
+    """A signature by a leaf whose issuer stands between it and the given root."""
+    from cryptography import x509
+
+    middle, key = new_key(), new_key()
+    between = (
+        x509.CertificateBuilder()
+        .subject_name(common_name("between"))
+        .issuer_name(common_name("root-of-two"))
+        .public_key(middle.public_key())
+        .serial_number(7)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .add_extension(
+            x509.BasicConstraints(ca=ca, path_length=path_length if ca else None), critical=True
+        )
+        .add_extension(key_usage(key_cert_sign=True, digital_signature=True), critical=True)
+        .sign(TWO, hashes.SHA256())
+    )
+    leaf = make_leaf(key, middle, "between", WHO, start=NOW - DAY, end=NOW + DAY)
+    certificates = [
+        {"rawBytes": base64.b64encode(each.public_bytes(Encoding.DER)).decode()}
+        for each in (leaf, between)
+    ]
+    return {
+        "verificationMaterial": {
+            "x509CertificateChain": {"certificates": certificates},
+            "tlogEntries": [],
+        },
+        "dsseEnvelope": envelope_by(key, oms_statement(FILES)),
+    }
+
+
+TWO = new_key()
+
+
+def test_a_chain_is_followed_through_authorities_only():
+    from cryptography import x509
+
+    root = (
+        x509.CertificateBuilder()
+        .subject_name(common_name("root-of-two"))
+        .issuer_name(common_name("root-of-two"))
+        .public_key(TWO.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
+        .add_extension(key_usage(key_cert_sign=True), critical=True)
+        .sign(TWO, hashes.SHA256())
+    )
+    anchors = replace_pem(root)
+    assert run(Item("oms", "m", dump(chained())), anchors=anchors)[0].level == 2
+    forged = Item("oms", "m", dump(chained(ca=False)))
+    assert code(forged, anchors=anchors) == "evidence.signature", "a leaf is no authority"
+
+
+def test_a_root_says_how_many_may_stand_below_it():
+    short = make_ca(TWO, "root-of-two", start=NOW - DAY, end=NOW + DAY)  # path length 0
+    item = Item("oms", "m", dump(chained()))
+    assert code(item, anchors=replace_pem(short)) == "evidence.signature"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda v: v.pop("verificationMaterial"),
+        lambda v: v.update(verificationMaterial=[]),
+        lambda v: v.update(dsseEnvelope=None),
+        lambda v: v["dsseEnvelope"].update(payload="?"),
+        lambda v: v["dsseEnvelope"].update(payloadType=7),
+        lambda v: v["dsseEnvelope"].update(signatures=[]),
+        lambda v: v["verificationMaterial"]["x509CertificateChain"].update(certificates=[]),
+        lambda v: v["verificationMaterial"]["x509CertificateChain"].update(certificates=[{}]),
+    ],
+)
+def test_a_bundle_of_another_shape_is_refused(edit):
+    value = certificate_bundle(oms_statement(FILES))
+    assert run(Item("oms", "m", dump(value)))
+    edit(value)
+    assert code(Item("oms", "m", dump(value))) in {"evidence.malformed", "evidence.signature"}
+
+
+def test_keys_of_other_kinds_are_read_or_refused():
+    from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
+
+    data = signed_checksums()[0]
+    edwards = ed25519.Ed25519PrivateKey.generate()
+    big = rsa.generate_private_key(public_exponent=65537, key_size=3072)
+    for key, signature in (
+        (edwards, edwards.sign(data)),
+        (big, big.sign(data, padding.PKCS1v15(), hashes.SHA256())),
+    ):
+        given_key = Key(name="k", channel="c", pem=public_pem(key).decode())
+        anchors = Anchors(keys=(given_key,))
+        assert run(Item("checksums", "S", data, signature), anchors=anchors)[0].level == 2
+    small = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    for bad in (public_pem(small).decode(), "no key", public_pem(new_key(ec.SECP256K1())).decode()):
+        with pytest.raises(RefusedError) as caught:
+            _ = Key(name="k", channel="c", pem=bad).public
+        assert caught.value.code == "evidence.anchor"
+
+
+def test_anchors_of_two_files_are_joined_but_for_two_roots():
+    other = Anchors(keys=(PUBLISHER,), trusted_root="{}")
+    assert len(ANCHORS.joined(Anchors(keys=(PUBLISHER,))).keys) == 2
+    with pytest.raises(RefusedError):
+        ANCHORS.joined(other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import bundles
@@ -44,15 +44,21 @@ def made(tmp_path_factory):
         keys=(Key(name="lab", channel="a letter", pem=private.public_pem(KEY).decode()),)
     )
     upstream = Upstream(read_items([("checksums", base / "SHA256SUMS")]), anchors)
-    from datetime import UTC, datetime
-
+    (base / "pins").write_bytes(sums)
+    records = folder / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    for name, each in digests.items():
+        etag = each.sha256 if name.endswith(".safetensors") else each.git_blob
+        (records / f"{name}.metadata").write_text(f"{'a' * 40}\n{etag}\n1.0\n")
     now = datetime.now(UTC).replace(microsecond=0)
     from dataclasses import replace
 
     from staging_runs import FACTS
 
     facts = replace(FACTS, created=now - timedelta(days=1), expires=now + timedelta(days=9))
-    built = build_tiny(folder, base / "tiny.agb", upstream=upstream, facts=facts)
+    built = build_tiny(
+        folder, base / "tiny.agb", upstream=upstream, facts=facts, pins=base / "pins"
+    )
     for who in ("alice", "bob"):
         draft = read_draft(built.path)
         sign(draft, bundles.make_trust(), bundles.signer(who), confirmation="tiny")
@@ -199,3 +205,28 @@ def test_sign_model_and_unpickle_speak_plainly(made, capsys, tmp_path):
     assert out_file.exists()
     status, out, _ = run(capsys, "unpickle", made / "model", "-o", tmp_path / "new", "--json")
     assert (status, json.loads(out)["code"]) == (1, "source.incomplete")
+
+
+def test_deep_refuses_pins_and_records_of_other_files(made):
+    from bundle.evidence.deep import verify_deep
+    from bundle.verify import open_bundle
+    from policy.errors import RefusedError
+
+    trust = bundles.make_trust()
+    with open_bundle(made / "tiny.agb", trust, now=datetime.now(UTC)) as sealed:
+        assert verify_deep(sealed.manifest, sealed.read).complete
+        for path, edit in (
+            ("META/evidence/pins.sha256", lambda raw: raw.split(b"\n", 1)[1]),
+            (
+                "META/evidence/hub/model.safetensors.metadata",
+                lambda _: b"a\n" + b"0" * 64 + b"\n1.0\n",
+            ),
+        ):
+            with pytest.raises(RefusedError) as caught:
+                verify_deep(
+                    sealed.manifest,
+                    lambda asked, path=path, edit=edit: (
+                        edit(sealed.read(asked)) if asked == path else sealed.read(asked)
+                    ),
+                )
+            assert caught.value.code == "evidence.subject"
