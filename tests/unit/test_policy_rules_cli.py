@@ -223,3 +223,15 @@ def test_a_list_is_read_from_its_notice_signed_and_completes_the_shipped_edition
     assert held.matches([normal_name("Tencent")]), "what the shipped edition names stays"
     assert call(*argv[:-1], "--partial", "--out", out)[0] == 2, "never written over"
     assert call(*argv[:-1], "--partial", "--review", "soon", "--out", tmp_path / "x.yaml")[0] == 2
+
+
+def test_a_draft_is_tried_before_anybody_signs_it(call, tmp_path):
+    draft = tmp_path / "draft.yaml"
+    hold = rule(id="DRAFT-1", scope="admission", when="{all: []}")
+    draft.write_bytes(pack_text(hold, pack_id="draft"))
+    argv = ("explain", "--model", "logos-ref-tiny", "--project", "route-design", "--json")
+    _, document = as_json(call(*argv))
+    assert document["outcome"] == "permit_with_obligations"
+    _, document = as_json(call(*argv, "--draft", draft))
+    assert document["outcome"] == "deny"
+    assert any("nobody has signed" in each for each in document["assumed"])
