@@ -31,6 +31,7 @@ Confirm = Annotated[
     typer.Option("--confirm", help="What you would type: the first 8 digits of the digest."),
 ]
 _SHORT = 8
+_SIGNED_LIMIT = 16 * 1024 * 1024
 
 
 def register(trust: typer.Typer) -> None:
@@ -42,6 +43,7 @@ def register(trust: typer.Typer) -> None:
     trust.command("threshold")(threshold)
     trust.command("cnsa2")(raise_profile)
     trust.command("sign")(sign)
+    trust.command("sign-file")(sign_file)
     trust.command("export")(export)
     trust.command("import")(import_file)
     trust.command("clock")(show_clock)
@@ -251,6 +253,48 @@ def sign(
     signed = sign_proposal(trust, envelope, open_keys(key, root, passphrase_file, pin_file))
     _write(proposal, signed)
     _tell(trust, signed, proposal, json=json)
+
+
+def sign_file(
+    file: Annotated[Path, typer.Argument(help="Such as SHA256SUMS of wheels and install scripts.")],
+    *,
+    key: Keys,
+    passphrase_file: Passphrase = None,
+    pin_file: PinFile = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Sign a small file for openssl: what a host needs before it has this program at all.
+
+    Writes FILE.PERSON-KEYID.sig, a plain signature over the file. It is no seal.
+    """
+    from bundle.keys import ED25519, P384, read_limited
+
+    trust = _load(root)
+    raw = read_limited(file, _SIGNED_LIMIT, code="trust.keyfile", what="the file")
+    rows: list[dict[str, str]] = []
+    for signer in open_keys(key, root, passphrase_file, pin_file):
+        public = signer.public_key
+        who = trust.document.find_person(public.keyid)
+        if who is None:
+            raise RefusedError(
+                "trust.root", f"key {public.keyid} is nobody's here", hint="airgap trust show"
+            )
+        name = f"{who}-{public.keyid[:8]}"
+        signature = file.with_name(f"{file.name}.{name}.sig")
+        _put(signature, signer.sign(raw))
+        how = (
+            f"openssl pkeyutl -verify -pubin -inkey {name}.pem -rawin -in {file.name} "
+            f"-sigfile {signature.name}"
+            if public.scheme == ED25519
+            else f"openssl dgst -sha384 -verify {name}.pem -signature {signature.name} {file.name}"
+            if public.scheme == P384
+            else f"openssl pkeyutl -verify -pubin -inkey {name}.pem -in {file.name} "
+            f"-sigfile {signature.name}  # openssl 3.5"
+        )
+        rows.append({"person": who, "signature": str(signature), "verify": how})
+    text = "\n".join(f"wrote {row['signature']}\n{row['verify']}" for row in rows)
+    show({"file": str(file), "signatures": rows}, text, json=json)
 
 
 def export(

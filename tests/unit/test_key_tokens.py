@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from airgap.cli import trust as trust_commands
 from bundle import keys
 from bundle.keyring import key_paths, open_signers
 from bundle.token import new_token_key, open_token, parse_uri
@@ -119,3 +122,30 @@ def test_a_name_is_a_path_a_file_or_a_pair(tmp_path):
     schemes = [each.public_key.scheme for each in open_signers(["two", "one"], tmp_path)]
     assert schemes == [keys.MLDSA87, keys.P384, keys.ED25519]
     assert code_of(lambda: open_signers(["none"], tmp_path)) == "host.io"
+
+
+def test_a_site_with_its_keys_in_a_token(token, tmp_path):
+    pin = tmp_path / "pin"
+    pin.write_bytes(PIN + b"\n")
+    made = typer.Typer()
+    trust_commands.register(made)
+
+    def call(*words, code=""):
+        result = CliRunner().invoke(made, [*map(str, words), "--root", tmp_path / "site"])
+        found = getattr(result.exception, "code", "") if result.exception else ""
+        assert found == code, result.output
+        return result.stdout
+
+    opened = ("--pin-file", pin)
+    uri = token("cli-root")
+    named = ("--person", "rita", "--role", "root", "--pkcs11", uri)
+    call("keys", "new", "root", *named, *opened, "--json")
+    assert not list((tmp_path / "site/keys").glob("*.pem"))  # the private half is in the token
+    call("keys", "new", "root", *named, *opened, code="trust.keyfile")
+    call("keys", "new", "x", *named, *opened, "--profile", "cnsa2", code="usage.argument")
+    call("trust", "init", "--key", uri, code="trust.token")  # no PIN
+    call("trust", "init", "--key", uri, *opened)
+    call("keys", "new", "alice", "--person", "alice", "--role", "approver")
+    alice = tmp_path / "site/keys/alice.pub.json"
+    call("trust", "add", alice, "--key", "alice", code="trust.chain")
+    assert "alice" in call("trust", "add", alice, "--key", uri, *opened)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -215,3 +216,25 @@ def test_a_clock_that_ran_ahead_is_forgotten_once(site, host, tmp_path):
     assert done["forgotten"] == told["latest"]
     assert not call("trust", "clock", "--root", host, "--json")["behind"]
     call("trust", "clock-reset", statement, "--root", host, code="trust.clock")
+
+
+@pytest.mark.parametrize("scheme", ["ed25519", "ecdsa-p384"])
+def test_a_file_is_signed_for_openssl(site, tmp_path, scheme):
+    words = ("--person", "bob", "--role", "approver", "--scheme", scheme, "--root", site)
+    call("keys", "new", "bob", *words)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  airgap-1.0-py3-none-any.whl\n")
+    options = ("--key", "bob", "--root", site, "--json")
+    call("trust", "sign-file", sums, *options, code="trust.root")  # nobody knows bob yet
+    call("trust", "add", site / "keys/bob.pub.json", "--root", site)
+    (made,) = call("trust", "sign-file", sums, *options)["signatures"]
+    call("trust", "export", tmp_path / "chain.json", "--root", site, "--keys", tmp_path)
+
+    def verify():
+        return subprocess.run(
+            made["verify"].split(), cwd=tmp_path, capture_output=True, check=False
+        ).returncode
+
+    assert verify() == 0
+    sums.write_text(sums.read_text().replace("1.0", "1.1"))
+    assert verify() == 1
