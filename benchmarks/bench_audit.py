@@ -321,3 +321,9 @@ def _rate(log: AuditLog | _GroupCommit, producers: int, each: int) -> float:
     for thread in threads:
         thread.join()
     return producers * each / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

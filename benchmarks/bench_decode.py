@@ -188,3 +188,9 @@ def graphs(folder: Path, config: dict[str, Any], signature: dict[str, Any]) -> d
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

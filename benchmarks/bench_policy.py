@@ -305,3 +305,9 @@ def _load_ms(contents: list[bytes]) -> float:
 
 def _pack_files() -> list[Path]:
     return sorted((Path(policy.strict.__file__).parent / "packs").glob("*.yaml"))
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

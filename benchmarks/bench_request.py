@@ -90,3 +90,9 @@ def milliseconds(work: Callable[[], None]) -> Callable[[], float]:
     """Return a measure of `work` in milliseconds."""
     measure = seconds(work)
     return lambda: 1000 * measure()
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

@@ -233,3 +233,9 @@ class Bare:
         os.close(self._to)
         os.close(self._from)
         self._popen.wait(10)
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

@@ -361,3 +361,9 @@ def pinned(cores: list[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+if __name__ == "__main__":
+    import harness
+
+    harness.run_this(__file__)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.json"
@@ -178,6 +178,13 @@ def machine() -> dict[str, Any]:
 def discover(folder: Path = FOLDER) -> dict[str, Path]:
     """Return the benchmarks of a folder by name, `bench_audit.py` as `audit`."""
     return {p.stem.removeprefix("bench_"): p for p in sorted(folder.glob("bench_*.py"))}
+
+
+def run_this(file: str) -> NoReturn:
+    """Run the benchmark in `file` as `run.py` does, for a file that was started by itself."""
+    import run  # noqa: PLC0415 - it imports this module
+
+    sys.exit(run.main([Path(file).stem.removeprefix("bench_"), *sys.argv[1:]]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Run the benchmarks of this folder, print a table and write `results.json`.
 
-    python benchmarks/run.py [--list] [--only NAME]... [--runs N] [--out FILE]
+    python benchmarks/run.py [NAME]... [--list] [--runs N] [--out FILE]
+
+Without a name all are run; `python benchmarks/bench_NAME.py` is the same as that name.
 
 Exit status: 0 every benchmark ran (a missed target is shown, not an error: figures of a busy
 machine are information), 1 one failed, 2 usage, 130 interrupted; then nothing is written.
@@ -25,8 +27,11 @@ import harness
 def main(argv: Sequence[str], *, folder: Path = harness.FOLDER) -> int:
     """Run as told by `argv` and return the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="these alone; --list shows all")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="repeatable")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="the same, by flag"
+    )
     parser.add_argument("--runs", type=int, default=harness.RUNS, help="runs a side (default 5)")
     parser.add_argument("--out", type=Path, default=folder / "results.json")
     try:
@@ -41,18 +46,19 @@ def main(argv: Sequence[str], *, folder: Path = harness.FOLDER) -> int:
         for name in found:
             output.print(name)
         return 0
-    unknown = sorted(set(options.only) - set(found))
+    only = {*options.names, *options.only}
+    unknown = sorted(only - set(found))
     if unknown or options.runs < 1:
         what = f"no benchmark {unknown[0]!r}" if unknown else "--runs must be 1 or more"
         sys.stderr.write(f"{what}; `--list` shows all\n")
         return 2
-    chosen = {n: p for n, p in found.items() if n in options.only or not options.only}
+    chosen = {n: p for n, p in found.items() if n in only or not only}
     try:
         outcomes = _run(chosen, options.runs)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; nothing written\n")
         return 130
-    kept = harness.save(outcomes, options.out, keep_others=bool(options.only))
+    kept = harness.save(outcomes, options.out, keep_others=bool(only))
     output.print(table(outcomes))
     output.print(f"{kept} results in {options.out}", soft_wrap=True)
     return 1 if any(o.failed for o in outcomes) or not outcomes else 0

@@ -108,13 +108,31 @@ def test_only_keeps_the_results_of_others_and_drops_stale_ones_of_a_failure(run,
     assert [row["name"] for row in _results(folder)] == ["good/rate", "good/time"]
 
 
+def test_a_name_runs_that_one_alone(run, folder, capsys):
+    (folder / "bench_a_broken.py").write_text(BROKEN)
+    assert run.main(["good"], folder=folder) == 0
+    assert "a_broken" not in capsys.readouterr().out
+
+
+def test_a_file_started_by_itself_runs_as_the_runner_does(run, harness, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "run", run)
+    monkeypatch.setattr(run, "main", lambda argv: asked.append(argv) or 0)
+    monkeypatch.setattr(sys, "argv", ["bench_seal.py", "--runs", "3"])
+    with pytest.raises(SystemExit):
+        harness.run_this("/somewhere/bench_seal.py")
+    assert asked == [["seal", "--runs", "3"]]
+
+
 def test_list_runs_nothing(run, folder, capsys):
     assert run.main(["--list"], folder=folder) == 0
     assert capsys.readouterr().out.split() == ["good"]
     assert not (folder / "results.json").exists()
 
 
-@pytest.mark.parametrize("argv", [["--only", "absent"], ["--runs", "0"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "argv", [["absent"], ["--only", "absent"], ["--runs", "0"], ["--no-such-flag"]]
+)
 def test_a_wrong_command_line_is_usage(run, folder, argv):
     assert run.main(argv, folder=folder) == 2
     assert not (folder / "results.json").exists()
