@@ -182,7 +182,7 @@ def discover(folder: Path = FOLDER) -> dict[str, Path]:
 
 def run_this(file: str) -> NoReturn:
     """Run the benchmark in `file` as `run.py` does, for a file that was started by itself."""
-    import run  # noqa: PLC0415 - it imports this module
+    import run
 
     sys.exit(run.main([Path(file).stem.removeprefix("bench_"), *sys.argv[1:]]))
 
