@@ -1,13 +1,13 @@
 """What a new pack, list or day changes: `diff` and `horizon` (docs/design/policy.md, 13).
 
-Both ask stored questions again on every day on which something that is read begins or ends, on the
-day before and on the day after. Between those days nothing can change.
+Both ask stored questions again on every day on which something that is read begins or ends. Between
+two such days nothing can change, so the day before and the day after are answered as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 
 from policy.approvals import Approvals
@@ -61,23 +61,39 @@ class Difference:
 def diff(before: Rulebook, after: Rulebook, questions: Iterable[Question]) -> Iterator[Difference]:
     """Ask each question under both rulebooks on every boundary day of either."""
     changed = _changed_rules(before.packs, after.packs)
+    scopes = {
+        scope
+        for packs in (before.packs, after.packs)
+        for rule in packs.rules
+        if rule.id in changed
+        for scope in rule.scopes
+    }
     for question in questions:
         old, new = _evaluator(before, question), _evaluator(after, question)
-        causes = _Causes(changed, _changed_lists(old, new), before.registry, after.registry)
-        open_run: Difference | None = None
-        for day in _days(old.boundaries(), new.boundaries()):
-            one, two = old.evaluate(day), new.evaluate(day)
-            found = _difference(question.name, day, one, two, causes)
-            if open_run is not None and (found is None or not _same(open_run, found)):
-                yield open_run
-                open_run = None
-            if found is not None:
-                first = found.first if open_run is None else open_run.first
-                open_run = Difference(
-                    found.question, first, day, found.before, found.after, found.rules, found.cause
-                )
-        if open_run is not None:
-            yield open_run
+        lists = _changed_lists(old, new)
+        same = before.registry.digest == after.registry.digest
+        if question.request.scope in scopes or lists or not same:
+            causes = _Causes(changed, lists, before.registry, after.registry)
+            yield from _differences(question.name, old, new, causes)
+
+
+def _differences(
+    name: str, old: Evaluator, new: Evaluator, causes: _Causes
+) -> Iterator[Difference]:
+    """Differences by stretches of days: from one boundary to the day before the next."""
+    days = _days(old.boundaries(), new.boundaries())
+    ends = [day - timedelta(days=1) for day in days[1:]] + [date.max]
+    running: Difference | None = None
+    for first, last in zip(days, ends, strict=True):
+        found = _difference(name, first, old.evaluate(first), new.evaluate(first), causes)
+        if running is not None and (found is None or not _same(running, found)):
+            yield running
+            running = None
+        if found is not None:
+            begin = found.first if running is None else running.first
+            running = replace(found, first=begin, last=last)
+    if running is not None:
+        yield running
 
 
 def _evaluator(rulebook: Rulebook, question: Question) -> Evaluator:
@@ -92,14 +108,13 @@ def _evaluator(rulebook: Rulebook, question: Question) -> Evaluator:
 
 
 def _days(*boundaries: Sequence[date]) -> list[date]:
-    near = {
-        day + timedelta(days=step)
-        for days in boundaries
-        for day in days
-        for step in (-1, 0, 1)
-        if date.min < day < date.max
-    }
-    return sorted(near)[:MAX_DAYS]
+    """The first day of each stretch in which nothing begins or ends, the time before all included.
+
+    The day before a boundary lies in the stretch before it, so every such day is covered.
+    """
+    found = {day for days in boundaries for day in days if date.min < day < date.max}
+    before = min(found, default=date(2000, 1, 1)) - timedelta(days=1)
+    return sorted({before, *found})[:MAX_DAYS]
 
 
 def _same(one: Difference, two: Difference) -> bool:
