@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from bundle.revocation import RevocationDocument
     from bundle.trust import Trust
 
-Entry = Annotated[list[str] | None, typer.Option(help="Repeatable.")]
 _MAX_DAYS = 3660
 
 
@@ -39,12 +38,25 @@ def create(
     reason: Annotated[
         str, typer.Option("--reason", help="Why; every entry of this call bears it.")
     ] = "",
-    revoke_key: Entry = None,
-    person: Entry = None,
-    bundle: Entry = None,
-    model: Entry = None,
-    file: Entry = None,
-    wheel: Entry = None,
+    revoke_key: Annotated[
+        list[str] | None, typer.Option("--revoke-key", help="Id of a key; repeatable.")
+    ] = None,
+    person: Annotated[
+        list[str] | None, typer.Option("--person", help="Id of a person: all her keys; repeatable.")
+    ] = None,
+    bundle: Annotated[
+        list[str] | None, typer.Option("--bundle", help="Digest of a release; repeatable.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="SHA-256 of weights, published or converted; repeatable."),
+    ] = None,
+    file: Annotated[
+        list[str] | None, typer.Option("--file", help="SHA-256 of any file; repeatable.")
+    ] = None,
+    wheel: Annotated[
+        list[str] | None, typer.Option("--wheel", help="SHA-256 of a wheel; repeatable.")
+    ] = None,
     days: Annotated[
         int, typer.Option("--days", min=1, max=_MAX_DAYS, help="Until the next list is due.")
     ] = 90,
