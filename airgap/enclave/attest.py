@@ -24,6 +24,12 @@ def dump(pid: int) -> list[dict[str, Any]]:
     try:
         status = host.parse_status(Path(f"/proc/{pid}/status").read_text())
         inside = int(status["NSpid"].split()[-1])
+        if status["Seccomp"] == "0":
+            raise RefusedError(
+                "enclave.evidence",
+                f"process {pid} runs under no seccomp filter: it is no sealed process",
+                hint="`airgap enclave show` lists the pids of those of a tree",
+            )
         found = linux.dump_filters(pid)
     except (OSError, KeyError, ValueError) as error:
         words = error.strerror if isinstance(error, OSError) else str(error)

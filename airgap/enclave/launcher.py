@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PLAN_LIMIT = 1 << 20  # bytes
 REFUSED_STATUS = 97  # exit status of a launcher that refused
 SIGNAL_BASE = 128  # exit status of the waiting parent when a signal ended the worker
+HIGH_STATUS = 255  # and when it ended by itself with a status that reads like one of those
 OPEN_DESCRIPTORS = 256
 
 _IFF_UP, _SIOCGIFFLAGS = 1, 0x8913
@@ -290,7 +291,7 @@ def wait_outside(child: int, question: int, answer: int, plan: Plan) -> None:
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
         filters.install(filters.waiting_parent(child, linux.MACHINE))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        status = code if code >= 0 else SIGNAL_BASE - code
+        status = SIGNAL_BASE - code if code < 0 else code if code < SIGNAL_BASE else HIGH_STATUS
     finally:
         os._exit(status)
 

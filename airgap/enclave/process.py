@@ -24,7 +24,7 @@ from airgap.enclave import channel, evidence, filters, host
 from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame, Reader, Writer
 from airgap.enclave.host import HostSurvey
-from airgap.enclave.launcher import REFUSED_STATUS, SIGNAL_BASE
+from airgap.enclave.launcher import HIGH_STATUS, REFUSED_STATUS, SIGNAL_BASE
 from airgap.enclave.plan import Plan, PlanError
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.worker import LOAD_STATUS
@@ -46,6 +46,7 @@ class Process:
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
         self._ended: dict[str, Any] | None = None
+        self.was_killed = False  # by us: its signal says nothing of what it did
         # Who waits for a child also sees the stops of one that is traced: one thread at a time.
         self._reaping = threading.RLock()
         self._pidfd = -1
@@ -152,7 +153,8 @@ class Process:
         if findings:
             raise SealRefused(findings[0].layer, "; ".join(f.message for f in findings)[:2000])
         if found.session != self._popen.pid:
-            raise SealRefused("parent", "the process shares a session, and its terminal's signals")
+            words = f"the process is in session {found.session}, not in that of its launcher"
+            raise SealRefused("parent", words)
         if self.plan["namespaces"]:
             self._verify_parent(facts)
         return found
@@ -254,17 +256,21 @@ class Process:
         if self._ended is not None:
             return self._ended
         if self._pidfd >= 0 and self._popen.poll() is None:
+            self.was_killed = True
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(_GRACE_S)  # the waiting parent passes the end on
         if self._popen.poll() is None:
+            self.was_killed = True
             self._popen.kill()
         status = self._popen.wait()
         self._close_ends()
         self._stderr.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
+        if not self.plan["namespaces"] and status >= SIGNAL_BASE:
+            status = HIGH_STATUS  # our own child: a number of its choice, and no signal
         self._ended = exit_of(status)
         return self._ended
 
@@ -286,8 +292,12 @@ def _parent_of(pid: int) -> int | None:
 
 
 def exit_of(status: int) -> dict[str, Any]:
-    """Read an exit status of the launcher: it passes a signal of the worker on as 128 + number."""
-    number = -status if status < 0 else status - SIGNAL_BASE if status > SIGNAL_BASE else None
+    """Read an exit status as a waiting parent passes it on.
+
+    A signal is 128 + number; 255 stands for each status from 128 up, which is no signal.
+    """
+    passed_on = SIGNAL_BASE < status < SIGNAL_BASE + signal.NSIG
+    number = -status if status < 0 else status - SIGNAL_BASE if passed_on else None
     return {"status": None if number else status, "signal": number}
 
 

@@ -66,10 +66,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         with os.fdopen(descriptor, "rb") as file:
             document = json.loads(file.read(_SIZE_LIMIT))
         proc = document["proc"]
-        whole = (int(proc["pid"]), int(proc["starttime"]), int(document["mono_ns"]))
+        numbers = (proc["pid"], proc["starttime"], document["mono_ns"])
+        words = (document["profile"], document["rung"], document["ts"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return document if all(number >= 0 for number in whole) else None
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    return document if whole and all(isinstance(word, str) for word in words) else None
 
 
 def _lives(document: dict[str, Any]) -> bool:

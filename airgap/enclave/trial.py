@@ -24,6 +24,7 @@ from airgap.enclave.channel import ChannelError, Frame
 from airgap.enclave.denials import Denials
 from airgap.enclave.guest import SOURCE_LIMIT
 from airgap.enclave.host import HostSurvey
+from airgap.enclave.launcher import HIGH_STATUS
 from airgap.enclave.process import Process, json_object
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import climb, library_of, plan_for, policy_of, prove
@@ -37,6 +38,7 @@ _ADDRESS_MB = 2048
 _LOOK_S = 0.5
 _REQUEST = 1
 _REPLY_LIMIT = 1 << 16
+_ABOVE = 256  # an exit status is a byte
 # What the probe itself may say of its end; anything else is not believed to be an answer.
 _SAID = frozenset({"returned", "exited", "raised", "syntax", "memory"})
 # A program may open files, spend its dump flag and add filters of its own before stage 2.
@@ -314,7 +316,8 @@ class _Attempt:
             raise ChannelError("unknown", error.message) from error
         status = found.get("status")
         outcome = found.get("outcome") if frame.kind == channel.REPLY else "raised"
-        if outcome not in _SAID or not isinstance(status, int | None):
+        named = isinstance(outcome, str) and outcome in _SAID
+        if not named or not (status is None or (isinstance(status, int) and 0 <= status < _ABOVE)):
             raise ChannelError("unknown", f"the reply is none: {frame.payload[:80]!r}")
         words = str(found.get("error") or found.get("message") or "")
         return {"outcome": outcome, "status": status, "error": words[: channel.ERROR_TEXT_LIMIT]}
@@ -327,13 +330,17 @@ class _Attempt:
         if error.kind != "closed":
             return {"outcome": "channel", "error": f"{error} ({error.kind})"}
         end = self._process.finish()
+        if self._process.was_killed:
+            words = "it closed the channel and went on; it was ended"
+            return {"outcome": "channel", "error": words}
         number = end["signal"]
         if number == signal.SIGSYS:
             words = "it made a call that the seal kills for (SIGSYS)"
             return {"outcome": "incident", "error": words}
         if number is not None:
             return {"outcome": "signal", "error": f"it died of signal {number}"}
-        return {"outcome": "exited", "status": end["status"], "error": ""}
+        words = "128 or above" if end["status"] == HIGH_STATUS else ""
+        return {"outcome": "exited", "status": end["status"], "error": words}
 
     def _result(self, ended: dict[str, Any]) -> Trial:
         end = self._process.kill()

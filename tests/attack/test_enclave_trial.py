@@ -265,9 +265,43 @@ BAD = {
     "closed descriptors and a loop": (
         "import os\nos.closerange(0, 100)\nwhile True: pass",
         ANY,
-        "signal",
-        "enclave.worker",
-        "9",
+        "channel",
+        "enclave.channel",
+        "it closed the channel and went on",  # we ended it: no signal of its own
+    ),
+    "an exit status that reads like SIGSYS": (
+        "import os\nos._exit(159)",
+        ANY,
+        "exited",
+        "",
+        "128 or above",
+    ),
+    "a reply of the wrong types": (
+        (
+            "import os, json\np = json.dumps({'outcome': ['returned'], 'status': 0}).encode()\n"
+            "os.write(4, len(p).to_bytes(4, 'big') + b'a\\0\\0\\0\\1' + p)"
+        ),
+        (2,),
+        "channel",
+        "enclave.channel",
+        "reply is none",
+    ),
+    "a status that is no byte": (
+        (
+            "import os, json\np = json.dumps({'outcome': 'exited', 'status': 10**90}).encode()\n"
+            "os.write(4, len(p).to_bytes(4, 'big') + b'a\\0\\0\\0\\1' + p)"
+        ),
+        (2,),
+        "channel",
+        "enclave.channel",
+        "reply is none",
+    ),
+    "a session of its own": (
+        "import os\nos.setsid()\ndef main(): pass",
+        (2,),
+        "refused",
+        "enclave.parent",
+        "not in that of its launcher",
     ),
     "garbage on the channel": (
         "import os\nos.write(4, b'garbage garbage garbage')",
@@ -381,7 +415,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_probe_ends_in_time_contained_and_named(case, tmp_path):
     source, stage, outcome, code, words = case
-    spec = replace(SPEC, deadline_s=1.5) if outcome == "deadline" else SPEC
+    # One that ends by itself has the deadline of the command: a busy host may take its time.
+    spec = replace(SPEC, deadline_s=1.5 if outcome == "deadline" else 30.0)
     found = run(tmp_path, source, stage=stage, spec=spec)
     shown = found.output.decode(errors="replace") + found.message
     assert (found.outcome, found.code) == (outcome, code), shown[-500:]

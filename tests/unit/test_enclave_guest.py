@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 
 import pytest
 from enclave_harness import needs_namespaces
 
 from airgap.cli.app import dispatch
-from airgap.enclave import channel, guest, twin
+from airgap.enclave import channel, guest, host, twin
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +173,10 @@ def test_running_workers_are_listed_with_their_pids(tmp_path, capfd):
 def test_filters_of_no_process_are_refused(capfd):
     assert dispatch(["enclave", "filters", "--pid", str(2**22 - 1)]) == 1
     assert "enclave.evidence" in capfd.readouterr().err
+
+
+def test_a_process_without_a_filter_is_named_as_no_sealed_process(capfd):
+    if host.survey().own_filters:
+        pytest.skip("these tests run under filters of their own")
+    assert dispatch(["enclave", "filters", "--pid", str(os.getpid())]) == 1
+    assert "it is no sealed process" in capfd.readouterr().err

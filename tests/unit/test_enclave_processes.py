@@ -415,6 +415,8 @@ def test_ends_are_read_from_statuses():
     assert process.exit_of(0) == {"status": 0, "signal": None}
     assert process.exit_of(128 + signal.SIGSYS) == {"status": None, "signal": 31}
     assert process.exit_of(-signal.SIGKILL) == {"status": None, "signal": 9}
+    assert process.exit_of(128) == {"status": 128, "signal": None}
+    assert process.exit_of(launcher.HIGH_STATUS) == {"status": 255, "signal": None}
     assert process.how({"status": None, "signal": 200}) == "signal 200"
     assert process.how({"status": 98, "signal": None}) == "the program did not load"
 

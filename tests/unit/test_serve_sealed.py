@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 
@@ -96,11 +97,16 @@ def test_a_signpost_of_a_dead_process_or_of_another_kind_is_no_sealed_process(tm
     folder = tmp_path / running.FOLDER
     folder.mkdir()
     dead = {"proc": {"pid": 2**22 - 1, "starttime": 1}, "mono_ns": 1}
+    dead |= {"profile": "worker", "rung": "A", "ts": "x"}
     (folder / "1.json").write_text(json.dumps(dead))
     (folder / "2.json").write_text("[]")
     (folder / "3.json").write_text("{")
     (folder / "4.json").symlink_to("/etc/passwd")
     (folder / "5.json").write_text(json.dumps({**dead, "mono_ns": -1}))
+    own = {"pid": os.getpid(), "starttime": evidence.read(os.getpid()).start_time}
+    (folder / "6.json").write_text(json.dumps({"proc": own, "mono_ns": 1}))  # no profile, no rung
+    words = {"profile": "worker", "rung": "A", "ts": "x", "mono_ns": float("inf"), "proc": own}
+    (folder / "7.json").write_text(json.dumps(words))
     assert running.find_running(tmp_path) == []
     assert not (folder / "1.json").exists()
 
