@@ -17,6 +17,7 @@ from policy.errors import AirgapError
 
 if TYPE_CHECKING:
     from airgap.install import InstalledBundle, Store
+    from bundle.trust import Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -154,7 +155,7 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     """Gather the state of a tree; a part that is missing or damaged is told, not hidden."""
     from bundle.trust import load_trust
 
-    document: dict[str, Any] = {"format": "airgap/status/1", "root": str(folder)}
+    document: dict[str, Any] = {"format": "airgap/status/1", "root": str(folder), "alarms": []}
     try:
         trust = load_trust(folder / "trust")
         document["trust"] = {
@@ -162,6 +163,7 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
             "fingerprint": str(trust.fingerprint),
             "people": len(trust.document.people),
         }
+        document["alarms"] = _alarms(trust, store)
     except AirgapError as error:
         document["trust"] = {"code": error.code, "error": error.message}
     try:
@@ -182,6 +184,19 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     except AirgapError as error:
         document["reviews_owed"] = [f"{error.code}: {error.message}"]
     return document
+
+
+def _alarms(trust: Trust, store: Store) -> list[str]:
+    """Say that the revocation list is stale, or that the current bundle is on it."""
+    from airgap.install.standing import require_standing
+
+    now = datetime.now(UTC)
+    try:
+        current = store.current()
+        found = trust.alarms(now) if current is None else require_standing(current, trust, now=now)
+        return list(found)
+    except AirgapError as error:
+        return [f"{error.code}: {error.message}"]
 
 
 def list_view(found: list[dict[str, Any]]) -> str:
@@ -212,6 +227,7 @@ def status_view(document: dict[str, Any]) -> str:
         rows.append(("current", current["error"]))
     else:
         rows.append(("current", f"{current['name']} {current['version']}, {current['digest']}"))
+    rows += [("ALARM", text) for text in document["alarms"]]
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
     if document["held"]:

@@ -257,6 +257,21 @@ def test_an_installed_bundle_is_asked_again_before_each_start(roots, bundle, tmp
         assert code_of(require_standing, installed, listed, now=NOW) == code
 
 
+def test_the_status_tells_of_the_list(roots, bundle, tmp_path):
+    from airgap.cli.install import status_document, status_view
+
+    path, manifest = bundle
+    trust.save_trust(roots, tmp_path / "trust")
+    bring_in(path, tmp_path)
+    store = Store(tmp_path / "store")
+    assert status_document(tmp_path, store)["alarms"] == []
+    listed = with_list(roots, bundles={str(manifest.digest): "withdrawn"})
+    trust.save_trust(listed, tmp_path / "trust")
+    document = status_document(tmp_path, store)
+    assert document["alarms"][0].startswith("trust.revoked")
+    assert "ALARM" in status_view(document)
+
+
 def test_bad_news_is_kept_when_the_bundle_itself_is_refused(roots, tmp_path):
     listed = with_list(roots, people={"alice": "x"})
     path = tmp_path / "b.agb"
