@@ -537,7 +537,8 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 # version = "1.0"
 # mode = "biorisk only"        # how thorough it is, as it says itself
 # database = "/opt/screener/db"
-# database_sha256 = "sha256:..."   # over the sorted lines `SHA-256  NAME` of its files
+# # Over the sorted lines `SHA-256  NAME` of its files:
+# database_sha256 = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
 # kinds = ["protein"]
 # seconds = 300
 
