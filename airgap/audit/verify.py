@@ -92,7 +92,9 @@ def verify_log(
                 findings.keep(finding)
     except OSError as error:
         name = str(error.filename or folder)
-        findings.add(UNKNOWN, "read", name, found=error.strerror or str(error))
+        gone = isinstance(error, FileNotFoundError) and not live  # an export is whole, or none
+        level = TAMPERED if gone else UNKNOWN
+        findings.add(level, "read", name, found=error.strerror or str(error))
         return _verdict(findings, None, Collected(), [], len(kept))
     return _verdict(findings, head, found, matched, len(kept))
 

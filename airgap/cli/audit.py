@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from airgap.cli import audit_acts
+from airgap.cli import audit_acts, audit_exports
 from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
 from policy.errors import FaultError, RefusedError, UsageError
 
@@ -42,6 +42,7 @@ def register(app: typer.Typer) -> None:
     group.command(name="prove")(prove)
     group.command(name="head")(head)
     audit_acts.register(group)
+    audit_exports.register(group)
     app.add_typer(group, name="audit")
 
 

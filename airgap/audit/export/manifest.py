@@ -133,6 +133,7 @@ def check_export(
             yield Finding(TAMPERED, "manifest", name, expected=entry.sha256, found="other content")
     yield from _check_rows(Layout(folder), manifest)
     yield from _check_bundles(Layout(folder), manifest)
+    yield from _check_tile_names(Layout(folder), manifest.size)
 
 
 def file_entry(folder: Path, name: str) -> FileEntry:
@@ -250,6 +251,27 @@ def _check_bundles(layout: Layout, manifest: Manifest) -> Iterator[Finding]:
                 )
     for name in sorted(wanted):
         yield Finding(TAMPERED, "entry bundle", f"log/tile/{BUNDLES}/{name}", found="nothing")
+
+
+def _check_tile_names(layout: Layout, size: int) -> Iterator[Finding]:
+    """Only tiles of this tree are there; what they hold is compared by the main pass."""
+    there = {
+        path.relative_to(layout.tiles).as_posix()
+        for path in layout.tiles.rglob("*")
+        if path.is_file()
+    }
+    level, nodes = 0, size
+    while nodes:
+        whole, rest = divmod(nodes, WIDTH)
+        there -= {tile_name(level, index) for index in range(whole)}
+        if rest:
+            there.discard(tile_name(level, whole, rest))
+        level, nodes = level + 1, whole
+    for name in sorted(there):
+        if not name.startswith(f"{BUNDLES}/"):
+            yield Finding(
+                TAMPERED, "tile", f"log/tile/{name}", found="of records that are not there"
+            )
 
 
 def _lines(layout: Layout) -> Iterator[bytes]:

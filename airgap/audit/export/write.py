@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from airgap.audit.checkpoint import Checkpoint, Head
 from airgap.audit.disk import open_plain
@@ -36,6 +36,7 @@ from airgap.audit.export.sign import FILE as SIGNATURES
 from airgap.audit.export.sign import ExportKey
 from airgap.audit.layout import (
     Layout,
+    last_checkpoint,
     parse_journal_line,
     pruned_leaves,
     read_kept,
@@ -97,6 +98,28 @@ def export_log(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return manifest
+
+
+def write_rows(source: Layout, out: BinaryIO, chosen: Format, since: int = 0) -> int:
+    """Write the rows of the records under the newest head, from `since` on; return how many.
+
+    Raises:
+        RefusedError: `audit.absent`, there is no signed head; `audit.record`, a line is no record.
+
+    """
+    found = last_checkpoint(source.journal)
+    if found is None:
+        raise RefusedError("audit.absent", f"no signed head in {source.folder}")
+    head, count = found[0], 0
+    out.write(chosen.header)
+    there = segment_range(source)
+    for index in there[max(0, since // SEGMENT - there.start) :]:
+        for seq, line in enumerate(read_lines(source.segment(index)), index * SEGMENT):
+            if since <= seq < head.size and line.endswith(b"\n"):
+                leaf = hashlib.sha256(b"\0" + line[:-1]).digest()
+                out.write(chosen.row(head.origin, parse_line(line[:-1]), line[:-1], leaf))
+                count += 1
+    return count
 
 
 @dataclass(slots=True)
