@@ -111,7 +111,7 @@ def _rulings(root: Path | None) -> Iterable[Ruling]:
     from airgap.adjudications import load  # noqa: PLC0415 - loads cryptography
     from bundle.trust import load_trust  # noqa: PLC0415 - as above
 
-    return load(root, load_trust(root / "trust").document)
+    return load(root, load_trust(root / "trust").standing)
 
 
 def _signed(root: Path | None, paths: Sequence[Path]) -> Iterator[tuple[Path, bytes]]:
@@ -122,7 +122,7 @@ def _signed(root: Path | None, paths: Sequence[Path]) -> Iterator[tuple[Path, by
     from airgap.site_rules import read_signature, verify_file  # noqa: PLC0415
     from bundle.trust import load_trust  # noqa: PLC0415
 
-    trust = load_trust(root / "trust").document
+    trust = load_trust(root / "trust").standing
     for path in paths:
         content = _read(path)
         verify_file(content, path.name, read_signature(path), trust)
