@@ -48,7 +48,7 @@ FAULTS = {
         "dead",
     ),
     "dead by numbers": (
-        {"when": "{all: [{gt: [screen.tier, 3]}, {lt: [screen.tier, 2]}]}"},
+        {"when": "{all: [{gt: [output.max_sequence_nt, 3]}, {lt: [output.max_sequence_nt, 2]}]}"},
         "dead",
     ),
     "dead by its exception": ({"unless": "{eq: [project.active, true]}"}, "dead"),
