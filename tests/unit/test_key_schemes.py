@@ -102,7 +102,20 @@ def test_openssl_verifies_and_prints_the_key_id(tmp_path, scheme):
     assert der == made.key.der
     digest = ["-digest", "sha384"] if scheme == keys.P384 else []
     checked = subprocess.run(
-        ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", "pub.pem", "-rawin", *digest, "-sigfile", "sig", "-in", "message"],
+        [
+            "openssl",
+            "pkeyutl",
+            "-verify",
+            "-pubin",
+            "-inkey",
+            "pub.pem",
+            "-rawin",
+            *digest,
+            "-sigfile",
+            "sig",
+            "-in",
+            "message",
+        ],
         cwd=tmp_path,
         capture_output=True,
         check=False,
