@@ -32,6 +32,7 @@ def register(group: typer.Typer) -> None:
     group.command(name="import")(import_)
     group.command(name="rows")(rows)
     group.command(name="tools")(tools)
+    group.command(name="report")(report)
 
 
 def import_(
@@ -113,6 +114,55 @@ def rows(
             "host.io", f"cannot write {out}: {error.strerror}", hint="name a new file"
         ) from error
     show({"out": str(out), "format": name, "rows": count}, f"{count} rows in {out}", json=json)
+
+
+def report(
+    log: Annotated[
+        Path | None, typer.Argument(help="A log or an export. Default: your own log.")
+    ] = None,
+    *,
+    since: Annotated[str, typer.Option("--since", help="UTC, such as 2026-11-25.")] = "",
+    until: Annotated[str, typer.Option("--until", help="UTC, not included.")] = "",
+    vkey: Annotated[
+        Path | None,
+        typer.Option("--vkey", help="Verifier keys; default for your own log: its own."),
+    ] = None,
+    anchors: Annotated[
+        list[Path] | None, typer.Option(help="Receipts or heads kept elsewhere; repeatable.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the page with its charts.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A new folder for JSON, page and hashes.")
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Add up use by award, person, model, tokens, outcome and time. The log is verified first."""
+    import os
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    from airgap.audit import load_ring
+    from airgap.audit.query import Filter
+    from airgap.cli.policy import account_name
+    from airgap.cli.report import finish, installed
+    from airgap.dossier import add_up, totals_report
+    from airgap.dossier.reports import About
+    from airgap.dossier.usage import judge
+
+    Filter(since=since, until=until)  # refuses what is no time
+    tree = root_folder(root)
+    folder = tree / "audit" if log is None else log.expanduser().absolute()
+    own = tree / "keys" / "audit.vkey"
+    key = vkey if vkey is not None or log is not None or not own.is_file() else own
+    facts = judge(folder, load_ring(key) if key is not None else None, anchors or ())
+    author = account_name() or str(os.getuid())
+    models = installed(tree) if log is None else {}
+    about = About(author, datetime.now(UTC), version("airgap"), models)
+    found = add_up(folder, facts, since=since, until=until)
+    finish(totals_report(found, facts, about), html, out, json=json)
 
 
 def tools(

@@ -203,7 +203,8 @@ def words(page: Page, written: dict[str, str]) -> str:
         lines += [f"  {line}" for line in section.words]
         width = max((len(name) for name, _ in section.facts), default=0)
         lines += [f"  {name.ljust(width)}  {value}" for name, value in section.facts]
-        lines += [f"  {'  |  '.join(row)}" for row in section.rows[:40]]
+        shown = [section.head, *section.rows[:40]] if section.rows else []
+        lines += [f"  {'  |  '.join(row)}" for row in shown]
         if section.head and not section.rows:
             lines.append(f"  {section.empty}")
         if len(section.rows) > 40:  # noqa: PLR2004 - a screen; --html and --json have all

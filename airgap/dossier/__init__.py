@@ -8,6 +8,7 @@ from airgap.dossier.controls import FAMILIES, ROWS, Row
 from airgap.dossier.page import NEVER_SAID, Page, Section, render
 from airgap.dossier.reports import award_report, controls_report, not_used_report
 from airgap.dossier.request import request_dossier
+from airgap.dossier.totals import add_up, totals_report
 from airgap.dossier.usage import Evidence, LogFacts, Usage, gather
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "Row",
     "Section",
     "Usage",
+    "add_up",
     "award_report",
     "controls_report",
     "gather",
     "not_used_report",
     "render",
     "request_dossier",
+    "totals_report",
 ]

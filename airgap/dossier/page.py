@@ -11,13 +11,15 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from airgap.dossier.chart import Chart
+
 NEVER_SAID = ("satisfies", "satisfied", "compliant", "cleared", "certified", "certifies", "safe")
 """Words that no text of this product says about a control, a law or a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One block of a page: facts by name, a table, paragraphs, or a text to be copied."""
+    """One block of a page: facts by name, a chart, a table, paragraphs, or a text to be copied."""
 
     title: str
     facts: Sequence[tuple[str, str]] = ()
@@ -26,6 +28,7 @@ class Section:
     words: Sequence[str] = ()
     text: str = ""
     empty: str = "none"
+    chart: Chart | None = None
 
 
 @dataclass(frozen=True, slots=True)
