@@ -77,7 +77,11 @@ def verify_clock(
     if len(people) < needed:
         raise RefusedError(CODE, f"{len(people)} of {needed} root people signed the statement")
     statement = parse_clock(envelope.payload)
-    able = [who for who in people if root.people[who].is_enrolled(statement.issued)]
+    able = [
+        who
+        for who in people
+        if root.people[who].is_enrolled(statement.issued) and root.people[who].is_enrolled(now)
+    ]
     if len(able) < needed:
         raise RefusedError(CODE, f"{len(able)} of {needed} root people were enrolled when signing")
     if floor is None or statement.forget != floor.replace(microsecond=0):

@@ -163,6 +163,14 @@ def require_newer(held: Revocations | None, offered: Revocations) -> None:
             f"there is another revocation list of version {held.version} on this host",
             hint="ask who keeps the list: two of one version must not exist",
         )
+    if offered.document.issued < held.document.issued:
+        # Whoever was retired since could otherwise date a list before the retirement.
+        raise RefusedError(
+            CODE,
+            f"revocation list {offered.version} is dated {format_time(offered.document.issued)}, "
+            f"before list {held.version} of {format_time(held.document.issued)}",
+            hint="issue the list again, with the clock set right",
+        )
     dropped = sorted(held.document.entries().keys() - offered.document.entries().keys())
     if dropped:
         kind, identifier = dropped[0]

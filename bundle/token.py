@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from bundle.fields import has_hidden
 from bundle.keys import ED25519, MLDSA87, P384, PublicKey
 from policy.errors import FaultError, RefusedError
 
@@ -55,14 +56,22 @@ def parse_uri(text: str) -> TokenUri:
     found: dict[str, str] = {}
     for part in [*filter(None, path.split(";")), *filter(None, query.split("&"))]:
         name, _, value = part.partition("=")
+        if name.startswith("pin-"):  # it stays out of every message, as the others of the URI do
+            raise RefusedError(
+                _CODE,
+                f"the URI of a key holds {name!r:.40}; a PIN on a command line is seen by others",
+                hint="give --pin-file FILE, and change the PIN",
+            )
         if name not in {"token", "object", "module-path", "type"} or name in found:
-            raise RefusedError(_CODE, f"{name!r:.40} stands twice or is not known in {text!r:.120}")
+            raise RefusedError(_CODE, f"{name!r:.40} stands twice in the URI, or is not known")
         found[name] = unquote(value)
+        if has_hidden(found[name]):
+            raise RefusedError(_CODE, f"{name!r:.40} of the URI holds hidden characters")
     module = found.get("module-path") or os.environ.get(MODULE_VARIABLE, "")
     if not found.get("token") or not found.get("object") or not module:
         raise RefusedError(
             _CODE,
-            f"{text!r:.120} names no token, no object, or no module",
+            "the URI names no token, no object, or no module",
             hint="pkcs11:token=LABEL;object=LABEL?module-path=/usr/lib/softhsm/libsofthsm2.so, or "
             f"set {MODULE_VARIABLE}",
         )

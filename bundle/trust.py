@@ -430,8 +430,10 @@ def accept_revocations(trust: Trust, envelope: Envelope) -> Trust:
         RefusedError: `trust.revocation`.
 
     """
-    offered = verify_revocations(envelope, [trust.document])
-    require_newer(trust.revocations, offered)
+    offered, held = verify_revocations(envelope, [trust.document]), trust.revocations
+    require_newer(held, offered)
+    if held is not None and offered.document != held.document:
+        verify_revocations(envelope, [trust.standing])  # whom the held list revokes issues none
     return replace(trust, revocations=offered)
 
 
@@ -595,6 +597,14 @@ def _verify_chain(envelopes: list[Envelope]) -> Trust:
             if document.version != previous.version + 1:
                 raise RefusedError(
                     "trust.chain", f"root {previous.version} is followed by {document.version}"
+                )
+            if document.issued < previous.issued:
+                # A person who was retired could otherwise date her act before the retirement.
+                raise RefusedError(
+                    "trust.chain",
+                    f"root {document.version} is dated {format_time(document.issued)}, before root "
+                    f"{previous.version} of {format_time(previous.issued)}",
+                    hint="a root never lies before the one that it follows; have it made again",
                 )
             if previous.profile == "cnsa2" and document.profile != "cnsa2":
                 raise RefusedError(

@@ -12,6 +12,12 @@ trap 'rm -rf "$work"' EXIT
 stop() { echo "REFUSED: $*" >&2; exit 1; }
 test -d "$out" && test -z "$(ls -A "$out")" || stop "$out is no empty folder"
 
+# 0. The file is a plain archive from its first byte on: tar must not guess a compression, nor take
+#    a name with a colon for another host.
+case $bundle in /*) ;; *) bundle=./$bundle ;; esac
+tar() { command tar --force-local "$@"; }
+test "$(head -c 23 "$bundle")" = META/envelope.dsse.json || stop "$bundle is no bundle"
+
 # 1. The payload as it was signed, with the words that DSSE puts before it (FORMAT.md 8.2).
 tar -xOf "$bundle" META/envelope.dsse.json > "$work/envelope" || stop "no envelope"
 sed -n 's/^{"payload":"\([A-Za-z0-9+/=]*\)".*/\1/p' "$work/envelope" |
@@ -58,7 +64,8 @@ tar -tvf "$bundle" | grep -qv '^-' && stop "a member is no plain file"
 
 # 5. Only now is something extracted, and each file is held against the list.
 tar -xf "$bundle" -C "$out" --no-same-owner --no-same-permissions || stop "tar cannot extract it"
-if (cd "$out" && sha256sum -c --strict --quiet META/SHA256SUMS); then
+if cmp -s "$work/manifest" "$out/META/manifest.json" && cmp -s "$work/sums" "$out/META/SHA256SUMS" &&
+  (cd "$out" && sha256sum -c --strict --quiet "$work/sums"); then
   echo "whole: $(wc -l < "$work/sums") files in $out"
 else
   chmod -R u+w "$out" && find "$out" -mindepth 1 -delete

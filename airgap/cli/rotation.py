@@ -439,7 +439,7 @@ def clock_reset(
     from policy.terms import Digest
 
     trust, envelope, folder = _load(root), _read(statement), root_folder(root)
-    found = verify_clock(envelope, trust.document, floor=_floor(root), now=datetime.now(UTC))
+    found = verify_clock(envelope, trust.standing, floor=_floor(root), now=datetime.now(UTC))
     store = Store(folder / "store")
     with (
         store.locked(),

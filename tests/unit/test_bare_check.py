@@ -13,7 +13,8 @@ from bundle.statement import PAYLOAD_TYPE
 
 SCRIPT = Path(__file__).parents[2] / "docs/bare-check.sh"
 TOOLS = (
-    "sh tar sha256sum openssl sed base64 cut cmp grep find mktemp tr wc basename cat rm ls chmod"
+    "sh tar sha256sum openssl sed base64 cut cmp grep head gzip find mktemp tr wc basename cat rm "
+    "ls chmod"
 )
 
 pytestmark = pytest.mark.skipif(
@@ -159,6 +160,54 @@ def test_another_manifest_and_appended_members_are_refused(place, tmp_path):
         tar.addfile(link)
     done, found = check(place, tmp_path / "more.agb", tmp_path)
     refused(done, found, "other members")
+
+
+def test_a_compressed_bundle_is_not_unpacked(place, tmp_path):
+    """tar would start a decompressor on bytes that nobody has checked."""
+    import gzip
+
+    (tmp_path / "small.agb").write_bytes(gzip.compress((place / "good.agb").read_bytes()))
+    done, found = check(place, tmp_path / "small.agb", tmp_path)
+    refused(done, found, "is no bundle")
+
+
+def test_a_name_with_a_colon_is_a_file_and_no_host(place, tmp_path):
+    shutil.copy(place / "good.agb", tmp_path / "host:good.agb")
+    done, found = check(place, tmp_path / "host:good.agb", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert found
+
+
+def test_a_medium_that_changes_its_mind_is_noticed(place, tmp_path):
+    """The list that counts is the checked one, not what a second reading of the medium gives."""
+    tools = tmp_path / "bin"
+    shutil.copytree(place / "bin", tools, symlinks=True)
+    (tools / "tar").unlink()
+    (tools / "tar").write_text(
+        f"""#!/bin/sh
+{shutil.which("tar")} "$@" || exit 1
+for last; do :; done
+case "$*" in *" -xf "*) chmod -R u+w {tmp_path}/out
+  printf evil > "$(find {tmp_path}/out/payload -type f | head -n 1)"
+  cd {tmp_path}/out && sed 's/.*  //' META/SHA256SUMS > {tmp_path}/names
+  tr '\\n' '\\0' < {tmp_path}/names | {shutil.which("xargs")} -0 sha256sum > {tmp_path}/new
+  cat {tmp_path}/new > META/SHA256SUMS ;;
+esac
+"""
+    )
+    (tools / "tar").chmod(0o755)
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        ["sh", SCRIPT, place / "good.agb", place / "keys", "2", out],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not the listed one" in done.stderr
+    assert list(out.iterdir()) == []
 
 
 def test_p384_keys_are_checked_too(place, tmp_path):

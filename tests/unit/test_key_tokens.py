@@ -102,6 +102,27 @@ def test_a_uri_that_is_not_understood(text, monkeypatch):
     assert code_of(lambda: parse_uri(text)) == "trust.token"
 
 
+@pytest.mark.parametrize(
+    "place", ["?module-path=/x&pin-value=8642", ";pin-value=8642", "?pin-value=8642"]
+)
+@pytest.mark.parametrize("more", ["", ";serial=1", ";token=b"])
+def test_a_pin_in_a_uri_is_in_no_message(place, more):
+    with pytest.raises(RefusedError) as caught:
+        parse_uri(f"pkcs11:token=a;object=b{more}{place}")
+    assert caught.value.code == "trust.token"
+    assert "8642" not in f"{caught.value.message} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("hidden", ["%00", "%1b[2J", "%0a", "%e2%80%ae"])
+def test_hidden_characters_of_a_uri_reach_no_terminal(hidden):
+    for text in (
+        f"pkcs11:token=a{hidden};object=b?module-path=/x",
+        f"pkcs11:token=a;object=b{hidden}?module-path=/x",
+        f"pkcs11:token=a;object=b?module-path=/x{hidden}",
+    ):
+        assert code_of(lambda text=text: open_token(text, PIN)) == "trust.token"
+
+
 def test_a_uri_is_decoded(monkeypatch):
     monkeypatch.setenv("AIRGAP_PKCS11_MODULE", "/lib/x.so")
     found = parse_uri("pkcs11:token=My%20Token;object=a")

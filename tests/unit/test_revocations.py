@@ -135,6 +135,26 @@ def test_a_list_only_grows(roots):
     assert three.revocations.version == 3
 
 
+def test_whom_the_list_revokes_issues_no_newer_one(roots):
+    both = trust.add_key(roots, public("rob", "rob", "revocation"), ROOT, now=bundles.ENROLLED)
+    for gone in (
+        {"people": {"reva": "left"}},
+        {"keys": {bundles.signer("reva").public_key.keyid: "x"}},
+    ):
+        held = with_list(both, 1, signers=("reva",), **gone)  # her own last word holds
+        assert trust.accept_revocations(held, held.revocations.envelope) == held
+        assert with_list(held, 2, signers=("rob",), **gone).revocations.version == 2
+        more = {**gone, "bundles": {"sha256:" + "0" * 64: "spite"}}
+        assert code_of(with_list, held, 2, signers=("reva",), **more) == "trust.revocation"
+
+
+def test_a_newer_list_is_not_dated_before_the_held_one(roots):
+    held = with_list(roots, 1, issued=NOW)
+    assert with_list(held, 2, issued=NOW).revocations.version == 2
+    early = NOW - timedelta(days=1)
+    assert code_of(with_list, held, 2, issued=early) == "trust.revocation"
+
+
 @pytest.mark.parametrize("signers", [(), ("root",), ("alice",), ("mallory",)])
 def test_only_the_revocation_role_makes_a_list(roots, signers):
     assert with_list(roots).revocations.version == 1
@@ -346,6 +366,32 @@ def test_a_person_who_left_counts_for_what_was_signed_before(roots, bundle):
     assert code_of(rotation.without_key, roots.document, "0" * 64, now=NOW) == "trust.root"
 
 
+def test_a_retired_root_person_dates_no_root_before_the_retirement(roots):
+    """Her key stays in the root, for what it signed: a date of yesterday must not revive it."""
+    two = trust.add_key(roots, public("rolf", "rolf", "root"), ROOT, now=bundles.ENROLLED)
+    rolf, early = [bundles.signer("rolf")], NOW - timedelta(days=1)
+    assert trust.append_root(two, rotation.renew(two.document, now=early), rolf)
+    left = trust.append_root(two, rotation.retire(two.document, "rolf", now=NOW), ROOT)
+    assert code_of(trust.append_root, left, rotation.renew(left.document, now=NOW), rolf) == (
+        "trust.chain"
+    )
+    back = left.document.people["rolf"].model_copy(update={"valid_to": None})
+    forged = left.document.model_copy(
+        update={
+            "version": left.version + 1,
+            "issued": early,
+            "people": {**left.document.people, "rolf": back},
+        }
+    )
+    with pytest.raises(RefusedError, match="before root") as caught:
+        trust.append_root(left, forged, rolf)
+    assert caught.value.code == "trust.chain"
+    value = json.loads(trust.chain_document(left))
+    signed = envelope.sign_statement(forged.to_bytes(), trust.ROOT_TYPE, *rolf)
+    value["roots"].append(json.loads(signed.to_bytes()))
+    assert code_of(trust.follow_chain, left, canonical_json(value)) == "trust.chain"
+
+
 def test_two_root_people_sign_a_proposal_apart(roots):
     second = public("rolf", "rolf", "root")
     grown = trust.add_key(roots, second, ROOT, now=NOW)
@@ -426,6 +472,17 @@ def test_only_the_root_people_reset_a_clock(roots):
     assert code_of(clock.parse_clock, b"{}") == "trust.clock"
     other = envelope.sign_statement(good.payload, "text/plain", *ROOT)
     assert code_of(check, other) == "seal.type"
+
+
+def test_who_was_retired_dates_no_reset_before_that(roots):
+    ahead, before = NOW + timedelta(days=2000), NOW - timedelta(days=2)
+    two = trust.add_key(roots, public("rolf", "rolf", "root"), ROOT, now=bundles.ENROLLED)
+    made = clock.sign_clock(ahead, "battery", [bundles.signer("rolf")], now=before)
+    assert clock.verify_clock(made, two.document, floor=ahead, now=NOW)
+    left = trust.append_root(
+        two, rotation.retire(two.document, "rolf", now=NOW - timedelta(days=1)), ROOT
+    )
+    assert code_of(clock.verify_clock, made, left.document, floor=ahead, now=NOW) == "trust.clock"
 
 
 # -- other acts -------------------------------------------------------------------------------
