@@ -29,6 +29,8 @@ LOG, CLI = "unit/test_audit_log.py", "unit/test_audit_cli.py"
 EPOCHS, WITNESS = "unit/test_audit_epochs.py", "unit/test_audit_witness.py"
 PAYLOADS, RETENTION = "unit/test_audit_payloads.py", "unit/test_audit_retention.py"
 SERVICE = "unit/test_audit_service.py"
+SIEM, VERIFIERS = "unit/test_audit_siem.py", "attack/test_audit_verifiers.py"
+SUMDB = "conformance/test_audit_sumdb.py"
 FILE_ATTACKS = f"{A}::test_an_attack_on_the_files_gets_its_verdict"
 MEDIA = f"{A}::test_an_export_that_was_changed_on_media_is_tampered"
 
@@ -110,6 +112,8 @@ CATALOGUE = {
     "T39": [
         f"{C}::test_t39_what_a_user_types_is_in_no_record",
         f"{CLI}::test_t39_a_csv_reader_gets_every_cell_back_and_no_formula",
+        f"{SIEM}::test_t39_rsyslog_gives_every_field_of_every_row_back",
+        f"{SIEM}::test_a_cef_row_gives_every_field_back",
     ],
     "T40": [f"{A}::test_t40_a_short_prompt_cannot_be_guessed_from_its_commitment"],
     "T41": [
@@ -119,15 +123,27 @@ CATALOGUE = {
     "T42": [f"{PAYLOADS}::test_t42_the_wrong_key_opens_nothing_and_changes_no_verdict"],
     "T43": [f"{MEDIA}[T43 "],
     "T44": [f"{RETENTION}::test_t44_an_export_is_what_its_host_signed[T44 "],
-    "T45": [f"{MEDIA}[T45 "],
+    "T45": [
+        f"{MEDIA}[T45 ",
+        f"{SIEM}::test_t45_an_export_in_every_format_verifies_and_a_row_that_differs_does_not",
+    ],
     "T46": [f"{A}::test_t46_a_proof_for_one_record_says_nothing_for_another"],
     "T47": [
         f"{RETENTION}::test_t47_what_is_not_exported_cosigned_old_and_signed_by_two_stays",
         f"{RETENTION}::test_t47_each_condition_alone_holds_a_pruning",
     ],
-    "T48": [f"{MEDIA}[T48 ", f"{RETENTION}::test_t44_an_export_is_what_its_host_signed[T48 "],
+    "T48": [
+        f"{MEDIA}[T48 ", f"{RETENTION}::test_t44_an_export_is_what_its_host_signed[T48 ",
+        f"{VERIFIERS}::test_t50_without_an_anchor_all_three_cannot_tell_and_remember_the_first",
+        f"{VERIFIERS}::test_t48_the_memory_of_each_is_that_of_the_others",
+    ],
     "T49": [f"{MEDIA}[T49 "],
-    "T50": [f"{C}::test_t50_other_implementations_say_the_same_of_what_they_cover"],
+    "T50": [
+        f"{C}::test_t50_other_implementations_say_the_same_of_what_they_cover",
+        f"{VERIFIERS}::test_t50_three_verifiers_say_tampered_of_every_attack",
+        f"{VERIFIERS}::test_t50_three_verifiers_say_good_of_a_good_export",
+        f"{SUMDB}::test_go_proves_every_record_from_our_tiles_and_takes_our_proofs",
+    ],
 }  # fmt: skip
 
 
