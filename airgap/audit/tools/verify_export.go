@@ -1062,6 +1062,9 @@ func main() {
 		fmt.Println(string(document))
 	} else {
 		fmt.Printf("%s: %s, %d records, export %d, anchored to %d by %d\n", r.Verdict, r.Origin, r.Size, r.Number, r.Anchored, r.Anchors)
+		if r.Stored {
+			fmt.Println("remembered in", memory)
+		}
 		for _, each := range r.Tampered {
 			fmt.Println("tampered:", each)
 		}

@@ -835,6 +835,8 @@ def main(arguments=None):
     else:
         print(f"{word}: {result['origin']}, {result['size']} records, export {result['number']},"
               f" anchored to {result['anchored_size']} by {result['anchors']}")  # fmt: skip
+        if result["remembered"]:
+            print(f"remembered in {args.memory}")
         for level in ("tampered", "unknown", "notes"):
             for text in result[level]:
                 print(f"{'cannot tell' if level == 'unknown' else level}: {text}")
