@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import accumulate
 from typing import Any, NoReturn
 from xml.parsers import expat
 
@@ -26,10 +28,14 @@ MAX_BYTES = 8 << 20
 MAX_DEPTH = 64
 MAX_ELEMENTS = 200_000
 MAX_NAME = 300
+MAX_BLOCK = 20_000  # characters of one paragraph with a bullet
+MAX_COMPANIES = 10_000
+MAX_NESTED = 8  # parentheses within parentheses
 CODE = "policy.list"
 _SKIPPED = frozenset({"FTNT", "SU", "FTREF", "PRTPAGE", "GPH", "MATH"})
 _BLOCKS = frozenset({"P", "FP", "LI"})
 _BULLET = re.compile(r"^[\u2022\u25cf\u00b7]\s*")
+_DOT = re.compile(r"[\u2022\u25cf]")
 _FORMER = re.compile(r"^(?:formerly(?: known as)?|f/?k/?a\.?|previously)\s+", re.IGNORECASE)
 _ALSO = re.compile(
     r"^(?:also known as|also|a\.?k\.?a\.?|doing business as|d/?b/?a\.?|or)\s+", re.IGNORECASE
@@ -154,12 +160,18 @@ class _Reader:
         block = name in _BLOCKS and "SUPLINF" in self._open and self._parts is None
         if name in _SKIPPED:
             self._skipping += 1
-        elif block or name in {"FRDOC", "SUBJECT"}:
+        elif block:
+            self._parts = []
+        elif name in {"FRDOC", "SUBJECT"}:
+            if self._parts is not None:
+                _refuse(f"{name} inside of another text", self._parser)
             self._parts = []
 
     def _says(self, text: str) -> None:
         if self._parts is not None and not self._skipping:
             self._parts.append(text)
+        elif _DOT.search(text) and "SUPLINF" in self._open:
+            _refuse("a bullet outside of a paragraph, which nobody would read", self._parser)
 
     def _ends(self, name: str) -> None:
         self._open.pop()
@@ -194,21 +206,33 @@ def _companies(blocks: Sequence[str]) -> tuple[Company, ...]:
     for block in blocks:
         if not _BULLET.match(block):
             continue
-        if re.search(r"[\u2022\u25cf]", block[1:]):
+        if _DOT.search(block, 1):
             _refuse(f"two bullets in one paragraph: {block!r:.120}")
+        if len(block) > MAX_BLOCK:
+            _refuse(f"a paragraph of {len(block):,} characters, at most {MAX_BLOCK:,}")
+        if _depth(block) > MAX_NESTED:
+            _refuse(f"parentheses nested deeper than {MAX_NESTED}: {block!r:.120}")
         bullet = _bullet(_BULLET.sub("", block))
         parent = bullet[0].name
         if parents and _order(parents[-1]) > _order(parent):
             _refuse(f"not in alphabetical order: {parents[-1]!r:.80} before {parent!r:.80}")
         parents.append(parent)
         found += bullet
+        if len(found) > MAX_COMPANIES:
+            _refuse(f"more than {MAX_COMPANIES:,} names")
     if not found:
         _refuse("no bullet in the supplementary information")
-    keys = [normal_name(each.name) for each in found]
-    twice = sorted({each for each in keys if keys.count(each) > 1})
+    keys = Counter(normal_name(each.name) for each in found)
+    twice = sorted(each for each, times in keys.items() if times > 1)
     if twice:
         _refuse(f"a name stands twice: {', '.join(twice)[:200]}")
     return tuple(found)
+
+
+def _depth(text: str) -> int:
+    """How deep its parentheses are nested."""
+    steps = ((each == "(") - (each == ")") for each in text)
+    return max(accumulate(steps), default=0)
 
 
 def _order(name: str) -> str:

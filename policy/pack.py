@@ -321,7 +321,15 @@ def _fault_of_leaves(rule: Rule) -> tuple[str, str] | None:
         return "when", "any_path may not stand in a permit rule: a new list hit could loosen it"
     if len(rule.leaves()) > MAX_LEAVES:
         return "when", f"more than {MAX_LEAVES} leaves"
+    if rule.text.topic != "hazard" and any(_reads_screen(leaf) for leaf in rule.leaves()):
+        words = "what a hazard screen found may decide in rules of the topic hazard alone"
+        return "topic", f"{words}: every other rule is told to users"
     return None
+
+
+def _reads_screen(leaf: Leaf) -> bool:
+    is_result = isinstance(leaf, Comparison) and leaf.fact.startswith("screen.")
+    return is_result and leaf.fact != "screen.required"  # which follows from the modality alone
 
 
 def _fault_of_windows(text: RuleText) -> tuple[str, str] | None:
@@ -389,6 +397,7 @@ def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) 
 
     """
     packs, site_packs = tuple(packs), tuple(site_packs)
+    _require_same_duties(packs, site_packs)
     rules: dict[str, Rule] = {}
     for pack in packs:
         for rule in pack.rules:
@@ -435,18 +444,47 @@ def _loosens(old: Rule, new: Rule) -> str | None:
     checks = {
         "a statutory rule stays as it is": not before.statutory,
         "a permit rule stays as it is": before.effect != "permit",
+        "its topic differs": before.topic == after.topic,
         "its conditions differ": (old.applies_when, old.when, old.unless)
         == (new.applies_when, new.when, new.unless),
         "its scope is narrower": old.scopes <= new.scopes,
         "its dates differ": before.valid == after.valid,
         "its effect is weaker": _rank(after.effect) >= _rank(before.effect),
         "its answer to an unknown is weaker": _rank(after.on_unknown) >= _rank(before.on_unknown),
-        "it drops an obligation": {each.id for each in before.obligations}
-        <= {each.id for each in after.obligations},
+        "it drops or changes an obligation": all(
+            any(_keeps(each, duty) for each in after.obligations) for duty in before.obligations
+        ),
         "it is easier to lift": after.override == before.override or after.override.kind == "none",
         "its version is not higher": after.version > before.version,
     }
     return next((words for words, good in checks.items() if not good), None)
+
+
+def _keeps(new: Obligation, old: Obligation) -> bool:
+    """Whether it is the same duty, due no later."""
+    same = (new.id, new.text, new.owner) == (old.id, old.text, old.owner)
+    return same and DUES.index(new.due) <= DUES.index(old.due)
+
+
+def _require_same_duties(shipped: Iterable[PolicyPack], site_packs: Iterable[PolicyPack]) -> None:
+    """A duty goes by its id, so that another text under the same id would take its place."""
+    known = {
+        duty.id: (duty.text, duty.owner)
+        for pack in shipped
+        for rule in pack.rules
+        for duty in rule.text.obligations
+    }
+    for pack in site_packs:
+        for rule in pack.rules:
+            for duty in rule.text.obligations:
+                wanted = known.setdefault(duty.id, (duty.text, duty.owner))
+                if wanted != (duty.text, duty.owner):
+                    raise RefusedError(
+                        "pack.duplicate",
+                        f"site pack {pack.pack_id}, rule {rule.id}: obligation {duty.id} stands"
+                        f" elsewhere with another text or owner: {wanted[0]!r:.120}, {wanted[1]}",
+                        hint="give the obligation an id of its own",
+                    )
 
 
 def _rank(effect: str) -> int:

@@ -85,6 +85,7 @@ class ListSnapshot:
     prepared_on: date
     digest: Digest
     index: Mapping[str, tuple[Entry, ...]]
+    since: date | None = None  # of an edition that a site completes: the shipped one was held then
 
     @property
     def list_id(self) -> str:
@@ -99,7 +100,8 @@ class ListSnapshot:
     @property
     def held_since(self) -> date:
         """The first day on which it could be held: retrieval, else the release of the edition."""
-        return self.text.retrieved_on or self.text.released or self.prepared_on
+        own = self.text.retrieved_on or self.text.released or self.prepared_on
+        return own if self.since is None else min(own, self.since)
 
     def matches(self, keys: Iterable[str]) -> tuple[Entry, ...]:
         """Entries under exactly one of these normalised names."""
@@ -163,7 +165,32 @@ def complete(shipped: Iterable[ListSnapshot], own: Iterable[ListSnapshot]) -> Sn
     return Snapshots((*found, *(each for each in own if id(each) not in used)))
 
 
+def require_same_edition(shipped: ListSnapshot, own: ListSnapshot) -> None:
+    """Refuse a file that would set the edition aside, or call it whole when it is not."""
+    old, new = shipped.text, own.text
+    problem = next(
+        (
+            f"{name} is {getattr(new, name)}, expected {getattr(old, name)}"
+            for name in ("status", "released", "published")
+            if getattr(new, name) != getattr(old, name)
+        ),
+        None,
+    )
+    wanted, found = old.names_in_edition or 0, new.names_in_edition or 0
+    if new.complete and found < wanted:
+        problem = f"it is called complete with {found} names, and the edition has {wanted}"
+    if problem:
+        raise RefusedError(
+            "pack.duplicate",
+            f"edition {old.edition} of list {old.list_id} is shipped, and this file may only add"
+            f" to it: {problem}",
+            hint="correct the field, or mark the list `complete: false`; an edition of another day"
+            " has another name",
+        )
+
+
 def _completed(shipped: ListSnapshot, own: ListSnapshot) -> ListSnapshot:
+    require_same_edition(shipped, own)
     entries = (*own.text.entries, *shipped.text.entries)
     index: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -174,6 +201,7 @@ def _completed(shipped: ListSnapshot, own: ListSnapshot) -> ListSnapshot:
         prepared_on=own.prepared_on,
         digest=Digest.of(rfc8785.dumps([str(shipped.digest), str(own.digest)])),
         index=MappingProxyType({key: tuple(each) for key, each in index.items()}),
+        since=shipped.held_since,
     )
 
 

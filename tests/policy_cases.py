@@ -164,7 +164,7 @@ rules:
 RULE = """\
 - id: {id}
   version: {version}
-  topic: base
+  topic: {topic}
   scope: [{scope}]
   effect: {effect}
   statutory: {statutory}
@@ -189,6 +189,7 @@ RULE = """\
 DEFAULTS = {
     "id": "X-1",
     "version": "1",
+    "topic": "base",
     "scope": "use",
     "effect": "deny",
     "statutory": "false",

@@ -491,6 +491,7 @@ def load_list(
     from airgap import federal_register
     from airgap.config import read_plain
     from policy import parse_lists
+    from policy.snapshots import require_same_edition
 
     found = federal_register.parse_notice(read_plain(notice, federal_register.MAX_BYTES + 1))
     shipped = next(
@@ -516,7 +517,9 @@ def load_list(
     )
     document = federal_register.snapshot_document(found, about, shipped)
     text = federal_register.to_yaml(document)
-    parse_lists(text.encode(), str(out))
+    (loaded,) = parse_lists(text.encode(), str(out))
+    if shipped is not None and not shipped.text.complete:
+        require_same_edition(shipped, loaded)
     _write_new(out, text)
     words = (
         f"wrote {out}: {found.parents} companies with a bullet, {len(found.companies)} names from"

@@ -28,7 +28,8 @@ _FAMILY_MAY = frozenset({"groups", "exempt"})
 _NAME = re.compile("[a-z0-9][a-z0-9-]{0,31}")
 _BLOCK = re.compile("[A-Z]{14}")
 _ATOMS = re.compile(r"[A-Z][a-z]?[1-9]\d*( [A-Z][a-z]?[1-9]\d*)*")
-_GROUP = re.compile(r"\d{1,3}-\d{1,3}( rings)?")
+_GROUP = re.compile(r"[0-9]{1,3}-[0-9]{1,3}( rings)?")
+_LABEL = re.compile("[0-9]{1,3}")
 
 
 def read_pack(raw: bytes) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def _check_listed(entry: Mapping[str, Any]) -> None:
     what = f"entry {entry.get('name')!r:.60}"
     _fields(entry, _LISTED, frozenset(), what)
     _check_shared(entry, what)
+    if not isinstance(entry["name"], str) or not entry["name"].strip():
+        raise ValueError(f"{what} of the pack has no name")
     if not _BLOCK.fullmatch(str(entry["block"])) or not _ATOMS.fullmatch(str(entry["atoms"])):
         raise ValueError(f"{what} of the pack has no InChIKey block, or no atoms such as `C2 O1`")
 
@@ -87,18 +90,33 @@ def _check_family(entry: Mapping[str, Any]) -> None:
     _fields(entry, _FAMILY, _FAMILY_MAY, what)
     _check_shared(entry, what)
     groups, exempt = entry.get("groups", {}), entry.get("exempt", [])
-    texts = [text for group in groups.values() for text in group]
     good = (
         isinstance(entry["cores"], list)
         and bool(entry["cores"])
-        and all(isinstance(core, str) for core in entry["cores"])
+        and all(isinstance(core, str) and core.strip() for core in entry["cores"])
+        and isinstance(entry["text"], str)
         and type(entry["whole"]) is bool
-        and all(name.isdigit() for name in groups)
-        and all(isinstance(text, str) and _GROUP.fullmatch(text) for text in texts)
+        and isinstance(groups, dict)
+        and all(_LABEL.fullmatch(name) for name in groups)
+        and all(_is_group(group) for group in groups.values())
+        and isinstance(exempt, list)
         and all(isinstance(block, str) and _BLOCK.fullmatch(block) for block in exempt)
     )
     if not good:
         raise ValueError(f"{what} of the pack has cores, groups or exemptions of another form")
+
+
+def _is_group(group: object) -> bool:
+    """Whether it is a list of spans of carbons such as `1-10 rings`, none of them backwards."""
+    if not isinstance(group, list):
+        return False
+    for text in group:
+        if not isinstance(text, str) or not _GROUP.fullmatch(text):
+            return False
+        least, _, most = text.removesuffix(" rings").partition("-")
+        if int(least) > int(most):
+            return False
+    return bool(group)
 
 
 def _check_shared(entry: Mapping[str, Any], what: str) -> None:

@@ -124,6 +124,13 @@ REFUSED = {
     "too many elements": b"<NOTICE>" + b"<P/>" * 200_001 + b"</NOTICE>",
     "too large": b"<NOTICE>" + b" " * fr.MAX_BYTES + b"</NOTICE>",
     "empty": b"",
+    "parentheses without end": notice("Alpha " + "(Beta " * 9 + ")" * 9),
+    "thousands of parentheses": notice("Alpha " + "(" * 5000 + ")" * 5000),
+    "a paragraph without end": notice("Alpha (" + "; ".join(["Beta Co"] * 3000) + ")"),
+    "too many names": notice(*(f"Alpha {at:06d} Works" for at in range(fr.MAX_COMPANIES + 1))),
+    "a bullet in what is not read": notice("Alpha Co. <FTNT>\u2022 Beta Co.</FTNT>"),
+    "a bullet in no paragraph": notice("Alpha", pattern="<P>\u2022 {}</P>\u2022 Beta"),
+    "a number inside a name": notice("Alpha <FRDOC>x</FRDOC> Co."),
 }
 
 

@@ -10,7 +10,7 @@ from policy.errors import RefusedError
 from policy.lineage import parse_lineage, unite
 from policy.logic import LETTERS, AnyPath
 from policy.paths import PathFinder
-from policy.snapshots import Snapshots, normal_name, parse_lists
+from policy.snapshots import Snapshots, complete, normal_name, parse_lists
 from policy.terms import PARTY_RELATIONS
 
 CONTROL = frozenset({"same_person_as", "subsidiary_of", "controlled_by"})
@@ -408,6 +408,29 @@ def test_a_complete_list_holds_as_many_names_as_its_edition():
     assert snapshot(count="188", complete="false")
     with pytest.raises(RefusedError, match="188 names, 1 stand here"):
         snapshot(count="188")
+
+
+def test_completing_an_edition_never_sets_it_aside():
+    (shipped,) = snapshot(count="2", complete="false")
+    (whole,) = snapshot(count="1", complete="false")
+    assert complete([shipped], [whole]).held("l", NOW) is not None
+    for changes in (
+        {"status": "withdrawn", "complete": "false"},
+        {"status": "superseded", "complete": "false"},
+        {"count": "null"},
+        {"count": "1"},
+    ):
+        (own,) = snapshot(**changes)
+        with pytest.raises(RefusedError, match="may only add") as caught:
+            complete([shipped], [own])
+        assert caught.value.code == "pack.duplicate"
+
+
+def test_an_edition_of_a_site_that_is_brought_late_leaves_the_shipped_one_until_then():
+    (shipped,) = snapshot(count="2", complete="false")
+    (own,) = snapshot(count="1", complete="false", retrieved='"2099-01-01"')
+    lists = complete([shipped], [own])
+    assert lists.held("l", NOW) is not None
 
 
 def test_what_was_held_when():

@@ -141,6 +141,8 @@ FAULTS = {
     "version nought": {"version": "0"},
     "an override of no kind": {"override": "{kind: whim}"},
     "a date that is not one": {"warn_from": '"2026-02-30"'},
+    "a screen in a rule that users see": {"when": "{gte: [screen.tier, 3]}"},
+    "a screen in an exception that users see": {"unless": "{eq: [screen.status, complete]}"},
 }
 
 
@@ -185,8 +187,10 @@ def test_a_comment_changes_the_digest_of_the_bytes_and_not_that_of_the_meaning()
 
 # -- several packs --------------------------------------------------------------------------------
 
+DUTY = '[{{id: o, text: "{}", owner: {}, due: {}}}]'
 HOLD = {
     "effect": "needs_approval",
+    "obligations": DUTY.format("Do it", "pi", "at_start"),
     "on_unknown": "needs_approval",
     "override": "{kind: approval, roles: [pi], approvers: 1, max_days: 9, needs_document: false}",
 }
@@ -208,6 +212,17 @@ LOOSER = {
         " needs_document: false}",
     },
     "the same version": {**STRICTER, "version": "1"},
+    "another topic": {**STRICTER, "topic": "cui"},
+    "no obligation": {**STRICTER, "obligations": "[]"},
+    "an obligation in other words": {
+        **STRICTER,
+        "obligations": DUTY.format("Do nothing", "pi", "at_start"),
+    },
+    "an obligation of another owner": {
+        **STRICTER,
+        "obligations": DUTY.format("Do it", "isso", "at_start"),
+    },
+    "an obligation due later": {**STRICTER, "obligations": DUTY.format("Do it", "pi", "standing")},
     "a duty that only obliges": {
         **HOLD,
         "version": "2",
@@ -244,6 +259,25 @@ def test_a_statutory_rule_and_a_permit_stay_as_they_are():
     ):
         with pytest.raises(RefusedError, match="stays as it is"):
             combine([parse_pack(pack_text(rule(**fields)))], [site(version="2", **fields)])
+
+
+def test_a_duty_of_a_site_may_not_take_the_place_of_another():
+    shipped = parse_pack(pack_text(rule(**HOLD)))
+    duty = {"id": "A-1", "effect": "oblige", "on_unknown": "oblige"}
+    same = site(**duty, obligations=DUTY.format("Do it", "pi", "at_admission"))
+    assert len(combine([shipped], [same]).rules) == 2
+    for text, owner in (("Do nothing", "pi"), ("Do it", "isso")):
+        other = site(**duty, obligations=DUTY.format(text, owner, "at_admission"))
+        with pytest.raises(RefusedError, match="obligation o stands elsewhere") as caught:
+            combine([shipped], [other])
+        assert caught.value.code == "pack.duplicate"
+
+
+def test_a_rule_on_a_screen_is_a_hazard_rule():
+    when = "{gte: [screen.tier, 3]}"
+    assert parse_pack(pack_text(rule(topic="hazard", when=when))).rules
+    assert parse_pack(pack_text(rule(when="{eq: [screen.required, true]}"))).rules
+    assert "topic hazard alone" in refused(rule(when=when)).message
 
 
 def test_one_id_in_two_packs_is_refused():

@@ -202,7 +202,8 @@ def test_an_exported_component_definition_is_valid_by_the_schema_of_nist(call, t
 def test_a_list_is_read_from_its_notice_signed_and_completes_the_shipped_edition(
     call, root, tmp_path
 ):
-    bullets = ("Alibaba Group Holding Limited", "Quiet Hill Models Co., Ltd.")
+    made_up = [f"Beta {at:03d} Works" for at in range(186)]
+    bullets = ("Alibaba Group Holding Limited", *made_up, "Quiet Hill Models Co., Ltd.")
     body = "".join(f"<P>\u2022 {each}</P>" for each in bullets)
     notice = tmp_path / "notice.xml"
     notice.write_text(
@@ -212,10 +213,21 @@ def test_a_list_is_read_from_its_notice_signed_and_completes_the_shipped_edition
     argv = ["load-list", notice, "--list", "dod-1260h", "--edition", "2026-06-08", "--out", out]
     argv += ["--released", "2026-06-08", "--published", "2026-06-10", "--retrieved", "2026-11-24"]
     argv += ["--citation", "91 FR 35189", "--json"]
-    status, document = as_json(call(*argv))
+    short = tmp_path / "short.xml"
+    short.write_text(notice.read_text().replace(f"<P>\u2022 {made_up[0]}</P>", ""))
+    less = [argv[0], short, *argv[2:]]
+    status, document = as_json(call(*less))
     assert (status, document["code"]) == (1, "policy.list"), "188 names are wanted"
-    status, document = as_json(call(*argv, "--names", "2", "--parents", "2"))
-    assert (status, document["names"], document["complete"]) == (0, 2, True)
+    status, document = as_json(call(*less, "--names", "187"))
+    assert (status, document["code"]) == (1, "pack.duplicate"), "a short list is not complete"
+    late = [
+        "2026-06-09" if each == "2026-06-08" and argv[at - 1] == "--released" else each
+        for at, each in enumerate(argv)
+    ]
+    status, document = as_json(call(*late))
+    assert (status, document["code"]) == (1, "pack.duplicate"), "of another day"
+    status, document = as_json(call(*argv, "--parents", "188"))
+    assert (status, document["names"], document["complete"]) == (0, 188, True)
     put_signed(root, "list.yaml", out.read_bytes())
     held = load_rules(root).lists.held("dod-1260h", datetime(2026, 11, 25, tzinfo=UTC))
     assert held.text.complete
