@@ -28,13 +28,13 @@ _SET_MODE_FILTER, _TSYNC, _LOG = 1, 1, 2
 
 # SHA-256 of each program; `published/` holds the bytes for an auditor without Python.
 PUBLISHED = {
-    "stage1.x86_64": "4d1f314c179af5848bc0587818b8982342fc4e18cc9ae27316df27078a4be19e",
-    "stage2.x86_64": "7406b4ec0172ad654e594bc4f41d26a6c96f0bc0eea9817de2e199659a1763b4",
-    "stage2_gpu.x86_64": "dae8ff3fa9b8f3fa0a1200c842eaa286e7a1bfd20242f70f958f2131f7f5b4a5",
+    "stage1.x86_64": "c954d76944b2e3545d440a6468cb10e1288fd8c29b6e30970e27c77cef7af535",
+    "stage2.x86_64": "c4dafc0ad27fd4e7b461f8f97e9f2038f0717a95900e1a270c3ac696a760bb75",
+    "stage2_gpu.x86_64": "081dd50d1cee05baedd8e5d50e2b23ae1504897fa10e091fcb89f1861817d3f6",
     "no_exec.x86_64": "325e8e5e216e71602d4ccf11a0939542bf4144796e1078170b8f6331226e95ef",
-    "stage1.aarch64": "d7f30ce6d79e9890c11df38b4a4fddd573faa9ed73e65d9c3b8e8486ee402944",
-    "stage2.aarch64": "e7d59dbae9573946c2e876ae15afdf64dd2886784ff3ae916134370e0b7b27a9",
-    "stage2_gpu.aarch64": "8f4ae2706e3f59ff4a422bfdc4ac4f67387d2db7698d6489310d1061280f21e8",
+    "stage1.aarch64": "83e4dfb99987595d68ba608dc7b93562154207581e9df600815af5d556acb0ac",
+    "stage2.aarch64": "4ea7083215a2efcb3c51ad2b0e09680efed1bcf109a5d0073fcad07d81575adf",
+    "stage2_gpu.aarch64": "6671dc6c20ebc1928e0f5b43e057e7e4c19ee12063a710a0c3651f7e0c75b759",
     "no_exec.aarch64": "0ec762fcf8b2f0a2323d3e9a1766095e3a6078fdcdbd5a84d9050b2b2209f3d6",
 }
 

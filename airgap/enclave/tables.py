@@ -28,6 +28,8 @@ _PROCESSES = """
 ptrace=101/117 process_vm_readv=310/270 process_vm_writev=311/271 pidfd_getfd=438/438
 pidfd_open=434/434 pidfd_send_signal=424/424 kcmp=312/272 process_madvise=440/440
 move_pages=279/239 get_robust_list=274/100 process_mrelease=448/448 fork=57/- vfork=58/-
+setpriority=141/140 ioprio_set=251/30 sched_setparam=142/118 sched_setscheduler=144/119
+sched_setattr=314/274
 """
 _NAMESPACES = """
 setns=308/268 unshare=272/97 mount=165/40 umount2=166/39 pivot_root=155/41 chroot=161/51
@@ -55,7 +57,7 @@ _ALLOWED = """
 read=0/63 close=3/57 fstat=5/80 poll=7/- lseek=8/62 munmap=11/215 brk=12/214 rt_sigaction=13/134
 rt_sigprocmask=14/135 rt_sigreturn=15/139 pread64=17/67 sched_yield=24/124 mremap=25/216
 madvise=28/233 nanosleep=35/101 getpid=39/172 exit=60/93 gettimeofday=96/169 sigaltstack=131/132
-gettid=186/178 futex=202/98 sched_setaffinity=203/122 sched_getaffinity=204/123
+gettid=186/178 futex=202/98 sched_getaffinity=204/123
 restart_syscall=219/128 clock_gettime=228/113 clock_nanosleep=230/115 exit_group=231/94
 ppoll=271/73 set_robust_list=273/99 getcpu=309/168 getrandom=318/278 membarrier=324/283
 rseq=334/293

@@ -157,7 +157,6 @@ EXPLAINED = {
     "stage2 gettimeofday": STRICTER + "clocks where the kernel maps no vDSO",
     "stage2 sigaltstack": STRICTER + "a fault handler's stack for each new thread",
     "stage2 gettid": STRICTER + "the interpreter numbers its threads",
-    "stage2 sched_setaffinity": STRICTER + "onnxruntime pins its threads",
     "stage2 sched_getaffinity": STRICTER + "onnxruntime counts the cores that it may use",
     "stage2 restart_syscall": STRICTER + "the kernel resumes an interrupted wait by it",
     "stage2 clock_gettime": STRICTER + "clocks where the kernel maps no vDSO",
@@ -292,7 +291,10 @@ def test_root_refuses_a_filter_without_one_of_its_lines(line, launched):
     kind, _, label = line.partition(" ")
     found = launched("root", "A", kind)[label].split(":")[0]
     layer = {"waiting_parent": "parent"}.get(kind, kind)
-    assert found in {f"enclave.{layer}", "enclave.worker"}, found
+    ends = {"enclave.worker"}
+    if line == "stage2 read":
+        ends.add("enclave.evidence")  # it cannot read its channel and may be gone before a look
+    assert found in {f"enclave.{layer}", *ends}, found
 
 
 @pytest.mark.soak

@@ -424,6 +424,26 @@ def test_a_bad_probe_ends_in_time_contained_and_named(case, tmp_path):
     assert found.verdict in {"SEALED/A", "REFUSED/A"}
 
 
+RULES_OF_OTHERS = """
+import ctypes, errno, os
+libc, other = ctypes.CDLL(None, use_errno=True), os.getpid()
+def main():
+    for number in NUMBERS:
+        libc.syscall(number, other, 8, b"\\1" + bytes(63))
+        print(errno.errorcode[ctypes.get_errno()])
+"""
+
+
+def test_no_process_is_ranked_or_pinned_from_inside(tmp_path):
+    # What is set shows in /proc to every account of the host, and on B and C it could be that of
+    # any process of the user: setpriority, ioprio_set, sched_setparam, -scheduler, -attr.
+    ranking = (141, 251, 142, 144, 314)
+    for stage, numbers in ((1, ranking), (2, (*ranking, 203))):  # and sched_setaffinity
+        source = RULES_OF_OTHERS.replace("NUMBERS", str(numbers))
+        found = run(tmp_path, source, stage=stage, spec=replace(SPEC, deadline_s=30.0))
+        assert found.output.split() == [b"EPERM"] * len(numbers), found.output
+
+
 def test_output_over_the_cap_is_counted_and_cut(tmp_path):
     found = run(tmp_path, "import os\nfor _ in range(1000): os.write(2, b'x' * 65536)")
     assert found.output_bytes == 65_536_000
