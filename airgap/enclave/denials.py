@@ -29,6 +29,7 @@ _LOG_TYPE = b"type=1326 "
 _SECCOMP_TYPE = 1326
 _SETTLE_S = 0.05  # the kernel hands its records out by a thread of its own
 _QUIET_S = 0.002
+_SILENCE_LIMIT_S = 1.0
 _ENOUGH = 3  # records of the self-test without which a source proves nothing
 _DRAIN_LIMIT = 200_000
 
@@ -95,9 +96,7 @@ class Denials:
         """Return the denied calls since `settle`; `count` is None where no source is readable."""
         if self.source is None or not self._pid:
             return {"count": None, "source": None, "exact": None, "calls": None}
-        if self._descriptor >= 0:
-            time.sleep(_SETTLE_S / 10)
-            self.poll()
+        self._await_silence()
         since = self._seen.get(self._pid, Counter()) - self._before
         calls = {name_of(number): times for number, times in sorted(since.items())}
         return {
@@ -106,6 +105,17 @@ class Denials:
             "exact": self.exact,
             "calls": calls,
         }
+
+    def _await_silence(self) -> None:
+        """Read until the kernel has been silent for a while: on a busy host its thread is late."""
+        until = time.monotonic() + _SILENCE_LIMIT_S
+        while self._descriptor >= 0:
+            self.poll()
+            if self._descriptor < 0 or not select.select([self._descriptor], [], [], _SETTLE_S)[0]:
+                return
+            if time.monotonic() > until:
+                self.exact = False  # more may come, of others or of this one
+                return
 
     def close(self) -> None:
         """Stop listening."""

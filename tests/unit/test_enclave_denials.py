@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 
 import pytest
@@ -93,6 +94,31 @@ def test_only_calls_after_the_self_test_are_counted():
     }
     fed.close()
     assert fed.result()["count"] == 2
+    os.close(fed.feed)
+
+
+def test_records_that_come_late_are_waited_for():
+    fed = Fed()
+    fed.say(7, 41, 5)
+    fed.settle(7)
+    line = LINE.replace(b"8404", b"7")
+    late = [threading.Timer(after, os.write, (fed.feed, line)) for after in (0.015, 0.03)]
+    for each in late:
+        each.start()
+    assert fed.result()["count"] == 2
+    fed.close()
+    os.close(fed.feed)
+
+
+def test_a_source_that_is_never_silent_is_not_exact(monkeypatch):
+    monkeypatch.setattr(denials, "_SILENCE_LIMIT_S", 0.0)
+    fed = Fed()
+    fed.say(7, 41, 5)
+    fed.settle(7)
+    timer = threading.Timer(0.01, os.write, (fed.feed, LINE))
+    timer.start()
+    assert fed.result()["exact"] is False
+    fed.close()
     os.close(fed.feed)
 
 
