@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import date, datetime
 
 from policy.approvals import Approvals
 from policy.engine import NO_APPROVALS
@@ -18,6 +18,7 @@ from policy.logic import AnyPath
 from policy.pack import Packs, Rule
 from policy.record import Change
 from policy.snapshots import Snapshots
+from policy.strict import shift_day
 from policy.terms import Outcome
 
 MAX_DAYS = 4_000  # boundary days of one question
@@ -82,7 +83,7 @@ def _differences(
 ) -> Iterator[Difference]:
     """Differences by stretches of days: from one boundary to the day before the next."""
     days = _days(old.boundaries(), new.boundaries())
-    ends = [day - timedelta(days=1) for day in days[1:]] + [date.max]
+    ends = [shift_day(day, -1) for day in days[1:]] + [date.max]
     running: Difference | None = None
     for first, last in zip(days, ends, strict=True):
         found = _difference(name, first, old.evaluate(first), new.evaluate(first), causes)
@@ -113,7 +114,7 @@ def _days(*boundaries: Sequence[date]) -> list[date]:
     The day before a boundary lies in the stretch before it, so every such day is covered.
     """
     found = {day for days in boundaries for day in days if date.min < day < date.max}
-    before = min(found, default=date(2000, 1, 1)) - timedelta(days=1)
+    before = shift_day(min(found, default=date(2000, 1, 1)), -1)
     return sorted({before, *found})[:MAX_DAYS]
 
 
@@ -196,13 +197,13 @@ class Outlook:
 
     def within(self, days: int) -> tuple[Change, ...]:
         """Changes of the next `days` days."""
-        last = self.start + timedelta(days=days)
+        last = shift_day(self.start, days)
         return tuple(each for each in self.changes if each.on <= last)
 
 
 def outlook(rulebook: Rulebook, question: Question, start: date, days: int) -> Outlook:
     """Follow a question day by day of change; the same facts, lists and approvals throughout."""
-    until = start + timedelta(days=min(days, (date.max - start).days))
+    until = shift_day(start, days)
     evaluator = _evaluator(rulebook, question)
     last = evaluator.evaluate(start)
     now = last.outcome
@@ -234,7 +235,7 @@ class Due:
 
 def dues(rulebook: Rulebook, approvals: Approvals, start: date, days: int) -> tuple[Due, ...]:
     """What falls due in the next `days` days, what is overdue among it, by day."""
-    until = start + timedelta(days=min(days, (date.max - start).days))
+    until = shift_day(start, days)
     found = [each for rule in rulebook.packs.rules for each in _dues_of_rule(rule, start)]
     found += _reviews(rulebook)
     found += _dues_of_lists(rulebook, start)

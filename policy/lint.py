@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 
 from pydantic import ValidationError
 
@@ -41,7 +41,7 @@ from policy.pack import (
     require_schema,
 )
 from policy.snapshots import ListSnapshot
-from policy.strict import Path, Source, read_yaml
+from policy.strict import Path, Source, read_yaml, shift_day
 from policy.terms import FACTS, Kind, Known, Scope, Value
 
 LEAST_SCENARIOS = 4
@@ -295,7 +295,7 @@ def _telling(fact: str, leaves_of: Sequence[Comparison]) -> Iterator[Value]:
         case Kind.INT | Kind.DATE:
             for operand in operands:
                 if isinstance(operand, date):
-                    yield from (operand + timedelta(days=step) for step in (-1, 0, 1))
+                    yield from (shift_day(operand, step) for step in (-1, 0, 1))
                 elif isinstance(operand, int):
                     yield from (operand + step for step in (-1, 0, 1))
         case Kind.ENUM | Kind.SET:

@@ -328,8 +328,9 @@ def _fault_of_leaves(rule: Rule) -> tuple[str, str] | None:
 
 
 def _reads_screen(leaf: Leaf) -> bool:
-    is_result = isinstance(leaf, Comparison) and leaf.fact.startswith("screen.")
-    return is_result and leaf.fact != "screen.required"  # which follows from the modality alone
+    if isinstance(leaf, AnyPath) or leaf.fact == "screen.required":  # follows from the modality
+        return False
+    return leaf.fact.startswith("screen.")
 
 
 def _fault_of_windows(text: RuleText) -> tuple[str, str] | None:

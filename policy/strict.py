@@ -56,6 +56,12 @@ def parse_day(value: object) -> object:
     return value
 
 
+def shift_day(day: date, days: int) -> date:
+    """The day so many days later, or earlier; never beyond the ends of the calendar."""
+    number = day.toordinal() + days
+    return date.fromordinal(min(max(number, date.min.toordinal()), date.max.toordinal()))
+
+
 class Frozen(BaseModel):
     """Base of all our own files: immutable, strict types, no unknown field."""
 

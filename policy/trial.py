@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time
 from types import MappingProxyType
 
 from policy.approvals import Approvals
@@ -20,6 +20,7 @@ from policy.pack import Packs, PolicyPack, Rule, Window, combine
 from policy.paths import Origin, Start
 from policy.scenarios import Scenario
 from policy.snapshots import Snapshots
+from policy.strict import shift_day
 from policy.terms import Known, Outcome
 
 _SOURCE = "scenario"
@@ -137,7 +138,7 @@ def mutants(rule: Rule) -> Iterator[Mutant]:
         for field, day in (("start", window.start), ("end", window.end)):
             if day is not None:
                 for step in (-1, 1):
-                    moved = window.model_copy(update={field: day + timedelta(days=step)})
+                    moved = window.model_copy(update={field: shift_day(day, step)})
                     valid = (*rule.text.valid[:at], moved, *rule.text.valid[at + 1 :])
                     yield Mutant(
                         _with_text(rule, valid=valid), f"valid {day}: moved by {step:+d} day"

@@ -142,6 +142,18 @@ def test_horizon_without_a_bundle_says_so_and_lists_what_falls_due(call, tmp_pat
     assert call("horizon", "--days", "soon")[0] == 2
 
 
+@pytest.mark.parametrize("day", ["0001-01-01", "9999-12-31", "9999-12-30", "9998-12-01"])
+def test_horizon_lint_and_test_hold_at_the_ends_of_the_calendar(call, day, tmp_path):
+    status, document = as_json(call("horizon", "--as-of", day, "--days", "30,36600", "--json"))
+    assert (status, document["as_of"]) == (0, day)
+    assert call("horizon", "--as-of", day, "--html", tmp_path / "page.html")[0] == 0
+    ends = pack_text(rule(valid=f'[{{from: "{day}", to: null}}]'), pack_id="ends")
+    pack = tmp_path / "ends.yaml"
+    pack.write_bytes(ends)
+    for argv in (("lint", pack, "--as-of", day), ("test", pack, "--mutants"), ("diff", pack)):
+        assert call(*argv)[0] in {0, 1}, argv
+
+
 def test_export_to_cedar_and_to_oscal(call, tmp_path):
     status, document = as_json(call("export", "cedar", "--out", tmp_path / "cedar", "--json"))
     assert status == 0

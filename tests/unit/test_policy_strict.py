@@ -1,10 +1,12 @@
 """Strict YAML: what two readers could take for two things is refused, with line and column."""
 
+from datetime import date
+
 import pytest
 
 from policy import strict
 from policy.errors import RefusedError
-from policy.strict import read_yaml
+from policy.strict import read_yaml, shift_day
 
 GOOD = b'a: 1\nb: [true, false, null, word, "quoted 12:30", -5]\nc: {d: "no"}\n'
 
@@ -112,3 +114,10 @@ def test_the_python_parser_reads_alike_where_the_c_parser_is_absent(monkeypatch)
     monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
     slow = read_yaml(GOOD)
     assert (fast.value, fast.places) == (slow.value, slow.places)
+
+
+def test_a_day_is_moved_and_never_beyond_the_calendar():
+    assert shift_day(date(2026, 12, 31), 1) == date(2027, 1, 1)
+    assert shift_day(date(2026, 3, 1), -1) == date(2026, 2, 28)
+    assert shift_day(date.max, 400) == date.max
+    assert shift_day(date.min, -1) == date.min
