@@ -256,6 +256,17 @@ class Manifest(Release):
         """Return the model with that id, if there is one."""
         return next((model for model in self.models if model.id == model_id), None)
 
+    def published_weights(self, model_id: str) -> tuple[FileEntry, ...]:
+        """Return the weight files of a model that travel as the source had them, byte for byte."""
+        return tuple(
+            entry
+            for entry in self.files
+            if entry.path.startswith(f"payload/{model_id}/")
+            and entry.role == "external-data"
+            and entry.origin is not None
+            and entry.origin.sha256 == entry.sha256
+        )
+
     @cached_property
     def _index(self) -> tuple[tuple[FileEntry, ...], dict[str, FileEntry]]:
         return self.files, {entry.path: entry for entry in self.files}

@@ -23,6 +23,7 @@ from airgap.cli.forms import (
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from bundle.manifest import Manifest
     from bundle.verify import VerifyReport
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
@@ -164,6 +165,7 @@ def verify_view(report: VerifyReport) -> str:
         use = "" if model.scientific_use else ", not for scientific use"
         rows += [
             ("model", f"{model.id}, provenance {model.provenance_level}{use}"),
+            *_weights(manifest, model.id),
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
@@ -171,6 +173,17 @@ def verify_view(report: VerifyReport) -> str:
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
     return "sealed and whole\n" + table(rows)
+
+
+def _weights(manifest: Manifest, model_id: str) -> list[tuple[str, str]]:
+    """Say which weights travel as the source had them; their bytes were hashed just now."""
+    files = manifest.published_weights(model_id)
+    if not files:
+        return []
+    if len(files) > 1:
+        return [("weights", f"the source's own bytes, unchanged: {len(files)} files")]
+    name = files[0].path.rpartition("/")[2]
+    return [("weights", f"the source's own bytes, unchanged: {name}, sha256:{files[0].sha256}")]
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:

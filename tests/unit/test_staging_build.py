@@ -157,6 +157,7 @@ def test_the_fast_graph_runs_on_the_bytes_that_were_published(made):
     assert entry.role == "external-data"
     assert entry.sha256 == entry.origin.sha256 == hashlib.sha256(published).hexdigest()
     assert entry.derived_from == ()
+    assert built.manifest.published_weights("tiny") == (entry,)
     assert member(built.path, entry.path) == published
     fast = built.manifest.find("payload/tiny/fast.onnx")
     assert fast.derived_from == (f"sha256:{entry.sha256}",)
