@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Self
 from airgap.enclave import convert, evidence, host, linux, probe
 from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
-from airgap.enclave.process import DESCRIPTORS
+from airgap.enclave.process import DESCRIPTORS, last_words
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import start
 from airgap.enclave.spec import Caps, SealSpec
@@ -65,6 +65,7 @@ def run(
     # planned by what the worker was planned by.
     facts = host.survey()
     own_network = enter_network()
+    os.umask(0o022)  # whatever the starter has: this process is the probe's own
     raise_descriptors()
     remove_stale(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-"))
@@ -169,7 +170,7 @@ def _converted(
     leaked = (targets["inherited"], targets["passed"])
     result = convert.run_on(rung, work, leaked=leaked)
     if not result.files:
-        raise SealRefused("probe", f"the conversion twin failed: {result.stderr[-400:]!r}")
+        raise SealRefused("probe", f"the conversion twin failed{last_words(result.stderr)}")
     return dict(json.loads(result.files[0].read_bytes()))
 
 

@@ -216,6 +216,12 @@ with fixture.Outside(folder, None, own_network=own) as outside:
 
 
 @needs_namespaces
+def test_a_starter_that_lets_no_one_read_its_files_is_probed_as_any_other():
+    report = run_covered(f"import os\nos.umask(0o777)\n{FIXTURE}", "A")
+    assert twin.require_sealed(report) is None
+
+
+@needs_namespaces
 @pytest.mark.parametrize("rung", ["A", "U", "C"] if ROOT else ["A", "U", "B", "C"])
 def test_the_fixture_reports_a_leaking_control_and_a_sealed_twin(rung):
     report = run_covered(FIXTURE, rung)
