@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bundle.keys import Signer, load_signer, pair_names
-from bundle.token import SCHEME as TOKEN
-from bundle.token import open_token
+from bundle.token import names_token, open_token
 
 
 def key_paths(name: str, folder: Path) -> tuple[Path, ...]:
@@ -42,7 +41,7 @@ def open_signers(
     """
     found: list[Signer] = []
     for name in names:
-        if name.startswith(TOKEN):
+        if names_token(name):
             found.append(open_token(name, pin))
         else:
             found += [load_signer(path, passphrase) for path in key_paths(name, folder)]

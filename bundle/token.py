@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from policy.errors import FaultError, RefusedError
 SCHEME: Final = "pkcs11:"
 MODULE_VARIABLE: Final = "AIRGAP_PKCS11_MODULE"
 _CODE: Final = "trust.token"
+_PIN: Final = re.compile("pin-(value|source)", re.IGNORECASE)
 _P384_BYTES: Final = 48
 _MLDSA87_SET: Final = 3  # CKP_ML_DSA_87
 # Edwards25519 as a curve name and as an object identifier; tokens differ in what they take.
@@ -31,6 +33,11 @@ _EDWARDS: Final = (
     b"\x13\x0cedwards25519",
     bytes.fromhex("06032b6570"),
 )
+
+
+def names_token(text: str) -> bool:
+    """Tell whether this is a `pkcs11:` URI, which begins in capitals as well."""
+    return text[: len(SCHEME)].lower() == SCHEME
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +59,16 @@ def parse_uri(text: str) -> TokenUri:
         RefusedError: `trust.token`; no token or object, an attribute twice, or one not known here.
 
     """
-    path, _, query = text.removeprefix(SCHEME).partition("?")
+    if _PIN.search(unquote(text)):  # it stays out of every message, as the rest of the URI does
+        raise RefusedError(
+            _CODE,
+            "the URI of a key holds a PIN, or where to find one; others see a command line",
+            hint="give --pin-file FILE, and change a PIN that stood there",
+        )
+    path, _, query = text[len(SCHEME) :].partition("?")
     found: dict[str, str] = {}
     for part in [*filter(None, path.split(";")), *filter(None, query.split("&"))]:
         name, _, value = part.partition("=")
-        if name.startswith("pin-"):  # it stays out of every message, as the others of the URI do
-            raise RefusedError(
-                _CODE,
-                f"the URI of a key holds {name!r:.40}; a PIN on a command line is seen by others",
-                hint="give --pin-file FILE, and change the PIN",
-            )
         if name not in {"token", "object", "module-path", "type"} or name in found:
             raise RefusedError(_CODE, f"{name!r:.40} stands twice in the URI, or is not known")
         found[name] = unquote(value)

@@ -355,7 +355,7 @@ def load_identity(path: Path, passphrase: bytes = b"") -> Identity:
         raise RefusedError(
             "trust.keyfile",
             f"{path} is not a transit key that this passphrase opens",
-            hint="give the NAME.transit.pem that `airgap keys new --transit` made",
+            hint="give the NAME.transit.pem that `airgap keys transit NAME` made",
         ) from error
     return Identity(scheme, _keyid(scheme, _public_bytes(scheme, parts)), _joined(scheme, parts))
 

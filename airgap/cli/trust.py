@@ -303,12 +303,10 @@ def _public_half(signer: Signer, names: list[str], root: Path | None) -> PublicK
     """Find the public file of a key: beside the private one, or in keys/ of the tree."""
     from bundle.keyring import key_paths
     from bundle.keys import KEY_FILE_LIMIT, parse_public_key, read_limited
-    from bundle.token import SCHEME
+    from bundle.token import names_token
 
     folder = root_folder(root) / "keys"
-    named = [
-        path for name in names if not name.startswith(SCHEME) for path in key_paths(name, folder)
-    ]
+    named = [path for name in names if not names_token(name) for path in key_paths(name, folder)]
     beside = [path.with_suffix(".pub.json") for path in named]
     others = sorted(folder.glob("*.pub.json")) if len(named) < len(names) else []
     for path in [*beside, *others]:

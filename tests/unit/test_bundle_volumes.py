@@ -460,6 +460,18 @@ def test_a_bad_sector_is_told_or_made_up_for(start, plain_set, spare_set):
     assert len(fetch(spare_set)) > (COUNT - 1) * CHUNK
 
 
+def test_a_volume_that_cannot_be_opened_is_made_up_for(spared):
+    """A link to nothing, or a file that gives no byte, is a lost volume and no more."""
+    for number in range(1, COUNT + 1):
+        place = name(spared, number)
+        kept = place.read_bytes()
+        place.unlink()
+        place.symlink_to("/nowhere/disc")
+        assert verify(spared).medium["repaired"][0]["volume"] == number
+        place.unlink()
+        place.write_bytes(kept)
+
+
 def test_poisoned_parity_repairs_nothing(spared):
     name(spared, 5).unlink()
     for number in (7, 8):
