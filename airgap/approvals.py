@@ -219,7 +219,14 @@ def read_folder(folder: Path) -> list[Envelope]:
 def read_approval(path: Path) -> Envelope:
     """Read one file, its signatures not yet verified."""
     raw = read_limited(path, MAX_FILE, code=CODE, what="the approval")
-    return parse_envelope(raw, code=CODE)
+    try:
+        return parse_envelope(raw, code=CODE)
+    except RefusedError as error:
+        raise RefusedError(
+            error.code,
+            f"{path}: {error.message}",
+            hint="move what is no signed approval out of this folder",
+        ) from error
 
 
 def write_approval(envelope: Envelope, root: Path, folder: Path = FOLDER) -> Path:

@@ -234,6 +234,7 @@ def _load(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {path}")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))  # so that a benchmark can `from harness import ...`
     spec.loader.exec_module(module)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,11 +123,12 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
     trust = load_trust(tree / "trust").standing
     found, reviews = load_approvals(tree, trust).approvals, reviews_of(tree, trust)
     again = up_for_review(found, tree)
-    lines = [words_of(each) for each in found] or ["no approval"]
-    lines += [review_words(each) for each in reviews] + again
+    told = Told.to_reader(tree)
+    lines = [words_of(each, told) for each in found] or ["no approval"]
+    lines += [review_words(each, told) for each in reviews] + again
     document = {
-        "approvals": [document_of(each) for each in found],
-        "reviews": [review_document(each) for each in reviews],
+        "approvals": [document_of(each, told) for each in found],
+        "reviews": [review_document(each, told) for each in reviews],
         "up_for_review": again,
     }
     show(document, Text("\n".join(lines)), json=json)
@@ -221,13 +224,54 @@ def owed(tree: Path) -> list[str]:
 
     if not (tree / FOLDER).is_dir():
         return []
-    found = reviews_of(tree, load_trust(tree / "trust").standing)
-    return [review_words(each) for each in found if each.is_open]
+    found = [each for each in reviews_of(tree, load_trust(tree / "trust").standing) if each.is_open]
+    told = Told.to_reader(tree) if found else EVERYTHING
+    return [review_words(each, told) for each in found]
 
 
-def review_words(each: Review) -> str:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Which rules of an approval a reader is told; that of a hazard rule says what was found."""
+
+    hidden: frozenset[str] = frozenset()
+    everything: bool = False
+
+    @classmethod
+    def to_reader(cls, tree: Path) -> Told:
+        """For the account that runs this; all of it for the hazard role."""
+        from airgap.cli.policy import account_name
+        from airgap.config import load_site
+        from airgap.gate import load_rules
+        from airgap.inquiry import find_reader
+        from policy.report import HAZARD_ROLE
+
+        try:
+            reader = find_reader(load_site(tree), "", os.getuid(), account_name())
+            rules = load_rules(tree).packs.rules
+        except RefusedError:
+            return cls()  # `status` speaks of a broken tree too
+        return cls(
+            frozenset(each.id for each in rules if each.text.topic == "hazard"),
+            everything=reader is not None and HAZARD_ROLE in reader.roles,
+        )
+
+    def rules(self, versions: Mapping[str, int]) -> dict[str, int]:
+        """Rules by id, `HAZ` for those that are not told."""
+        if self.everything:
+            return dict(sorted(versions.items()))
+        open_ = {each: at for each, at in versions.items() if not self._hides(each)}
+        return dict(sorted((open_ | ({} if len(open_) == len(versions) else {"HAZ": 0})).items()))
+
+    def _hides(self, rule: str) -> bool:
+        return rule in self.hidden or rule.startswith("HAZ-")
+
+
+EVERYTHING = Told(everything=True)
+
+
+def review_words(each: Review, told: Told = EVERYTHING) -> str:
     """One line about a review that is owed or done."""
-    rules = ", ".join(sorted(each.approval.rules))
+    rules = ", ".join(told.rules(each.approval.rules))
     people = ", ".join(who.person for who in each.approval.approvers)
     what = f"break-glass of {rules} for project {each.approval.project} by {people}"
     if each.note is None:
@@ -236,12 +280,12 @@ def review_words(each: Review) -> str:
     return f"reviewed: {what}; {each.note.issued:%Y-%m-%d} by {who}: {each.note.text}"
 
 
-def review_document(each: Review) -> dict[str, Any]:
+def review_document(each: Review, told: Told = EVERYTHING) -> dict[str, Any]:
     """The same as JSON."""
     done = each.note
     return {
         "approval": str(each.approval.digest),
-        "rules": dict(sorted(each.approval.rules.items())),
+        "rules": told.rules(each.approval.rules),
         "project": each.approval.project,
         "people": [who.person for who in each.approval.approvers],
         "open": each.is_open,
@@ -306,25 +350,30 @@ def without_effect(approval: Approval, tree: Path) -> dict[str, str]:
 
 
 def warnings_of(approval: Approval, tree: Path) -> list[str]:
-    """Say so when the legal day of this site lies before the day of issue."""
+    """Say so when this site lacks the project, or its legal day lies before the day of issue."""
     from airgap.config import load_site
 
     try:
-        day = load_site(tree).legal_day(datetime.now(UTC))
+        site = load_site(tree)
+        day = site.legal_day(datetime.now(UTC))
     except RefusedError:
         return []  # without a site.toml nothing is decided here
+    found = []
+    if site.find_project(approval.project) is None:
+        found.append(f"no project of site.toml is called {approval.project!r}")
     issued = approval.issued.astimezone(UTC)
     if issued.date() <= day.as_of and issued <= day.known_at:
-        return []
+        return found
     words = f"issued on {issued.date()} (UTC), but this site decides as of {day.as_of}"
-    return [f"{words} ({day.source}): the approval has no effect before its day of issue"]
+    found.append(f"{words} ({day.source}): the approval has no effect before its day of issue")
+    return found
 
 
-def document_of(approval: Approval) -> dict[str, Any]:
+def document_of(approval: Approval, told: Told = EVERYTHING) -> dict[str, Any]:
     """The approval as JSON."""
     return {
         "digest": str(approval.digest),
-        "rules": dict(sorted(approval.rules.items())),
+        "rules": told.rules(approval.rules),
         "bundle": str(approval.bundle),
         "project": approval.project,
         "task": approval.task,
@@ -334,11 +383,11 @@ def document_of(approval: Approval) -> dict[str, Any]:
     }
 
 
-def words_of(approval: Approval) -> str:
+def words_of(approval: Approval, told: Told = EVERYTHING) -> str:
     """The approval in a line."""
     people = ", ".join(each.person for each in approval.approvers)
     return (
-        f"{', '.join(sorted(approval.rules))} for project {approval.project} until"
+        f"{', '.join(told.rules(approval.rules))} for project {approval.project} until"
         f" {approval.expires}, signed by {people or 'nobody of the trust root'}"
         + ", BREAK-GLASS"
         * approval.break_glass

@@ -9,6 +9,7 @@ import typer
 from policy_cases import DEMO, NOW, RULES, blocking, demo_site
 
 from airgap import approvals
+from airgap.cli import approve
 from airgap.cli import policy as commands
 from airgap.cli.common import show_error
 from airgap.gate import decide_admission
@@ -349,6 +350,30 @@ def test_a_file_that_is_no_approval_is_refused_loudly(call, tree):
     for argv in (("approve", "list"), ("policy", "explain", "--model", "logos-8b")):
         status, out, _ = call(*argv, "--root", tree, "--json")
         assert (status, json.loads(out)["code"]) == (1, "policy.approval")
+        assert str(folder / "x.json") in json.loads(out)["error"], "which file it is"
+
+
+def test_the_list_names_no_hazard_rule_to_those_without_the_role(call, tree):
+    hazard = ["HAZ-CWC1" if each == "LIC-CONFLICT" else each for each in arguments(tree)]
+    assert call(*hazard, "--confirm", PROJECT)[0] == 0
+    emergency = ("--confirm", PROJECT, "--break-glass")
+    status, out, _ = call(*hazard, *emergency)
+    file = json.loads(out)["file"]
+    key = tree / "keys" / "tom.pem"
+    assert call("approve", "sign", file, "--key", key, "--confirm", PROJECT, "--root", tree)[0] == 0
+    for more in ((), ("--json",)):
+        status, out, _ = call("approve", "list", "--root", tree, *more)
+        assert (status, "HAZ" in out, "CWC" in out) == (0, True, False)
+    assert "REVIEW OWED: break-glass of HAZ for" in " ".join(approve.owed(tree))
+    (tree / "site.toml").unlink()
+    assert "CWC" not in " ".join(approve.owed(tree))
+
+
+def test_an_approval_for_no_project_of_the_site_is_told(call, tree):
+    argv = ["nowhere" if each == PROJECT else each for each in arguments(tree)]
+    status, out, _ = call(*argv, "--confirm", "nowhere")
+    assert status == 0
+    assert "no project of site.toml is called 'nowhere'" in json.loads(out)["warnings"]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_every_benchmark_runs_and_its_results_have_exactly_the_agreed_fields(run
     assert "0.5" in printed
 
 
+def test_a_benchmark_may_hold_a_dataclass(run, folder):
+    (folder / "bench_good.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass(frozen=True, slots=True)\nclass Found:\n    n: int\n" + GOOD
+    )
+    assert run.main([], folder=folder) == 0
+
+
 @pytest.mark.parametrize(
     "source",
     [BROKEN, INFINITE, "import nothing_of_that_name\n", "def run(context):\n    return []\n"],
