@@ -563,6 +563,28 @@ def _follow_list(trust: Trust, carried: Trust, entry: object) -> Trust:
     return accept_revocations(trust, envelope) if offered != held else trust
 
 
+def require_dated(trust: Trust, now: datetime) -> None:
+    """Refuse to take a root or a revocation list that is dated after `now`.
+
+    Once kept it could not be followed by one of the true date, and the host would be stuck.
+
+    Raises:
+        RefusedError: `trust.clock`.
+
+    """
+    dates = [(f"root {trust.version}", trust.document.issued)]
+    if trust.revocations is not None:
+        found = trust.revocations
+        dates.append((f"revocation list {found.version}", found.document.issued))
+    for what, issued in dates:
+        if now < issued:
+            raise RefusedError(
+                "trust.clock",
+                f"{what} is dated {format_time(issued)}, this host has {format_time(now)}",
+                hint="set the clock of this host right; if it is, have the document made again",
+            )
+
+
 def newest_of(raw: bytes) -> int:
     """Return the version of the last root in `META/trust.json`; codes as `follow_chain`."""
     parse_canonical(raw, code="trust.chain", what="the chain of roots", limit=CHAIN_LIMIT)

@@ -36,7 +36,7 @@ from bundle.scan import ScanReport, scan_payload
 from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, require_subject, verify_seal
 from bundle.tar import Layout, require_gaps
-from bundle.trust import Trust, follow_chain
+from bundle.trust import Trust, follow_chain, require_dated
 from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
 
@@ -417,6 +417,7 @@ def open_bundle(
     try:
         head = medium.head
         newest = follow_chain(trust, head.trust)
+        require_dated(newest, now)
         _require_root_in_force(newest, now)
         alarms = newest.alarms(now)
         seal = verify_seal(parse_envelope(head.envelope), newest.document, newest.revocations)

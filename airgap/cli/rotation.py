@@ -355,8 +355,9 @@ def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
     from airgap.approvals import on_record
     from airgap.cli.policy import account_name
     from airgap.cli.trust import trust_document, trust_view
-    from bundle.trust import save_trust
+    from bundle.trust import require_dated, save_trust
 
+    require_dated(trust, datetime.now(UTC))
     folder = root_folder(root)
     with on_record(folder, "admin.trust", account_name(), trust.fingerprint):
         save_trust(trust, folder / "trust")

@@ -31,7 +31,7 @@ from bundle.envelope import parse_envelope
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium
 from bundle.statement import VerifiedSeal
-from bundle.trust import Trust, follow_chain, load_trust, save_trust
+from bundle.trust import Trust, follow_chain, load_trust, require_dated, save_trust
 from bundle.verify import SealedBundle, open_bundle, verify_contents
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -134,7 +134,7 @@ def install(
         store.note_time(last_record)
         audit(job.event("intent"))
         try:
-            trust = job.follow_roots(trust)
+            trust = job.follow_roots(trust, now)
             floors = store.floors(last_record)
             with open_bundle(path, trust, now=now, floors=floors, more=job.more) as sealed:
                 return job.bring_in(sealed, gate)
@@ -180,13 +180,14 @@ class _Job:
             code=code,
         )
 
-    def follow_roots(self, trust: Trust) -> Trust:
+    def follow_roots(self, trust: Trust, now: datetime) -> Trust:
         """Take newer roots that the bundle carries, whatever becomes of the bundle itself."""
         medium = open_medium(self.path, self.more)
         try:
             newer = follow_chain(trust, medium.head.trust)
         finally:
             medium.close()
+        require_dated(newer, now)
         if newer != trust:  # a newer root, or a newer revocation list: bad news is kept
             self.trust = newer
             self.audit(self.event("trust"))

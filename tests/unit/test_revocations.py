@@ -392,6 +392,23 @@ def test_a_retired_root_person_dates_no_root_before_the_retirement(roots):
     assert code_of(trust.follow_chain, left, canonical_json(value)) == "trust.chain"
 
 
+def test_a_root_or_list_of_the_future_is_not_taken(roots, tmp_path):
+    """A staging clock that ran ahead: kept, it could never be followed by one of the true date."""
+    later = NOW + timedelta(days=1000)
+    ahead = trust.append_root(roots, rotation.renew(roots.document, now=later), ROOT)
+    for carried in (ahead, with_list(roots, issued=later)):
+        path = tmp_path / "ahead.agb"
+        bundles.make_bundle(path, roots=carried, signers=("builder", "alice", "bob"))
+        root = tmp_path / str(carried.version)
+        trust.save_trust(roots, root / "trust")
+        assert code_of(verify_bundle, path, roots, now=NOW) == "trust.clock"
+        assert (
+            code_of(install, path, root=root, now=NOW, gate=lambda *_: None, audit=lambda _: None)
+            == "trust.clock"
+        )
+        assert trust.load_trust(root / "trust") == roots
+
+
 def test_two_root_people_sign_a_proposal_apart(roots):
     second = public("rolf", "rolf", "root")
     grown = trust.add_key(roots, second, ROOT, now=NOW)
