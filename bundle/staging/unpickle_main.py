@@ -37,8 +37,7 @@ def main(argv: list[str]) -> int:
             value = torch.load(path, map_location="cpu", weights_only=True)
             tensors = flatten(value)
         except (pickle.UnpicklingError, ValueError, RuntimeError, EOFError, KeyError) as error:
-            text = " ".join(str(error).split())
-            sys.stderr.write(f"{path.name}: {type(error).__name__}: {text[:400]}\n")
+            sys.stderr.write(f"{path.name}: {type(error).__name__}: {reason(error)}\n")
             return REFUSED
         target = f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
         save_file(tensors, out / target, metadata={"format": "pt"})
@@ -49,13 +48,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def reason(error: Exception) -> str:
+    """Return what the loader found, without its advice to load the file in a careless way."""
+    text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+    return text.partition(". ")[0][:400]
+
+
 def flatten(value: Any) -> dict[str, Any]:
     """Return name and tensor of a state dict, each with storage of its own; ValueError else."""
     import torch
 
+    seen = 0  # a dictionary may hold itself
     while isinstance(value, dict) and not any(isinstance(v, torch.Tensor) for v in value.values()):
+        seen += 1
         inner = [value[name] for name in _NESTS if isinstance(value.get(name), dict)]
-        if len(inner) != 1:
+        if len(inner) != 1 or seen > len(_NESTS):
             raise ValueError("it holds no dictionary of tensors")
         value = inner[0]
     if not isinstance(value, dict):
