@@ -31,6 +31,12 @@ HEARTBEAT_GAP_NS: Final = 180 * 10**9
 SIGNER_PREFIX: Final = 5  # characters of base64 that the four bytes of a key id determine
 _CHUNK: Final = 1_024
 _JOURNAL_SIZE: Final = re.compile(rb'\{"note": "[^"\\]{1,200}\\n([0-9]{1,16})\\n')
+# A whole line of the journal in its one spelling; canonical base64 has no other last characters.
+_JOURNAL_LINE: Final = re.compile(
+    rb'\{"note": "[^" ]{1,1200}\\n[0-9]{1,16}\\n[A-Za-z0-9+/]{43}=\\n\\n'
+    rb'(?:\\u2014 [^" ]{1,1200} (?:[A-Za-z0-9+/]{4})+'
+    rb'(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?\\n){1,24}"\}\n'
+)
 _JOURNAL: Final = "log/checkpoints.jsonl"
 _NEVER: Final = 1 << 62
 
@@ -324,7 +330,8 @@ class Stream:
                 continue
             root = base64.b64encode(self.edge.root())
             expected = b"%s%d\\n%s%s" % (self._head_start, head, root, self._head_signer)
-            if head != size or not line.startswith(expected):
+            whole = _JOURNAL_LINE.fullmatch(line)
+            if head != size or not line.startswith(expected) or whole is None:
                 self._journal_differs = True
                 self.findings.add(
                     TAMPERED, "head journal", _JOURNAL,

@@ -215,6 +215,7 @@ type head struct {
 	root   tlog.Hash
 	raw    []byte
 	first  uint32 // key id of the first signature
+	by     string // its name
 }
 
 func parseHead(raw []byte) (head, error) {
@@ -229,7 +230,7 @@ func parseHead(raw []byte) (head, error) {
 	if len(lines) != 4 || lines[0] == "" || len(raw) > maxNote {
 		return h, errors.New("expected origin, size and root")
 	}
-	h.origin, h.first = lines[0], parsed.UnverifiedSigs[0].Hash
+	h.origin, h.first, h.by = lines[0], parsed.UnverifiedSigs[0].Hash, parsed.UnverifiedSigs[0].Name
 	h.size, err = strconv.ParseInt(lines[1], 10, 64)
 	if err != nil || strconv.FormatInt(h.size, 10) != lines[1] || h.size < 0 {
 		return h, errors.New("a size that is none")
@@ -490,7 +491,7 @@ func (p *pass) grow(leaf tlog.Hash) {
 	}
 	for p.next != nil && p.next.size <= p.size {
 		h := *p.next
-		if h.size != p.size || h.origin != p.m.Origin || h.root != p.root() {
+		if h.size != p.size || h.origin != p.m.Origin || h.by != p.m.Origin || h.root != p.root() {
 			bad("head journal", "log/checkpoints.jsonl", "another root at size %d", h.size)
 		}
 		epoch, closes := int64(len(p.rotations)), len(p.rotations) > 0 && p.rotations[len(p.rotations)-1].start == h.size
@@ -506,6 +507,10 @@ func (p *pass) grow(leaf tlog.Hash) {
 	}
 }
 
+// A line of the journal in its one spelling; canonical base64 has no other last characters.
+var journalForm = regexp.MustCompile(`^\{"note": "[^" ]+\\n[0-9]{1,16}\\n[A-Za-z0-9+/]{43}=\\n\\n` +
+	`(?:\\u2014 [^" ]+ (?:[A-Za-z0-9+/]{4})+(?:[A-Za-z0-9+/][AQgw]==|[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=)?\\n){1,24}"\}\n$`)
+
 func (p *pass) nextHead() *head {
 	line, err := p.journal.ReadBytes('\n')
 	if err == io.EOF && len(line) == 0 {
@@ -514,7 +519,7 @@ func (p *pass) nextHead() *head {
 	var entry struct{ Note string }
 	decoder := json.NewDecoder(bytes.NewReader(line))
 	decoder.DisallowUnknownFields()
-	if err != nil || decoder.Decode(&entry) != nil {
+	if err != nil || !journalForm.Match(line) || decoder.Decode(&entry) != nil {
 		bad("head journal", "log/checkpoints.jsonl", "a line that is none")
 	}
 	h, err := parseHead([]byte(entry.Note))

@@ -33,6 +33,7 @@ MANIFEST_KEYS = {
     "payloads", "files",
 }  # fmt: skip
 REQUIRED = {"v", "seq", "prev", "ts", "mono_ns", "boot", "host", "inst", "kind", "phase"}
+PRINTABLE = re.compile(b"[ -~]*")
 EXITS = {"good": 0, "tampered": 1, "cannot tell": 3}
 CODES = {"good": "", "tampered": "audit.tampered", "cannot tell": "audit.unknown"}
 
@@ -332,7 +333,7 @@ DECODER = json.JSONDecoder(
 
 
 def parse_record(line):
-    if len(line) > MAX_LINE or not all(0x20 <= byte <= 0x7E for byte in line):
+    if len(line) > MAX_LINE or not PRINTABLE.fullmatch(line):
         raise ValueError("too long, or not printable ASCII")
     text = line.decode()
     record = DECODER.decode(text)
@@ -426,10 +427,10 @@ class Lines:
             for line in iter(lambda: file.readline(2 * MAX_NOTE), b""):
                 try:
                     entry = json.loads(line)
-                    if set(entry) != {"note"} or line[-1:] != b"\n":
+                    if json.dumps({"note": entry["note"]}).encode() + b"\n" != line:
                         raise ValueError("not a line with one note")
                     yield Note(entry["note"].encode())
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, AttributeError, KeyError) as error:
                     bad("head journal", "log/checkpoints.jsonl", f"{error!s:.80}")
 
     def run(self):
@@ -542,8 +543,8 @@ class Lines:
             self.roots[size] = self.tree.root()
         while self.head is not None and self.head.size <= size:
             head = self.head
-            if (head.origin, head.size, head.root) != (
-                self.manifest["origin"], size, self.tree.root(),
+            if (head.origin, head.signatures[0][0], head.size, head.root) != (
+                self.manifest["origin"], self.manifest["origin"], size, self.tree.root(),
             ):  # fmt: skip
                 bad("head journal", "log/checkpoints.jsonl", f"another root at size {head.size}")
             signer = head.signatures[0][1]
