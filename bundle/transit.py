@@ -325,7 +325,11 @@ def new_transit_key(
             hint="choose another name, or move the old key away",
         )
     _write_new(secret, pem, 0o600)
-    _write_new(shown, document.to_bytes(), 0o644)
+    try:
+        _write_new(shown, document.to_bytes(), 0o644)
+    except BaseException:
+        secret.unlink()  # half a pair would be in the way of the next attempt
+        raise
     return document
 
 
@@ -511,8 +515,12 @@ def _base64(text: str) -> bytes:
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with os.fdopen(descriptor, "wb") as stream:
-        os.fchmod(stream.fileno(), mode)
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        path.unlink()
+        raise

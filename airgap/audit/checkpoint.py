@@ -146,7 +146,11 @@ def create_log_key(path: Path, *, site: str) -> str:
     key = LogKey.of(origin, private)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_new(vkey_path(path), str(key.ring).encode(), 0o444)
-    write_new(path, private_pem(private), 0o400)
+    try:
+        write_new(path, private_pem(private), 0o400)
+    except BaseException:
+        vkey_path(path).unlink()
+        raise
     return str(key.vkey)
 
 
@@ -391,11 +395,14 @@ def write_new(path: Path, content: bytes, mode: int) -> None:
             "audit.key", f"{path} exists", hint="a log keeps its key; choose another path"
         ) from None
     try:
-        os.fchmod(fd, mode)
-        os.write(fd, content)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+    except BaseException:
+        path.unlink()  # half a file would be in the way of the next attempt
+        raise
 
 
 def _read_small(path: Path) -> bytes:

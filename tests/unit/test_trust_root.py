@@ -14,8 +14,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from airgap.audit import create_log_key
 from bundle import envelope, keys, trust
 from bundle.canonical import canonical_json
+from bundle.transit import new_transit_key
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
@@ -427,13 +429,22 @@ class _Full:
 
 
 @pytest.mark.parametrize("good", [0, 1])
-def test_a_full_disk_leaves_no_half_of_a_key(tmp_path, monkeypatch, good):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: keys.new_key(folder, "k", person="p", roles=("approver",)),
+        lambda folder: new_transit_key(folder, "k"),
+        lambda folder: create_log_key(folder / "audit.pem", site="lab"),
+    ],
+    ids=["person", "transit", "log"],
+)
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path, monkeypatch, good, make):
     monkeypatch.setattr(os, "fsync", _Full(good))
     with pytest.raises(OSError, match="No space"):
-        keys.new_key(tmp_path, "k", person="p", roles=("approver",))
+        make(tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    keys.new_key(tmp_path, "k", person="p", roles=("approver",))
+    assert make(tmp_path)
 
 
 def test_a_full_disk_leaves_no_half_of_a_root(tmp_path, monkeypatch):
