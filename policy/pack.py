@@ -420,6 +420,14 @@ def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) 
                     hint="a site pack adds rules of its own ids, or a stricter rule of the same id",
                 )
             rules[rule.id] = rule
+    ids = [each.pack_id for each in (*packs, *site_packs)]
+    twice = sorted({each for each in ids if ids.count(each) > 1})
+    if twice:
+        raise RefusedError(
+            "pack.duplicate",
+            f"two packs are called {twice[0]}; a record could not say which one decided",
+            hint="give the pack of the site a `pack_id` of its own",
+        )
     ordered = tuple(rules[each] for each in sorted(rules))
     programs = {scope: _program([r for r in ordered if scope in r.scopes]) for scope in Scope}
     paths = [

@@ -83,7 +83,8 @@ def _stretches(view: Outlook, days: int) -> list[tuple[Outcome, int, int]]:
 
 
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:60rem;color:#1b1f24}
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;
+color:#1b1f24}
 h1{font-size:1.4rem;margin:0 0 .2rem}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p.sub{color:#57606a;margin:0}svg{display:block;width:100%;height:auto;margin:.3rem 0}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
@@ -94,7 +95,7 @@ ul{margin:.2rem 0 .2rem 1.2rem;padding:0}code{font-size:.9em}
 .key span{display:inline-block;margin-right:1.2rem}
 .key i{display:inline-block;width:.9em;height:.9em;
 margin-right:.35em;vertical-align:-.1em;border:1px solid #0002}
-@media print{body{margin:0;max-width:none}h2,svg,tr{break-inside:avoid}}
+@media print{body{margin:0;padding:0;max-width:none}h2,svg,tr{break-inside:avoid}}
 """
 _FILLS = {
     Outcome.DENY: "#c93c4b",

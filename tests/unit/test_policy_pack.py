@@ -288,6 +288,14 @@ def test_one_id_in_two_packs_is_refused():
         combine([], [one, one])
 
 
+def test_one_name_for_two_packs_is_refused():
+    one, other = parse_pack(pack_text(rule())), parse_pack(pack_text(rule(id="X-2")))
+    with pytest.raises(RefusedError, match="two packs are called") as caught:
+        combine([one], [other])
+    assert caught.value.code == "pack.duplicate"
+    assert combine([one], [site(id="X-2")]).rules
+
+
 def test_programs_hold_each_leaf_once():
     for scope in Scope:
         program = RULES.packs.programs[scope]
