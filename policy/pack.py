@@ -393,8 +393,10 @@ class Packs:
 def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) -> Packs:
     """Unite packs; a site pack may replace a rule that is not statutory by a stricter one.
 
+    A further permit beside a shipped one can only loosen, because what is not permitted is denied.
+
     Raises:
-        RefusedError: `pack.duplicate`, one id twice, or a replacement that would loosen.
+        RefusedError: `pack.duplicate`, one id twice, or something of a site that would loosen.
 
     """
     packs, site_packs = tuple(packs), tuple(site_packs)
@@ -420,6 +422,7 @@ def combine(packs: Iterable[PolicyPack], site_packs: Iterable[PolicyPack] = ()) 
                     hint="a site pack adds rules of its own ids, or a stricter rule of the same id",
                 )
             rules[rule.id] = rule
+    _require_no_permit(packs, site_packs)
     ids = [each.pack_id for each in (*packs, *site_packs)]
     twice = sorted({each for each in ids if ids.count(each) > 1})
     if twice:
@@ -473,6 +476,27 @@ def _keeps(new: Obligation, old: Obligation) -> bool:
     """Whether it is the same duty, due no later."""
     same = (new.id, new.text, new.owner) == (old.id, old.text, old.owner)
     return same and DUES.index(new.due) <= DUES.index(old.due)
+
+
+def _require_no_permit(shipped: Iterable[PolicyPack], site_packs: Iterable[PolicyPack]) -> None:
+    """A permit of a site would let in what the conditions of the shipped one keep out."""
+    permitted: dict[Scope, str] = {
+        scope: rule.id
+        for pack in shipped
+        for rule in pack.rules
+        if rule.text.effect == "permit"
+        for scope in rule.scopes
+    }
+    for pack in site_packs:
+        for rule in pack.rules:
+            beside = sorted(permitted[each] for each in rule.scopes if each in permitted)
+            if rule.text.effect == "permit" and beside:
+                raise RefusedError(
+                    "pack.duplicate",
+                    f"site pack {pack.pack_id} may not permit by rule {rule.id} what {beside[0]}"
+                    " does not",
+                    hint="a site pack adds rules that deny, hold or oblige",
+                )
 
 
 def _require_same_duties(shipped: Iterable[PolicyPack], site_packs: Iterable[PolicyPack]) -> None:

@@ -288,6 +288,17 @@ def test_one_id_in_two_packs_is_refused():
         combine([], [one, one])
 
 
+@pytest.mark.parametrize("scope", ["admission", "use", "admission, use"])
+def test_a_site_may_not_permit_beside_the_shipped_permit(scope):
+    wide = {"id": "LAB-OPEN", "when": "{all: []}", "scope": scope, "override": "{kind: none}"}
+    assert combine(RULES.packs.packs, [site(**wide)])
+    with pytest.raises(RefusedError, match="may not permit by rule LAB-OPEN what BASE-") as caught:
+        combine(RULES.packs.packs, [site(**wide, effect="permit", on_unknown="not_matched")])
+    assert caught.value.code == "pack.duplicate"
+    # Without a shipped permit everything is denied, and a pack of its own may begin.
+    assert combine([], [site(**wide, effect="permit", on_unknown="not_matched")])
+
+
 def test_one_name_for_two_packs_is_refused():
     one, other = parse_pack(pack_text(rule())), parse_pack(pack_text(rule(id="X-2")))
     with pytest.raises(RefusedError, match="two packs are called") as caught:
