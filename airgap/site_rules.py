@@ -88,6 +88,12 @@ def sign_file(
 def countersign(envelope: Envelope, content: bytes, name: str, signer: Signer) -> Envelope:
     """Sign a file as a further approver; RefusedError `policy.signature` for another file."""
     _require_same(_parse(envelope), content, name)
+    if any(each.keyid == signer.public_key.keyid for each in envelope.signatures):
+        raise RefusedError(
+            CODE,
+            f"{name}: signed with key {signer.public_key.keyid[:16]} already",
+            hint="another person signs; to sign anew, remove the signature file first",
+        )
     return add_signature(envelope, signer)
 
 

@@ -117,6 +117,9 @@ def test_two_people_where_the_root_asks_for_two():
     assert site_rules.verify_file(PACK, "site.yaml", both, two)
     with pytest.raises(RefusedError, match="is about"):
         site_rules.countersign(sign(), PACK + b"#\n", "site.yaml", bundles.signer("polly"))
+    with pytest.raises(RefusedError, match="already") as caught:
+        site_rules.countersign(sign(), PACK, "site.yaml", bundles.signer("pat"))
+    assert (caught.value.code, "signature file" in caught.value.hint) == ("policy.signature", True)
 
 
 def test_a_tree_with_files_and_without_a_trust_root_loads_nothing(tmp_path):
