@@ -17,7 +17,7 @@ from airgap.approvals import signers_of
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import Envelope, add_signature, parse_envelope, sign_statement
 from bundle.fields import Document, Instant, PersonId, Sha256Hex
-from bundle.keys import Signer, read_limited
+from bundle.keys import Signer, as_signers, read_limited
 from bundle.manifest import first_problem
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from bundle.trust import RootDocument
@@ -88,10 +88,12 @@ def sign_file(
 def countersign(envelope: Envelope, content: bytes, name: str, signer: Signer) -> Envelope:
     """Sign a file as a further approver; RefusedError `policy.signature` for another file."""
     _require_same(_parse(envelope), content, name)
-    if any(each.keyid == signer.public_key.keyid for each in envelope.signatures):
+    signed = {each.keyid for each in envelope.signatures}
+    again = sorted(signed & {each.public_key.keyid for each in as_signers(signer)})
+    if again:
         raise RefusedError(
             CODE,
-            f"{name}: signed with key {signer.public_key.keyid[:16]} already",
+            f"{name}: signed with key {again[0][:16]} already",
             hint="another person signs; to sign anew, remove the signature file first",
         )
     return add_signature(envelope, signer)

@@ -192,8 +192,8 @@ def test_a_pack_is_signed_and_counts(call, root, tmp_path):
     path.write_bytes(pack_text(rule(id="SITE-1"), pack_id="mine"))
     status, document = as_json(call("sign", path, "--key", private, "--json"))
     assert (status, document["counts"]) == (0, True)
-    again = call("sign", path, "--key", private)
-    assert again[0] == 1, "one key signs once"
+    status, document = as_json(call("sign", path, "--key", private, "--json"))
+    assert (status, document["code"]) == (1, "policy.signature"), "one key signs once"
     assert "SITE-1" in {each.id for each in load_rules(root).packs.rules}
 
 
