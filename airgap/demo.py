@@ -192,17 +192,18 @@ def make_writable(folder: Path) -> None:
 def titled(demo: Demo, title: str) -> Iterator[None]:
     """Print the step's number and title before, its duration after."""
     demo.done += 1
-    demo.console.print(f"\n[bold cyan]{demo.done}/{demo.total}[/] [bold]{title}[/]")
+    demo.console.print(f"\n[bold cyan]{demo.done}/{demo.total}[/] [bold]{title}[/]", markup=True)
     started = time.monotonic()
     yield
-    demo.console.print(f"    [dim]{time.monotonic() - started:.1f} s[/]")
+    demo.console.print(f"    [dim]{time.monotonic() - started:.1f} s[/]", markup=True)
 
 
 def call(demo: Demo, *argv: object, expect: int = 0) -> Outcome:
     """Run one `airgap` command with `--json`, show its line, and check how it ended."""
     words = [str(word) for word in argv]
     shown = " ".join(shorten(demo, word) for word in words)
-    demo.console.print(f"    [green]$[/] airgap {shown}", soft_wrap=True, markup=True)
+    line = Text.assemble("    ", ("$", "green"), f" airgap {shown}")
+    demo.console.print(line, soft_wrap=True)
     started = time.monotonic()
     outcome = collect([*program(), *words, "--json"], started)
     if outcome.status != expect:

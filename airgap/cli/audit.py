@@ -408,11 +408,12 @@ def _result(record: Record) -> str:
     return ", ".join(parts)
 
 
-def _verdict_text(verdict: Verdict, key: Ring | None) -> str:
-    from rich.markup import escape
+def _verdict_text(verdict: Verdict, key: Ring | None) -> Text:
+    from rich.text import Text
 
     colour = {0: "green", 1: "red", 3: "yellow"}[verdict.exit]
-    lines = [f"[bold {colour}]{verdict.verdict}[/]  {escape(verdict.origin)}"]
+    head = Text.assemble((verdict.verdict, f"bold {colour}"), f"  {verdict.origin}")
+    lines: list[str] = []
     lines.append(
         f"{verdict.records} records read, {verdict.size} under the newest signed head; "
         f"anchored to {verdict.anchored_size} by {verdict.anchors} outside heads, "
@@ -421,5 +422,5 @@ def _verdict_text(verdict: Verdict, key: Ring | None) -> str:
     lines.append(
         f"key {key.newest.key_id.hex()}  root {verdict.root}" if key else "no verifier key"
     )
-    lines += [escape(str(finding)) for finding in verdict.findings]
-    return "\n".join(lines)
+    lines += [str(finding) for finding in verdict.findings]
+    return head.append("".join(f"\n{line}" for line in lines))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from airgap.cli.steps import next_step
 from airgap.cli.streams import Screen, is_utf8
@@ -28,8 +29,9 @@ Root = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 
-stdout = Screen(highlight=False, soft_wrap=True)
-stderr = Screen(stderr=True, highlight=False)
+# Text is never markup: what comes from a bundle must not colour, hide or link anything.
+stdout = Screen(highlight=False, soft_wrap=True, markup=False, emoji=False)
+stderr = Screen(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def root_folder(root: Path | None) -> Path:
@@ -46,7 +48,7 @@ def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
     if json:
         write_json(document, sort_keys=True)
     else:
-        stdout.print(text)
+        stdout.print(visible(text) if isinstance(text, str) else text)
 
 
 def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> None:
@@ -63,7 +65,8 @@ def show_error(error: AirgapError, *, json: bool) -> None:
         write_json(error_document(error))
         return
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
-    stderr.print(f"[bold red]{word}[/] [bold]{error.code}[/]", soft_wrap=True)
+    head = Text.assemble((word, "bold red"), " ", (error.code, "bold"))
+    stderr.print(head, soft_wrap=True)
     stderr.print(visible(error.message), markup=False, soft_wrap=True)
     stderr.print(visible(f"next step: {next_step(error)}"), markup=False, soft_wrap=True)
 

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from airgap import cli
 from airgap.cli.app import as_error, build
-from airgap.cli.common import show_error
+from airgap.cli.common import show, show_error
 from policy.errors import CODES, FaultError, RefusedError, UsageError
 
 
@@ -210,3 +210,19 @@ def test_an_interrupt_before_the_modules_are_there_is_told(capsys, monkeypatch):
         cli.main()
     assert left.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_what_a_bundle_says_is_text_and_no_markup(capsys, table):
+    """A closing tag would end the command; others hide words, or make links of them."""
+    from rich.table import Table
+
+    said = "a [/] [/red] [conceal]hid[/conceal] [link=file:///x]y[/link] :skull:"
+    shown = Table.grid()
+    shown.add_row(said)
+    show({}, shown if table else f"{said}\x1b[2J", json=False)
+    out = capsys.readouterr().out
+    assert " ".join(out.split()).startswith(said)
+    assert "\x1b" not in out
+    show_error(RefusedError("seal.role", said, hint=said), json=False)
+    assert said in capsys.readouterr().err
