@@ -1,8 +1,8 @@
 """Bytes become a `PolicyPack`, or a refusal with its place (docs/design/policy.md, 3).
 
 A pack is data: rules with one effect each, conditions of a closed vocabulary, a citation, dates,
-a confidence and plain words. No signature is checked, here or before: packs come
-with the program or from the host's own folder, and every record names the digest of each.
+a confidence and plain words. Signatures of a site's packs are checked before
+(`airgap/site_rules.py`); every record names the digest of each pack.
 """
 
 from __future__ import annotations
