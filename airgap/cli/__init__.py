@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+
+_AGAIN_S = 0.02
 
 
 def main() -> None:
     """Entry point of the console script."""
+    sys.unraisablehook = _interrupt_again
     try:
         from airgap.cli import streams  # keeps `airgap.cli` importable without rich loaded
 
@@ -23,6 +27,20 @@ def main() -> None:
         status = 130
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is the interpreter going down
     sys.exit(status)
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Deliver Ctrl-C once more where it fell into code that cannot raise, and print no trace of it.
+
+    pydantic's compiled core, which builds validators while modules load, swallows it.
+    """
+    if unraisable.exc_type is KeyboardInterrupt:
+        main_thread = threading.main_thread().ident or 0
+        timer = threading.Timer(_AGAIN_S, signal.pthread_kill, (main_thread, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def invoke(argv: Sequence[str]) -> int:
