@@ -1,6 +1,12 @@
 """Being here puts this folder on the path: every test may import its helper modules."""
 
+import signal
+
 from hypothesis import HealthCheck, settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts its background jobs deaf to Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a shared machine is slow at times, and time is never what these laws are about.
 # The same examples every time: a failure is a failure of the change, not of the draw.
