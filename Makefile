@@ -24,7 +24,7 @@ $(VENV)/.run: $(VENV)/.pip pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(INSTALL) --group dev
+	$(INSTALL) -e '.[cpu,science,staging,hsm]' --group dev
 	touch $@
 
 demo: $(VENV)/.run
