@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -16,25 +16,47 @@ MAX_KEY_FILE: Final = 65_536
 _PEM: Final = re.compile(rb"-----BEGIN ([A-Z ]{1,40})-----\n[A-Za-z0-9+/=\n]+-----END \1-----\n")
 
 
-def public_pem(*keys: object) -> bytes:
+class _Public(Protocol):
+    """What every public key can; the union of `cryptography` lacks the newest kinds."""
+
+    def public_bytes(
+        self, encoding: serialization.Encoding, form: serialization.PublicFormat, /
+    ) -> bytes:
+        """Return the key in this encoding."""
+        ...
+
+
+class _Private(Protocol):
+    """What every private key of `cryptography` can."""
+
+    def private_bytes(
+        self,
+        encoding: serialization.Encoding,
+        form: serialization.PrivateFormat,
+        encryption: serialization.KeySerializationEncryption,
+        /,
+    ) -> bytes:
+        """Return the key in this encoding."""
+        ...
+
+
+def public_pem(*keys: _Public) -> bytes:
     """Return public keys one after another, each as a PEM block."""
     return b"".join(
-        key.public_bytes(  # type: ignore[attr-defined]
+        key.public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         for key in keys
     )
 
 
-def private_pems(*keys: object, passphrase: bytes = b"") -> bytes:
+def private_pems(*keys: _Private, passphrase: bytes = b"") -> bytes:
     """Return private keys one after another, each as a PEM block."""
     encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:
         encryption = serialization.BestAvailableEncryption(passphrase)
     return b"".join(
-        key.private_bytes(  # type: ignore[attr-defined]
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
         for key in keys
     )
 
