@@ -49,6 +49,7 @@ Kind = Literal[
     "decision", "inference", "denial", "egress.probe",
     "admin.install", "admin.update", "admin.rollback", "admin.trust", "admin.approval",
     "admin.hold", "admin.policy", "admin.keys",
+    "admin.remove", "admin.backup", "admin.restore", "admin.bootstrap",
     "policy.load", "model.load", "key.rotate",
     "export", "prune", "spill.purge", "import.cosign", "verify.result",
 ]  # fmt: skip
@@ -153,6 +154,8 @@ class _Rule(NamedTuple):
 _EVENT_ONLY: Final = ("event",)
 _TWO: Final = ("intent", "outcome")
 _ACT: Final[dict[str, type]] = {"object": str, "old": str, "new": str, "result": str}
+# `evidence` cites what the act was about: the inventory of a backup, the transcript of a bootstrap.
+_KEPT_ACT: Final = _ACT | {"evidence": str}
 _RANGE: Final[dict[str, type]] = {
     "first": int, "last": int, "root": str, "manifest": str, "format": str,
     "person_1": str, "person_2": str, "result": str,
@@ -207,7 +210,12 @@ RULES: Final[dict[str, _Rule]] = {
     "verify.result": _Rule(_EVENT_ONLY, {"verdict": str, "size": int, "anchored": int}),
 } | {
     f"admin.{act}": _Rule(_TWO, _ACT, person=True)
-    for act in ("install", "update", "rollback", "trust", "approval", "hold", "policy", "keys")
+    for act in (
+        "install", "update", "rollback", "trust", "approval", "hold", "policy", "keys", "remove"
+    )
+} | {
+    f"admin.{act}": _Rule(_TWO, _KEPT_ACT, person=True)
+    for act in ("backup", "restore", "bootstrap")
 }  # fmt: skip
 
 # `data` keys that cite a file of `objects/`, beside `decision.id`.

@@ -134,7 +134,7 @@ ROWS: tuple[Row, ...] = (
         ("3.4.1", "3.4.2", "3.4.3", "3.4.4", "3.4.5"),
         ("03.04.01", "03.04.02", "03.04.03", "03.04.04", "03.04.05"),
         "signed manifest with hashes; versions of packs in each decision; signed approvals",
-        ("admission", "admin.install", "admin.update", "admin.rollback"),
+        ("admission", "admin.install", "admin.update", "admin.rollback", "admin.remove"),
         "shared",
         "configuration of the host",
     ),
