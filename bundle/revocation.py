@@ -17,10 +17,12 @@ from pydantic import Field, ValidationError
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import Envelope, find_signers
 from bundle.fields import (
+    Count,
     DigestText,
     Document,
     Instant,
     KeyId,
+    Name,
     PersonId,
     Sha256Hex,
     Text,
@@ -40,11 +42,19 @@ REVOCATION = "revocation"
 KINDS = ("keys", "people", "bundles", "models", "files", "wheels")
 
 
+class EpochFloor(Document):
+    """All releases of a line with an epoch lower than `below` are revoked."""
+
+    below: Annotated[Count, Field(ge=1)]
+    reason: Text
+
+
 class RevocationDocument(Document):
     """What is signed. Each entry is an identifier and the reason in words.
 
     `models` are SHA-256 digests of weights as published or as converted; `files` and `wheels` of
-    any listed file. `next_update` is when a newer list is due.
+    any listed file. `epochs` are by `bundle_id`, and absent where there are none. `next_update` is
+    when a newer list is due.
     """
 
     format: Literal["airgap-revocations/1"] = "airgap-revocations/1"
@@ -57,10 +67,11 @@ class RevocationDocument(Document):
     models: dict[Sha256Hex, Text] = Field(default_factory=dict)
     files: dict[Sha256Hex, Text] = Field(default_factory=dict)
     wheels: dict[Sha256Hex, Text] = Field(default_factory=dict)
+    epochs: Annotated[dict[Name, EpochFloor] | None, Field(min_length=1)] = None
 
     def to_bytes(self) -> bytes:
         """Return the canonical form."""
-        return canonical_json(self.model_dump(mode="json"))
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
 
     def entries(self) -> Mapping[tuple[str, str], str]:
         """Return all entries: (kind, identifier) to reason."""
@@ -171,6 +182,15 @@ def require_newer(held: Revocations | None, offered: Revocations) -> None:
             f"before list {held.version} of {format_time(held.document.issued)}",
             hint="issue the list again, with the clock set right",
         )
+    for line, floor in (held.document.epochs or {}).items():
+        kept = (offered.document.epochs or {}).get(line)
+        if kept is None or kept.below < floor.below:
+            raise RefusedError(
+                CODE,
+                f"revocation list {offered.version} lets epochs of {line} below {floor.below} "
+                f"return, which list {held.version} revokes",
+                hint="a revocation is final: issue the list again with every earlier entry",
+            )
     dropped = sorted(held.document.entries().keys() - offered.document.entries().keys())
     if dropped:
         kind, identifier = dropped[0]
@@ -198,7 +218,7 @@ def revoked_signers(
 
 
 def require_unrevoked(revocations: Revocations | None, manifest: Manifest, digest: Digest) -> None:
-    """Refuse a release that the list names, or that holds a model, file or wheel that it names.
+    """Refuse a release that the list names, by digest or epoch, or that holds what it names.
 
     Raises:
         RefusedError: `trust.revoked`.
@@ -210,6 +230,10 @@ def require_unrevoked(revocations: Revocations | None, manifest: Manifest, diges
     reason = document.bundles.get(str(digest))
     if reason:
         raise _revoked(revocations, f"the release {digest}", reason)
+    floor = (document.epochs or {}).get(manifest.bundle_id)
+    if floor is not None and manifest.epoch < floor.below:
+        what = f"epoch {manifest.epoch} of {manifest.bundle_id}, as all below {floor.below},"
+        raise _revoked(revocations, what, floor.reason)
     for entry in manifest.files:
         reason = (
             document.files.get(entry.sha256)

@@ -25,13 +25,14 @@ from typing import Any, Protocol, Self
 
 from bundle import archive, merkle
 from bundle.archive import Progress
-from bundle.envelope import parse_envelope
+from bundle.envelope import Envelope, parse_envelope
 from bundle.evidence.summary import require_summary
 from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
 from bundle.media import Help, open_medium
 from bundle.medium import Medium
 from bundle.revocation import require_unrevoked
+from bundle.rollback import VerifiedRollback, verify_rollback
 from bundle.scan import ScanReport, scan_payload
 from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, require_subject, verify_seal
@@ -160,6 +161,7 @@ class SealedBundle:
         self.seal = seal
         self.trust = trust
         self.alarms: tuple[str, ...] = ()
+        self.rollback: VerifiedRollback | None = None  # what let an older release through step 5
         self.manifest = parse_manifest(head.manifest)
         require_matches(seal.statement, self.manifest, head.manifest)
         self.digest: Digest = Digest.of(head.manifest)
@@ -396,6 +398,7 @@ def open_bundle(
     now: datetime,
     floors: Floors | None = None,
     more: Help | None = None,
+    rollback: Envelope | None = None,
 ) -> SealedBundle:
     """Open a bundle and verify its head: steps 0 to 5. The body is not read.
 
@@ -405,6 +408,7 @@ def open_bundle(
         now: UTC, from the caller's clock.
         floors: What this host remembers.
         more: What it takes to open volumes, deltas and encrypted files.
+        rollback: The signed approval of a release below the high-water mark; used only for one.
 
     Raises:
         RefusedError: `trust.*`, `archive.*`, `seal.*`, `manifest.*`, `chunk.root`, `delta.base`.
@@ -428,7 +432,7 @@ def open_bundle(
         base = medium.find_base()
         if base is not None:  # its bytes would be those of the result
             require_unrevoked(newest.revocations, base, base.digest)
-        _require_fresh(sealed, now, floors)
+        _require_fresh(sealed, now, floors, rollback)
     except BaseException:
         medium.close()
         raise
@@ -505,7 +509,9 @@ def _require_root_in_force(trust: Trust, now: datetime) -> None:
         )
 
 
-def _require_fresh(sealed: SealedBundle, now: datetime, floors: Floors) -> None:
+def _require_fresh(
+    sealed: SealedBundle, now: datetime, floors: Floors, rollback: Envelope | None
+) -> None:
     manifest = sealed.manifest
     if now < manifest.not_before:
         raise RefusedError(
@@ -518,10 +524,20 @@ def _require_fresh(sealed: SealedBundle, now: datetime, floors: Floors) -> None:
             hint="carry a newer release of the same line here",
         )
     epoch, digest = floors.epochs.get(manifest.bundle_id, (-1, sealed.digest))
-    if manifest.epoch < epoch or (manifest.epoch == epoch and digest != sealed.digest):
+    if manifest.epoch < epoch and rollback is not None:
+        sealed.rollback = verify_rollback(
+            rollback,
+            sealed.trust,
+            manifest,
+            builder=sealed.seal.builder,
+            mark=(epoch, digest),
+            now=now,
+        )
+    elif manifest.epoch < epoch or (manifest.epoch == epoch and digest != sealed.digest):
         raise RefusedError(
             "trust.epoch",
             f"{manifest.bundle_id}: this host has seen epoch {epoch} ({digest}); "
             f"the bundle has epoch {manifest.epoch} ({sealed.digest})",
-            hint="a release of a higher epoch is accepted",
+            hint="a release of a higher epoch is accepted; an older one only with a signed "
+            "approval: airgap trust rollback-sign",
         )

@@ -131,6 +131,7 @@ CODES: dict[str, str] = {
     "trust.missing": "this host has no trust root",
     "trust.revocation": "the revocation list does not hold, or is older than one seen here",
     "trust.revoked": "the release, a model, a file or a wheel in it is revoked",
+    "trust.rollback": "the approval of a rollback does not hold for this release on this host",
     "trust.stale": "the revocation list is missing or stale, and the root demands a newer one",
     "trust.root": "the trust root breaks its own rules",
     "trust.token": "a key in a token cannot be opened, made or used",
