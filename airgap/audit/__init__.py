@@ -10,6 +10,7 @@ from airgap.audit.checkpoint import (
     parse_vkey,
     site_name,
 )
+from airgap.audit.chunks import Streamed
 from airgap.audit.clock import Clock, Peer
 from airgap.audit.findings import Finding, Verdict
 from airgap.audit.log import AuditLog, open_log
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "Ring",
     "State",
+    "Streamed",
     "Verdict",
     "Vkey",
     "commitment",

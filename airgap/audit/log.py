@@ -29,6 +29,7 @@ from airgap.audit.epochs import KeyFiles
 from airgap.audit.joining import Joiner
 from airgap.audit.layout import Layout
 from airgap.audit.lock import Lock
+from airgap.audit.order import Order
 from airgap.audit.payloads import PayloadKey
 from airgap.audit.query import read_records
 from airgap.audit.receipt import Receipt
@@ -41,7 +42,7 @@ from airgap.audit.record import (
     commitment,
     encode,
 )
-from airgap.audit.recovery import OpenIntents, Recovered, note_intent, recover
+from airgap.audit.recovery import Recovered, recover
 from airgap.audit.store import MAX_OBJECT, Store
 from airgap.audit.tiles import inclusion_path
 from airgap.audit.writer import MAX_BATCH, Pending, Writer
@@ -91,7 +92,7 @@ class AuditLog:
         key, self._following = keys.load(disk)
         self._writer = Writer(layout, key, lock=lock, disk=disk, clock=clock, host=host)
         self._uid = os.getuid()
-        self._intents: OpenIntents = {}  # open for callers, what waits in a batch included
+        self._order = Order()
         self._health = Health(layout, capacity, disk)
         self._store = Store(layout, disk, self._health.add)
         self._joiner = Joiner()
@@ -510,15 +511,8 @@ class AuditLog:
 
     def _in_order(self, pending: Pending) -> bool:
         """Whether intent, chunk and outcome come in that order; answers the caller if not."""
-        fields = pending.fields
-        phase, req = fields["phase"], fields.get("req", "")
-        known = self._intents.get(req)
-        if phase == "intent" and known is not None:
-            wrong = f"{req} has an open intent"
-        elif phase in {"chunk", "outcome"} and (known is None or known[0] != fields["kind"]):
-            wrong = f"{req} has no open {fields['kind']} intent"
-        else:
-            note_intent(self._intents, fields)
+        wrong = self._order.take(pending.fields)
+        if not wrong:
             return True
         pending.answer(error=RefusedError("audit.order", wrong))
         return False

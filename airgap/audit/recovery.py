@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -207,7 +207,7 @@ def frontier_content(
     return json.dumps(entry).encode() + b"\n"
 
 
-def note_intent(intents: OpenIntents, fields: dict[str, object]) -> None:
+def note_intent(intents: OpenIntents, fields: Mapping[str, object]) -> None:
     """Keep the list of intents without outcome up to date with one more record."""
     phase, req = fields["phase"], str(fields.get("req"))
     if phase == "intent":

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import orjson
+
+from airgap.audit.chunks import Part, next_part
 from airgap.audit.disk import open_plain
 from airgap.audit.epochs import Rotation, find_rotation
 from airgap.audit.findings import NOTE, TAMPERED, UNKNOWN, Findings
@@ -95,6 +98,7 @@ class Stream:
         self._broken = False  # the chain broke: later lines are hashed, not judged
         self._beat = _Beat()
         self._intents: dict[bytes, tuple[str, int]] = {}  # by request: kind and record
+        self._parts: dict[bytes, Part] = {}  # by request: its newest chunk
         self._objects: set[bytes] = set()
         self._made: dict[Node, bytes] = {}
         self._tiles = Tiles(self._compare_tile)
@@ -157,7 +161,7 @@ class Stream:
             leaf = sha256(b"\0" + line).digest()
             if not self._broken:
                 try:
-                    self._judge(read_line(line), seq)
+                    self._judge(read_line(line), line, seq)
                 except RefusedError as error:
                     if not self._bad_line(error.message, line, seq, last=last):
                         return False
@@ -198,7 +202,7 @@ class Stream:
 
     # -- lines ---------------------------------------------------------------------------------
 
-    def _judge(self, line: Line, seq: int) -> None:
+    def _judge(self, line: Line, raw: bytes, seq: int) -> None:
         if line.seq != seq:
             self._broken = True
             self.findings.add(
@@ -212,7 +216,7 @@ class Stream:
                 found=self._prev.decode(),
             )  # fmt: skip
         if line.phase != "event":
-            self._pair(line, seq)
+            self._pair(line, raw, seq)
         if line.inst != self._beat.inst or line.kind in {"heartbeat", "boot"}:
             self._beats(line, seq)
         for digest in line.cited:
@@ -265,7 +269,7 @@ class Stream:
         elif record["kind"] == "spill.purge" and record["phase"] == "intent":
             self.found.purged.add(str(data.get("payload", "")).encode())
 
-    def _pair(self, line: Line, seq: int) -> None:
+    def _pair(self, line: Line, raw: bytes, seq: int) -> None:
         req, phase, kind = line.req, line.phase, line.kind
         known = self._intents.get(req)
         if phase == "intent":
@@ -278,8 +282,20 @@ class Stream:
             self.findings.add(
                 TAMPERED, "pairing", self._place, seq, found=f"{kind} {phase} without its intent"
             )
+        if phase == "chunk" or req in self._parts:
+            self._chunk(req, raw, seq, judged=known is not None or not self.found.first)
         if phase == "outcome":
             self._intents.pop(req, None)
+
+    def _chunk(self, req: bytes, raw: bytes, seq: int, *, judged: bool) -> None:
+        """Chunks are numbered and grow, and the outcome commits to what the last of them did."""
+        newest, wrong = next_part(self._parts.get(req), orjson.loads(raw))
+        if wrong and (judged or req in self._parts):
+            self.findings.add(TAMPERED, "chunks", self._place, seq, found=wrong)
+        if newest is None:
+            self._parts.pop(req, None)
+        else:
+            self._parts[req] = newest
 
     def _beats(self, line: Line, seq: int) -> None:
         beat, now = self._beat, line.mono_ns

@@ -376,12 +376,7 @@ func text(record map[string]interface{}, path ...string) string {
 }
 
 func number(record map[string]interface{}) int64 {
-	n, _ := record["seq"].(json.Number)
-	found, err := n.Int64()
-	if err != nil {
-		return -1
-	}
-	return found
+	return whole(record["seq"])
 }
 
 func tileName(index int64, count int) string {
@@ -408,6 +403,7 @@ type pass struct {
 	closing       map[int64]head
 	signers       map[[2]int64]int64
 	open          map[string]string
+	parts         map[string]part // by request: its newest chunk
 	cited, sealed map[string]bool
 	purged        map[string]bool
 	prev          string
@@ -568,9 +564,48 @@ func (p *pass) pair(record map[string]interface{}, place string) {
 	} else if (!ok && p.m.First == 0) || (ok && known != kind) {
 		bad("pairing", place, "record %d: %s %s without its intent", p.size, kind, phase)
 	}
+	p.chunk(record, ok || p.m.First == 0, place)
 	if phase == "outcome" {
 		delete(p.open, req)
 	}
+}
+
+type part struct {
+	number, bytes int64
+	commit        string
+}
+
+// chunk: chunks are numbered and grow; the outcome commits to what the last of them did.
+func (p *pass) chunk(record map[string]interface{}, judged bool, place string) {
+	req := text(record, "req")
+	before, ok := p.parts[req]
+	out, said := record["out"].(map[string]interface{})
+	now := part{whole(record["part"]), whole(out["bytes"]), text(record, "out", "commit")}
+	switch text(record, "phase") {
+	case "chunk":
+		due, least := int64(0), int64(0)
+		if ok {
+			due, least = before.number+1, before.bytes
+		}
+		if (judged || ok) && (now.number != due || now.bytes <= least) {
+			bad("chunks", place, "record %d: chunk %d was due", p.size, due)
+		}
+		p.parts[req] = now
+	case "outcome":
+		delete(p.parts, req)
+		if ok && said && (now.bytes != before.bytes || now.commit != before.commit) {
+			bad("chunks", place, "record %d: another output than that of its chunks", p.size)
+		}
+	}
+}
+
+func whole(value interface{}) int64 {
+	n, _ := value.(json.Number)
+	found, err := n.Int64()
+	if err != nil {
+		return -1
+	}
+	return found
 }
 
 func (p *pass) line(raw []byte, place string) {
@@ -926,7 +961,7 @@ func judge(folder string, ring []string, exportKey []byte, paths []string, memor
 	}
 	p := &pass{m: m, log: filepath.Join(folder, "log"), prev: strings.Repeat("0", 64), wanted: map[int64]bool{},
 		roots: map[int64]tlog.Hash{}, leaves: map[int64]tlog.Hash{}, closing: map[int64]head{}, signers: map[[2]int64]int64{},
-		open: map[string]string{}, cited: map[string]bool{}, sealed: map[string]bool{}, purged: map[string]bool{}, seen: map[string]bool{}}
+		open: map[string]string{}, parts: map[string]part{}, cited: map[string]bool{}, sealed: map[string]bool{}, purged: map[string]bool{}, seen: map[string]bool{}}
 	for _, a := range anchors {
 		p.wanted[a.head.size], p.wanted[a.index] = true, true
 	}

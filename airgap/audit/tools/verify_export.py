@@ -413,6 +413,7 @@ class Lines:
         self.log = os.path.join(folder, "log")
         self.tree = Tree(os.path.join(self.log, "tile"))
         self.roots, self.leaves, self.rotations, self.closing = {}, {}, [], {}
+        self.parts = {}  # by request: number, bytes and commitment of its newest chunk
         self.open, self.cited, self.sealed, self.purged = {}, set(), {}, set()
         self.prev, self.bundle, self.bundles = "0" * 64, [], set()
         self.journal = self._journal()
@@ -530,8 +531,24 @@ class Lines:
             self.open[req] = kind
         elif (known is None and not self.manifest["first"]) or known not in (None, kind):
             bad("pairing", place, f"record {seq}: {kind} {phase} without its intent")
+        self._chunk(record, seq, place)
         if phase == "outcome":
             self.open.pop(req, None)
+
+    def _chunk(self, record, seq, place):
+        """Chunks are numbered and grow; the outcome commits to what the last of them did."""
+        req, out = record["req"], record.get("out", {})
+        before, judged = self.parts.get(req), req in self.open or not self.manifest["first"]
+        said = (out.get("bytes"), out.get("commit"))
+        if record["phase"] == "chunk":
+            expected, least = (before[0] + 1, before[1]) if before else (0, 0)
+            if (judged or before) and (record.get("part") != expected or not said[0] > least):
+                bad("chunks", place, f"record {seq}: chunk {expected} was due")
+            self.parts[req] = (record["part"], *said)
+        elif record["phase"] == "outcome":
+            self.parts.pop(req, None)
+            if before and out and said != before[1:]:
+                bad("chunks", place, f"record {seq}: another output than that of its chunks")
 
     def _grow(self, leaf):
         seq = self.tree.size
