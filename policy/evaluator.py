@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
-from typing import Literal
+from itertools import repeat
+from typing import Literal, NamedTuple
 
 from policy.approvals import Approval, Approvals, Case
 from policy.errors import RefusedError
@@ -53,8 +54,7 @@ class Request:
     day_source: str = "caller"
 
 
-@dataclass(frozen=True, slots=True)
-class RuleResult:
+class RuleResult(NamedTuple):
     """One rule in one evaluation; `effect` is None when it contributes nothing."""
 
     compiled: CompiledRule
@@ -128,19 +128,23 @@ class Evaluator:
             else:
                 values[at] = compare(leaf, age)
         results = tuple(
-            [
-                self._result(each, values, day, in_force=in_force)
-                for each, in_force in zip(
-                    self.program.rules, _in_force(self.program, day), strict=True
-                )
-            ]
+            map(
+                self._result,
+                self.program.rules,
+                _in_force(self.program, day),
+                repeat((values, day)),
+            )
         )
         outcome, obligations = combine_effects(results)
         return Evaluation(day, tuple(values), paths, age, results, outcome, obligations)
 
     def _result(
-        self, compiled: CompiledRule, values: Sequence[Truth], day: date, *, in_force: bool
+        self,
+        compiled: CompiledRule,
+        in_force: bool,
+        at: tuple[Sequence[Truth], date],
     ) -> RuleResult:
+        values, day = at
         applies = compiled.applies_when(values)
         value = min(applies, compiled.when(values))
         if compiled.unless is not None:

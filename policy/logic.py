@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from operator import itemgetter
 from typing import Final
 
 from policy.terms import Known, Unknown, Value
@@ -108,20 +109,32 @@ def leaves(condition: Condition) -> list[Leaf]:
 def compile_condition(condition: Condition, index: Mapping[Leaf, int]) -> Compiled:
     """Turn `condition` into a function of the leaf values, which lie as `index` says."""
     match condition:
+        case All(()):
+            return _true
+        case All((part,)) | Any((part,)):
+            return compile_condition(part, index)
         case All(parts):
-            inner = [compile_condition(part, index) for part in parts]
-            if not inner:
-                return _true
-            return lambda values: min([part(values) for part in inner])
+            gather = _gather(parts, index)
+            return lambda values: min(gather(values))
         case Any(parts):
-            inner = [compile_condition(part, index) for part in parts]
-            return lambda values: max([part(values) for part in inner])
+            gather = _gather(parts, index)
+            return lambda values: max(gather(values))
         case Not(part):
             single = compile_condition(part, index)
             return lambda values: T - single(values)
         case _:
-            at = index[condition]
-            return lambda values: values[at]
+            return itemgetter(index[condition])
+
+
+def _gather(
+    parts: Sequence[Condition], index: Mapping[Leaf, int]
+) -> Callable[[Sequence[Truth]], Sequence[Truth]]:
+    """The values of two parts or more; plain leaves are picked in one step."""
+    picked = [index[part] for part in parts if isinstance(part, Comparison | AnyPath)]
+    if len(picked) == len(parts):
+        return itemgetter(*picked)
+    inner = [compile_condition(part, index) for part in parts]
+    return lambda values: [part(values) for part in inner]
 
 
 def _true(_: Sequence[Truth]) -> Truth:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -384,7 +385,7 @@ class Packs:
     programs: Mapping[Scope, Program]
     list_ids: frozenset[str]
 
-    @property
+    @cached_property
     def states(self) -> frozenset[str]:
         """US states for which a rule pack is loaded."""
         return frozenset().union(*(pack.states for pack in self.packs))

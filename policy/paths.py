@@ -22,6 +22,7 @@ from policy.terms import MAKER_RELATIONS
 
 SELF = "self"  # relation of a start that is the party itself
 MAX_LOOKS = 50_000  # remembered answers of one finder
+MAX_OPENED = 1_000  # pairs of relations and day of which one finder remembers steps
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,29 +69,36 @@ class Hop(NamedTuple):
     by: str
 
 
-class PathResult(NamedTuple):
-    """Value of one `any_path`, the path that decided it, and words for a reader."""
-
-    truth: Truth
-    hops: tuple[Hop, ...]
-    words: str
-
-
 # A party on the way: its key, its name, its id, whether every step to it is sure, the step that led
 # here, and what came before. A plain tuple, because a decision makes some hundred of them.
 _Reached = tuple[str, str, str | None, bool, Origin | Step, "_Reached | None"]
 
 
-def _hops(here: _Reached) -> tuple[Hop, ...]:
-    """The steps from the start to here."""
-    found: list[Hop] = []
-    at: _Reached | None = here
-    while at is not None:
-        _, name, _, _, step, before = at
-        by = step.edge_id if isinstance(step, Step) else step.source
-        found.append(Hop(step.relation, name, by))
-        at = before
-    return tuple(reversed(found))
+class PathResult(NamedTuple):
+    """Value of one `any_path`, the party on whose path it was decided, and words for a reader."""
+
+    truth: Truth
+    end: _Reached | None
+    words: str
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The steps from the start to the party that decided; they are put in order when read."""
+        found: list[Hop] = []
+        at = self.end
+        while at is not None:
+            _, name, _, _, step, before = at
+            by = step.edge_id if isinstance(step, Step) else step.source
+            found.append(Hop(step.relation, name, by))
+            at = before
+        return tuple(reversed(found))
+
+
+class _Looks(NamedTuple):
+    """What is remembered of one target on one day: parties in the clear, and all others."""
+
+    clear: set[str]
+    telling: dict[str, tuple[Truth, str]]
 
 
 class Walks:
@@ -132,9 +140,9 @@ class PathFinder:
     def __init__(self, registry: Registry, held: Mapping[str, ListSnapshot | None]) -> None:
         self.registry = registry
         self.held = held
-        self._looks: dict[tuple[object, ...], dict[str, tuple[Truth, str]]] = {}
+        self._looks: dict[tuple[object, ...], _Looks] = {}
         self.relations = frozenset(edge.relation for edge in registry.edges)
-        self._opened: dict[tuple[str, date], tuple[Step, ...]] = {}
+        self._opened: dict[tuple[frozenset[str], date], dict[str, tuple[Step, ...]]] = {}
 
     def find(
         self, leaf: AnyPath, start: Start, day: date, walks: Walks | None = None
@@ -149,23 +157,25 @@ class PathFinder:
         looks = self._looks.get(target)
         if looks is None:
             looks = self._remember(target)
-        for here in reached:
-            truth, words = looks.get(here[0]) or self._look(looks, leaf, here, day)
+        clear, telling = looks
+        for here in [each for each in reached if each[0] not in clear]:
+            truth, words = telling.get(here[0]) or self._look(looks, leaf, here, day)
             if truth == F:
                 continue
             sure = here[3]
             if truth == T and sure:
-                return PathResult(T, _hops(here), words)
+                return PathResult(T, here, words)
             if doubt is None:
                 weak = "" if sure else "; a step on the way is disputed or weakly sourced"
-                doubt = PathResult(U, _hops(here), words + weak)
-        return doubt or PathResult(F, (), self._clear_words(leaf))
+                doubt = PathResult(U, here, words + weak)
+        return doubt or PathResult(F, None, self._clear_words(leaf))
 
     def walk(self, start: Start, via: frozenset[str], day: date) -> list[_Reached]:
         """Reach every party once for sure and once in doubt at most, nearest first."""
-        registry, opened = self.registry, self._opened
+        registry, opened = self.registry, self._steps_by(via, day)
         reached: list[_Reached] = []
-        seen: set[tuple[str, bool]] = set()
+        certain: set[str] = set()
+        doubtful: set[str] = set()
         waiting: list[_Reached] = []
         for each in start.origins:
             if each.relation in via or each.relation == SELF:
@@ -173,35 +183,41 @@ class PathFinder:
                 waiting.append((known or each.party, each.party, known, each.sure, each, None))
         for here in waiting:  # grows while it is walked
             key, _, party, sure, _, _ = here
-            if (key, True) in seen or (key, sure) in seen:
+            if key in certain or (not sure and key in doubtful):
                 continue
-            seen.add((key, sure))
+            (certain if sure else doubtful).add(key)
             reached.append(here)
             if party is None:
                 continue
-            steps = opened.get((party, day))
+            steps = opened.get(party)
             if steps is None:
-                steps = self._open(party, day)
+                steps = opened[party] = self._open(party, via, day)
             for step in steps:
-                target = step.target
-                if step.relation in via and (target, True) not in seen:
-                    waiting.append((target, target, target, sure and step.sure, step, here))
+                _, target, step_sure, _, _ = step
+                if target not in certain:
+                    waiting.append((target, target, target, sure and step_sure, step, here))
         return reached
 
-    def _open(self, party: str, day: date) -> tuple[Step, ...]:
-        """The steps of a party that hold on `day`."""
-        if len(self._opened) > MAX_LOOKS:
+    def _steps_by(self, via: frozenset[str], day: date) -> dict[str, tuple[Step, ...]]:
+        """What is remembered of `_open`, by party."""
+        if len(self._opened) > MAX_OPENED:
             self._opened.clear()
-        steps = tuple(step for step in self.registry.steps[party] if step.valid.holds(day))
-        self._opened[party, day] = steps
-        return steps
+        return self._opened.setdefault((via, day), {})
+
+    def _open(self, party: str, via: frozenset[str], day: date) -> tuple[Step, ...]:
+        """The steps by these relations that leave a party and hold on `day`."""
+        return tuple(
+            step
+            for step in self.registry.steps[party]
+            if step.relation in via and step.valid.holds(day)
+        )
 
     @staticmethod
     def _doubt_of_start(leaf: AnyPath, start: Start) -> PathResult | None:
         for relation in sorted(start.unknown):
             if relation in leaf.via or relation == SELF:
                 words = f"{relation} of {leaf.start} is unknown: {start.unknown[relation]}"
-                return PathResult(U, (), words)
+                return PathResult(U, None, words)
         return None
 
     def _clear_words(self, leaf: AnyPath) -> str:
@@ -211,20 +227,23 @@ class PathFinder:
         edition = snapshot.text.edition if snapshot else "none held"
         return f"no hit on {leaf.hits_list} edition {edition}"
 
-    def _remember(self, target: tuple[object, ...]) -> dict[str, tuple[Truth, str]]:
+    def _remember(self, target: tuple[object, ...]) -> _Looks:
         """Begin to remember answers about one target on one day."""
         if len(self._looks) > MAX_LOOKS:
             self._looks.clear()
-        return self._looks.setdefault(target, {})
+        return self._looks.setdefault(target, _Looks(set(), {}))
 
-    def _look(
-        self, looks: dict[str, tuple[Truth, str]], leaf: AnyPath, here: _Reached, day: date
-    ) -> tuple[Truth, str]:
+    def _look(self, looks: _Looks, leaf: AnyPath, here: _Reached, day: date) -> tuple[Truth, str]:
         """Look at one party once for all leaves with this target."""
-        if len(looks) > MAX_LOOKS:
-            looks.clear()
+        if len(looks.clear) + len(looks.telling) > MAX_LOOKS:
+            looks.clear.clear()
+            looks.telling.clear()
         key, name, party, *_ = here
-        found = looks[key] = self._look_afresh(leaf, party, name, day)
+        found = self._look_afresh(leaf, party, name, day)
+        if found[0] == F:
+            looks.clear.add(key)
+        else:
+            looks.telling[key] = found
         return found
 
     def _look_afresh(
