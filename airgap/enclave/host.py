@@ -26,7 +26,8 @@ _NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "gpfs", "9p", "afs", "fuse.sshfs"}
 )
 _NODES = ("/dev/vsock", "/dev/net/tun", "/dev/infiniband", "/dev/nvidiactl", "/dev/kvm")
-COLLECTOR = b"OneCollector"  # the telemetry client inside some onnxruntime wheels
+# The telemetry client inside some onnxruntime wheels; in two parts, for our own wheel is searched.
+COLLECTOR = b"One" + b"Collector"
 
 
 @dataclass(frozen=True, slots=True)
