@@ -109,6 +109,7 @@ CODES: dict[str, str] = {
     "manifest.layout": "the archive and the list of files in the manifest differ",
     "manifest.paths": "a path that some host would read in another way",
     "manifest.schema": "the manifest breaks its schema",
+    "manifest.vectors": "the parity vectors are not those that the manifest claims",
     "manifest.version": "the manifest has a format that this program does not read",
     "scan.graphs": "graphs.json breaks its schema or contradicts the manifest",
     # -- bundle: seal and trust -------------------------------------------------------------------
@@ -170,6 +171,7 @@ CODES: dict[str, str] = {
     "policy.model": "the lineage registry holds no such model",
     "policy.adjudication": "an adjudication is not the signed statement that it should be",
     "policy.list": "a notice does not have the form or the counts of the list that it should hold",
+    "policy.known_at": "what was held at a time is not on record",
     "policy.record": "a decision record from which no question can be made again",
     "policy.signature": "a file of rules or lists is not signed by the people who may",
     "policy.request": "a request names an unregistered fact or a value of a wrong type",
@@ -223,12 +225,15 @@ CODES: dict[str, str] = {
     "convert.failed": "the conversion did not finish",
     "convert.none": "no graph can be made of this architecture",
     "convert.output": "the conversion left something else than a graph",
+    "parity.device": "the parity vectors could not be run on this host",
     "parity.failed": "the graph does not answer like its source",
     "parity.run": "the parity run did not finish",
     "parity.vectors": "too few prompts can be used with this tokenizer",
     "build.output": "the output file cannot be made",
     "build.seal": "no sealed runner: conversion is not done without one",
     "build.facts": "a fact that the manifest needs is missing",
+    "build.target": "no such kind of host, or none is named",
+    "build.wheels": "the wheels that a host needs cannot be gathered",
     "build.bom": "the bill of materials breaks its schema",
     "sign.confirm": "the confirmation is not the model's name or digest",
     # -- inference: the loaded model and the requests to it ----------------------------------------
@@ -247,6 +252,9 @@ CODES: dict[str, str] = {
     "model.stop": "a stop tag is not in the vocabulary of the model",
     "model.tags": "a tag is missing, clashes or is not special in the tokenizer",
     "model.tokenizer": "the tokenizer does not load or contradicts graphs.json",
+    "model.valence": "the filter `valence` is not installed, not loaded or not possible here",
+    "request.busy": "every place for a request is taken",
+    "request.cancelled": "a request was cancelled by the person who sent it",
     "request.limit": "a request to the worker exceeds a limit",
     "request.malformed": "a request to the worker cannot be understood",
     # -- science: the sealed helper ----------------------------------------------------------
@@ -286,7 +294,9 @@ CODES: dict[str, str] = {
     # -- install ----------------------------------------------------------------------------------
     "install.digest": "an installed file differs from the manifest after it was written",
     "install.io": "writing to the store failed",
+    "install.update": "there is no release of that line to update",
     "start.digest": "an installed bundle is damaged",
+    "store.active": "the release answers by default",
     "store.missing": "no installed bundle, or no model, answers to that name",
     "store.state": "the state of the store is damaged",
     # -- demonstration ------------------------------------------------------------------------
@@ -294,6 +304,11 @@ CODES: dict[str, str] = {
     # -- host: the machine that runs the command ------------------------------------------------
     "host.self": "the three packages do not lie in one directory, or one is missing",
     "host.io": "a file could not be read or written",
+    "backup.digest": "a file of a backup is not the one that was backed up",
+    "backup.format": "the file holds no backup that can be read",
+    "backup.log": "the log of a backup does not verify, or its key is another",
+    "backup.target": "something lies where a backup shall be restored",
+    "backup.tree": "the tree holds what a backup cannot hold",
     "host.state": "the state of this host is in use or unreadable",
     "host.space": "not enough free space",
     "host.extra": "an optional dependency is not installed",

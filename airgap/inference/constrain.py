@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from airgap.enclave.channel import ProgramError
 from airgap.inference.graphs import ModelFacts
 from airgap.inference.protocol import TAG, Grammar, Segment
+from airgap.inference.valence import Valence, Writing, open_text
 from airgap.inference.vocabulary import Vocabulary
 
 # What a SMILES may be written with (OpenSMILES, and `~` of its dialects); no `>`: a reaction has
@@ -61,8 +62,17 @@ def lark_of(grammar: Grammar, *, continues: bool = False) -> str:
 class Grammars:
     """The byte trie of one vocabulary, built once; compiles the grammar of each request."""
 
-    def __init__(self, vocabulary: Vocabulary, facts: ModelFacts) -> None:
-        """Build the trie; ProgramError `model.grammar` where the bytes of tokens are not known."""
+    def __init__(
+        self, vocabulary: Vocabulary, facts: ModelFacts, valence: Valence | None = None
+    ) -> None:
+        """Build the trie; ProgramError `model.grammar` where the bytes of tokens are not known.
+
+        Args:
+            vocabulary: Of the model.
+            facts: Of the model.
+            valence: The filter of requests that ask for it; None refuses them.
+
+        """
         self._tokenizer = LLTokenizer(
             TokenizerWrapper(_Bridge(vocabulary, facts)), eos_token=list(facts.eos_ids), slices=[]
         )
@@ -70,6 +80,7 @@ class Grammars:
         self._tags = facts.tags
         self._vocabulary = vocabulary
         self._bytes = vocabulary.token_bytes()
+        self._valence = valence
         # llguidance may offer the unknown token where nothing fits: control tokens are never legal.
         control = {facts.bos_id, facts.pad_id, facts.unk_id} - set(facts.eos_ids)
         self._legal = np.ones(facts.vocab_size, dtype=np.bool_)
@@ -79,7 +90,8 @@ class Grammars:
         """Return the constraint of a request, None for mode `none`.
 
         Raises:
-            ProgramError: `model.tags`, the model lacks a tag of this grammar; `model.grammar`.
+            ProgramError: `model.tags`, the model lacks a tag of this grammar; `model.grammar`;
+                `model.valence`, the filter is not loaded.
 
         """
         if grammar.mode == "none":
@@ -96,7 +108,20 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, lark, log_level=0, limits=LLParserLimits(**_LIMITS))
         if matcher.is_error():
             raise ProgramError("model.grammar", "the grammar does not compile", "shorten the input")
-        return Constraint(matcher, self._legal, self._copy_of(grammar))
+        return Constraint(
+            matcher, self._legal, self._copy_of(grammar), self._writing_of(grammar, prompt)
+        )
+
+    def _writing_of(self, grammar: Grammar, prompt: Sequence[Segment]) -> Writing | None:
+        if not grammar.valence:
+            return None
+        if self._valence is None:
+            raise ProgramError(
+                "model.valence",
+                "this worker was started without the filter `valence`",
+                "start it with the filter: airgap run --valence",
+            )
+        return Writing(self._valence, self._tags, self._bytes, open_text(prompt))
 
     def _copy_of(self, grammar: Grammar) -> Copy | None:
         if grammar.mode != "copy":
@@ -149,10 +174,26 @@ class Copy:
 class State:
     """A grammar at one place of one completion."""
 
-    def __init__(self, matcher: LLMatcher, copy: Copy | None, place: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        copy: Copy | None,
+        place: tuple[int, int],
+        writing: Writing | None = None,
+    ) -> None:
         self._matcher = matcher
         self._copy = copy
         self._place = place
+        self._writing = writing
+
+    @property
+    def filters(self) -> bool:
+        """Whether a legal token must pass `allows` too."""
+        return self._writing is not None
+
+    def allows(self, token: int) -> bool:
+        """Return whether the filter `valence` lets a legal token pass."""
+        return self._writing is None or self._writing.allows(token)
 
     def mask(self, words: npt.NDArray[np.uint32]) -> None:
         """Write a bit for each legal id; all zero where there is none."""
@@ -165,10 +206,13 @@ class State:
         self._matcher.consume_token(token)
         if self._copy is not None:
             self._place = self._copy.advance(self._place, token)
+        if self._writing is not None:
+            self._writing.accept(token)
 
     def copy(self) -> State:
         """Return an independent state at the same place."""
-        return State(self._matcher.deep_copy(), self._copy, self._place)
+        writing = None if self._writing is None else self._writing.copy()
+        return State(self._matcher.deep_copy(), self._copy, self._place, writing)
 
     def guess(self, limit: int) -> list[int]:
         """Return legal ids that probably, or certainly, come next."""
@@ -181,17 +225,28 @@ class Constraint:
     """A compiled grammar and the state of each row of a batch."""
 
     def __init__(
-        self, start: LLMatcher, legal: npt.NDArray[np.bool_], copy: Copy | None = None
+        self,
+        start: LLMatcher,
+        legal: npt.NDArray[np.bool_],
+        copy: Copy | None = None,
+        writing: Writing | None = None,
     ) -> None:
         self._start = start
         self._legal = legal
         self._copy = copy
+        self._writing = writing
         self._rows: list[LLMatcher] = []
         self._words = np.empty((0, 0), dtype=np.uint32)
 
     def start(self) -> State:
         """Return the state of a completion of which nothing is written yet."""
-        return State(self._start.deep_copy(), self._copy, (0, 0))
+        writing = None if self._writing is None else self._writing.copy()
+        return State(self._start.deep_copy(), self._copy, (0, 0), writing)
+
+    @property
+    def filters(self) -> bool:
+        """Whether it is more than a mask: only the engine can apply it then."""
+        return self._writing is not None
 
     def legal_ids(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
         """Turn masks uint32[rows, ...] into bool[rows, vocabulary], control tokens left out."""

@@ -118,6 +118,12 @@ class Decoder:
             ProgramError: `prompt.*` or `model.*`, before the first run where it can be known.
 
         """
+        if constraint is not None and constraint.filters:
+            raise ProgramError(
+                "model.valence",
+                "the filter `valence` works on the fast graph; this model has the reference graph",
+                "build the bundle with the fast graph, or leave --valence out",
+            )
         started, first_run = self._clock(), self._model.runs
         prompt = self._prompt(request)
         stops = self._stops(request.stop)

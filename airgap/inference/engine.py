@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from airgap.enclave.channel import ProgramError
 from airgap.inference import sampling
+from airgap.inference.authors import authors_ids, perplexity
 from airgap.inference.constrain import Constraint, State, mask_words
 from airgap.inference.fast import PIECE, FastModel, Found, Head, Slots
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
@@ -30,6 +31,8 @@ WHOLE = 4096
 _PROGRESS_S = 0.1
 _LEAST_GUESS, _FIRST_GUESS, _MOST_GUESS = 8, 16, 64
 _SCORE_BYTES = 64 * 1024 * 1024  # logits of one piece of a completion
+_TRIES = np.int64(32)  # where the number of a redraw stands in the counter of the generator
+_AGAIN = 16  # positions that a text may grow by when it is tokenised again
 _SCRATCH = 24  # bytes that the head needs for each entry of the vocabulary of a row
 
 Ids = npt.NDArray[np.int64]
@@ -163,7 +166,7 @@ class Engine:
             started=self._clock(),
             deadline=deadline,
         )
-        self._require_room(len(job.prompt), request.max_new_tokens)
+        self._require_room(len(job.prompt), request.max_new_tokens, again=request.ppl_authors)
         job.told = job.started
         self._jobs[key] = job
         self._turn.append(job)
@@ -269,10 +272,14 @@ class Engine:
         """The prompt's own buffer, and the head of its last position."""
         return self._position() * prompt + self._row_bytes(0)
 
+    def _again_bytes(self, capacity: int) -> int:
+        """What the authors' perplexity of one sample takes while the batch waits."""
+        return self._position() * (capacity + _AGAIN) + _SCORE_BYTES // 4
+
     def _fit(self, capacity: int, fixed: int) -> int:
         return min(self._most_rows, (self._budget - fixed) // self._row_bytes(capacity))
 
-    def _require_room(self, prompt: int, new: int) -> None:
+    def _require_room(self, prompt: int, new: int, *, again: bool = False) -> None:
         facts, capacity = self._model.facts, prompt + new
         if capacity > facts.max_context:
             raise ProgramError(
@@ -283,7 +290,7 @@ class Engine:
                 if prompt < facts.max_context
                 else "shorten the input",
             )
-        fixed = self._fixed_bytes(prompt)
+        fixed = self._fixed_bytes(prompt) + self._again_bytes(capacity) * again
         if self._fit(capacity, fixed) < 1:
             raise ProgramError(
                 "model.memory",
@@ -323,6 +330,8 @@ class Engine:
             return True
         capacity = max([job.capacity, *(row.job.capacity for row in self._rows)])
         fixed = sum(self._fixed_bytes(len(one.prompt)) for one in self._jobs.values() if one.waits)
+        if any(one.request.ppl_authors for one in self._jobs.values()):
+            fixed += self._again_bytes(capacity)
         wanted = sum(one.request.n - one.next + one.live for one in self._jobs.values())
         least = self._row_bytes(capacity)
         rows = min(wanted, self._fit(capacity, min(fixed, self._budget - least)))
@@ -415,9 +424,9 @@ class Engine:
         )
         found = self._run(ids, lengths, head, jobs={row.job for row in picked})
         steps = np.array([len(row.ids) for row in picked])
-        columns = self._draw(picked, found, steps)
+        columns, refused = self._draw(picked, found, steps, [row.state for row in picked])
         for place, row in enumerate(picked):
-            if self._take(row, found, place, int(columns[place])):
+            if self._take(row, found, place, int(columns[place]), float(refused[place])):
                 self._seen[plain[place], row.length - 1] = row.last
 
     def _alone(self, number: int, guess: list[int]) -> None:
@@ -438,10 +447,10 @@ class Engine:
         rows = [row] * count
         head = self._head(np.arange(count), rows, states, seen=seen, longest=history + len(guess))
         found = self._run(ids, lengths, head, jobs={row.job}, first=number)
-        columns = self._draw(rows, found, len(row.ids) + np.arange(count))
+        columns, refused = self._draw(rows, found, len(row.ids) + np.arange(count), states)
         confirmed = 0
         for place in range(count):
-            alive = self._take(row, found, place, int(columns[place]))
+            alive = self._take(row, found, place, int(columns[place]), float(refused[place]))
             if not alive:
                 return
             self._seen[number, history + place] = row.last
@@ -489,10 +498,11 @@ class Engine:
 
     def _candidates(self, request: Generate) -> int:
         size = self._model.facts.vocab_size
-        if request.temperature == 0.0:
-            return 1
-        if request.top_k:
-            return min(request.top_k, size)
+        if not request.grammar.valence:  # its filter may refuse the best ones
+            if request.temperature == 0.0:
+                return 1
+            if request.top_k:
+                return min(request.top_k, size)
         return size if size <= WHOLE else WIDE
 
     def _legal(self, rows: list[_Row], states: list[State | None]) -> npt.NDArray[np.bool_] | None:
@@ -514,26 +524,72 @@ class Engine:
         legal[bound] = constraint.legal_ids(words)
         return legal
 
-    def _draw(self, rows: list[_Row], found: Found, steps: Ids) -> Ids:
+    def _draw(
+        self, rows: list[_Row], found: Found, steps: Ids, states: list[State | None]
+    ) -> tuple[Ids, npt.NDArray[np.float64]]:
+        """Return the column that each row draws (-1: none) and the mass that a filter refused."""
         requests = [row.job.request for row in rows]
-        uniforms = sampling.uniform(
-            np.array([request.seed for request in requests], dtype=np.uint64),
-            np.array([row.index for row in rows], dtype=np.int64),
-            steps,
-        )
         top_k = [request.top_k or self._candidates(request) for request in requests]
-        return sampling.choose(
+        columns = sampling.choose(
             found.scores,
             found.ids,
-            uniforms,
+            self._uniforms(rows, steps),
             temperature=np.array([request.temperature for request in requests]),
             top_p=np.array([request.top_p for request in requests]),
             top_k=np.array(top_k),
         )
+        refused = np.zeros(len(rows))
+        for place, state in enumerate(states):
+            if state is not None and state.filters:
+                columns[place], refused[place] = self._filtered(
+                    rows[place], found, (place, int(steps[place]), int(columns[place])), state
+                )
+        return columns, refused
+
+    @staticmethod
+    def _uniforms(rows: list[_Row], steps: Ids) -> npt.NDArray[np.float64]:
+        return sampling.uniform(
+            np.array([row.job.request.seed for row in rows], dtype=np.uint64),
+            np.array([row.index for row in rows], dtype=np.int64),
+            steps,
+        )
+
+    def _filtered(
+        self, row: _Row, found: Found, at: tuple[int, int, int], state: State
+    ) -> tuple[int, float]:
+        """Draw again, without what the filter refused, until it lets a token pass.
+
+        Each try has a random number of its own, and the cuts are made on what is left: without them
+        the outcome has exactly the distribution of a mask over the whole vocabulary.
+        """
+        place, step, column = at
+        request = row.job.request
+        left = np.arange(self._candidates(request))
+        if np.isneginf(found.scores[place, 0]):
+            return column, 0.0
+        refused = 0.0
+        for tries in range(1, len(left) + 1):
+            if state.allows(int(found.ids[place, column])):
+                return column, refused
+            refused += float(np.exp(min(0.0, found.raw[place, column] - found.log_z[place])))
+            left = left[left != column]
+            scores = found.scores[place, left][None]
+            if not len(left) or np.isneginf(scores[0, 0]):
+                break
+            drawn = sampling.choose(
+                scores,
+                found.ids[place, left][None],
+                self._uniforms([row], np.array([step + (tries << _TRIES)], dtype=np.int64)),
+                temperature=np.array([request.temperature]),
+                top_p=np.array([request.top_p]),
+                top_k=np.array([request.top_k or len(left)]),
+            )
+            column = int(left[drawn[0]])
+        return -1, refused
 
     # The end of a sample, of a request
 
-    def _take(self, row: _Row, found: Found, place: int, column: int) -> bool:
+    def _take(self, row: _Row, found: Found, place: int, column: int, refused: float) -> bool:
         """Append what was drawn at one place; False when the sample has ended."""
         job = row.job
         if job.closed:
@@ -543,10 +599,11 @@ class Engine:
             self._fail(job, _not_finite(len(row.ids)))
             return False
         if row.state is not None:
-            if np.isneginf(found.scores[place, 0]):
+            if np.isneginf(found.scores[place, 0]) or column < 0:
                 self._finish(row, "dead_end")
                 return False
-            row.removed += float(-np.expm1(min(0.0, float(found.legal_z[place]) - log_z)))
+            masked = float(-np.expm1(min(0.0, float(found.legal_z[place]) - log_z)))
+            row.removed += min(1.0, masked + refused)
         token = int(found.ids[place, column])
         row.ids.append(token)
         row.logprob += min(0.0, float(found.raw[place, column]) - log_z)
@@ -576,8 +633,21 @@ class Engine:
                 finish_reason=reason,
                 logprob=row.logprob,
                 removed_mass=min(1.0, row.removed / max(1, len(row.ids))),
+                ppl_authors=self._authors(row) if job.request.ppl_authors else None,
             )
         )
+
+    def _authors(self, row: _Row) -> float | None:
+        """Return the authors' perplexity; None where their text no longer fits the context."""
+        model = self._model
+        ids = authors_ids(model.vocabulary, model.facts, [*row.job.prompt, *row.ids])
+        if len(ids) > min(model.facts.max_context, row.job.capacity + _AGAIN):
+            return None
+        slots = Slots(model.facts, rows=1, capacity=len(ids))
+        before = model.runs
+        found = perplexity(ids, lambda first, rest: self._score([first], list(rest), slots))
+        row.job.runs += model.runs - before
+        return found
 
     def _leave(self) -> None:
         """Close the gaps that ended rows left with rows from the end."""

@@ -34,6 +34,7 @@ from airgap.inference.protocol import (
 )
 from airgap.inference.providers import PROVIDERS
 from airgap.inference.strict import Fields, MalformedError
+from airgap.inference.valence import Valence
 
 MOST_ROWS = 64
 THREADS_LIMIT = 1024
@@ -48,7 +49,7 @@ def create(config: dict[str, Any]) -> InferenceProgram:
     Args:
         config: `folder` (absolute, of one model), `precision`, `threads`; optional `provider`
             ("cpu"), `interface` (which kind of graph), `memory_mb` for one request (half of what
-            is free at warm-up), `most_rows`.
+            is free at warm-up), `most_rows`, `valence` (load the filter of that name).
 
     Raises:
         ProgramError: `model.config`.
@@ -64,6 +65,7 @@ def create(config: dict[str, Any]) -> InferenceProgram:
             provider=fields.one_of("provider", tuple(PROVIDERS)) if "provider" in fields else "cpu",
             memory_mb=fields.integer("memory_mb", 1, 1 << 30) if "memory_mb" in fields else None,
             most_rows=fields.integer("most_rows", 1, 4096) if "most_rows" in fields else MOST_ROWS,
+            valence=fields.flag("valence") if "valence" in fields else False,
         )
         fields.done()
     except MalformedError as error:
@@ -84,7 +86,9 @@ class InferenceProgram:
         provider: str,
         memory_mb: int | None,
         most_rows: int,
+        valence: bool = False,
     ) -> None:
+        self._valence = valence
         self._folder = folder
         self._precision = precision
         self._interface = interface
@@ -109,7 +113,7 @@ class InferenceProgram:
         )
         self._budget = self._budget or half_of_free_memory(_memory_table())
         self._decoder = _decoder_of(self._model, budget=self._budget, most_rows=self._most_rows)
-        self._grammars = _grammars_of(self._model)
+        self._grammars = _grammars_of(self._model, Valence() if self._valence else None)
         self._info = self._facts(batch_invariant=is_batch_invariant(self._model))
         self._rehearse()
         return self._info
@@ -193,6 +197,7 @@ class InferenceProgram:
             "tags": facts.tags,
             "unknown_tags": self._model.vocabulary.unknown_tags,
             "grammar": not isinstance(self._grammars, ProgramError),
+            "valence": self._valence,
             "batch_invariant": batch_invariant,
             "memory_bytes": self._budget,
             "most_rows": self._most_rows,
@@ -208,10 +213,10 @@ def _decoder_of(model: Model | FastModel, *, budget: int, most_rows: int) -> Dec
     return Decoder(model, budget=budget, most_rows=most_rows)
 
 
-def _grammars_of(model: Model | FastModel) -> Grammars | ProgramError:
+def _grammars_of(model: Model | FastModel, valence: Valence | None) -> Grammars | ProgramError:
     """Build the byte trie, or keep the reason why a request with a grammar is refused."""
     try:
-        return Grammars(model.vocabulary, model.facts)
+        return Grammars(model.vocabulary, model.facts, valence)
     except ProgramError as error:
         return error
 

@@ -26,7 +26,9 @@ Request `generate` (every field is required except `grammar`, which defaults to 
 - `stop` holds tags. The model's own end tokens always stop.
 - `grammar` is `{"mode": "none"}`, `{"mode": "structure", "task": T}` with T one of `TASKS`, or
   `{"mode": "copy", "sequence": "MKV"}`: an exact copy, each residue bare or in a pocket pair, then
-  `<ProteinE>`.
+  `<ProteinE>`. A structure may carry `"valence": true`: a token after which no molecule can follow
+  is taken out and drawn anew (`valence`).
+- `"ppl_authors": true` asks for the authors' perplexity beside `logprob` (`authors`).
 
 Events of `generate`, in no fixed order among samples; `index` runs from 0 to n-1::
 
@@ -41,7 +43,10 @@ Events of `generate`, in no fixed order among samples; `index` runs from 0 to n-
   `dead_end` the grammar left no token.
 - `logprob` is the natural logarithm of the probability of `ids` after the prompt, from raw logits
   at temperature 1, before penalty and mask, the end token included.
-- `removed_mass` is the mean over steps of the raw probability that the grammar took away.
+- `removed_mass` is the mean over steps of the raw probability that the grammar took away; with
+  `valence` also that of each token that was drawn and refused: a lower bound, since what is never
+  drawn is never tried.
+- `ppl_authors` stands only where it was asked for.
 
 Reply: `{"event": "done", "prompt_tokens": 9, "tokens": 1601, "elapsed_ms": 420, "runs": 77,
 "rows": 32}`; `runs` counts calls of the graph, `rows` is the largest batch.
@@ -75,6 +80,7 @@ STOPS_LIMIT = 16
 SEQUENCE_LIMIT = 20_000  # residues of a copy
 COMPLETIONS_LIMIT = 1_000
 TEMPERATURE_LIMIT = 10.0
+PERPLEXITY_LIMIT = 1e300
 SEED_LIMIT = 2**63 - 1
 EVENT_LIMIT = 4 * 1024 * 1024  # bytes of one event or reply
 TOKEN_ID_LIMIT = 2**24
@@ -108,11 +114,13 @@ class Grammar:
     mode: str = "none"
     task: str = ""
     sequence: str = ""
+    valence: bool = False
 
-    def document(self) -> dict[str, str]:
+    def document(self) -> dict[str, Any]:
         """Return the JSON form."""
         extra = {"structure": {"task": self.task}, "copy": {"sequence": self.sequence}}
-        return {"mode": self.mode, **extra.get(self.mode, {})}
+        valence = {"valence": True} if self.valence else {}
+        return {"mode": self.mode, **extra.get(self.mode, {}), **valence}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +137,7 @@ class Generate:
     seed: int
     stop: tuple[str, ...] = ()
     grammar: Grammar = field(default_factory=Grammar)
+    ppl_authors: bool = False
 
     def encode(self) -> bytes:
         """Return the bytes of the request."""
@@ -145,6 +154,7 @@ class Generate:
                 "seed": self.seed,
                 "stop": list(self.stop),
                 "grammar": self.grammar.document(),
+                **({"ppl_authors": True} if self.ppl_authors else {}),
             }
         )
 
@@ -201,6 +211,7 @@ class Sample:
     finish_reason: str
     logprob: float
     removed_mass: float
+    ppl_authors: float | None = None
 
     def encode(self) -> bytes:
         """Return the bytes of the event."""
@@ -214,6 +225,7 @@ class Sample:
                 "logprob": self.logprob,
                 "tokens": len(self.ids),
                 "removed_mass": self.removed_mass,
+                **({} if self.ppl_authors is None else {"ppl_authors": self.ppl_authors}),
             }
         )
 
@@ -346,6 +358,9 @@ def parse_event(raw: bytes) -> Progress | Sample:
             finish_reason=fields.one_of("finish_reason", FINISH_REASONS),
             logprob=fields.real("logprob", -1e9, 1e-6),
             removed_mass=fields.real("removed_mass", 0.0, 1.0),
+            ppl_authors=fields.real("ppl_authors", 1.0 - 1e-6, PERPLEXITY_LIMIT)
+            if "ppl_authors" in fields
+            else None,
         )
         if fields.integer("tokens", 0, NEW_TOKENS_LIMIT) != len(event.ids):
             fields.fail("tokens", "the number of ids")
@@ -394,6 +409,7 @@ def _generate(fields: Fields) -> Generate:
         seed=fields.integer("seed", 0, SEED_LIMIT),
         stop=_stops(fields),
         grammar=_grammar(fields.take("grammar")) if "grammar" in fields else Grammar(),
+        ppl_authors=fields.flag("ppl_authors") if "ppl_authors" in fields else False,
     )
     if 0.0 < request.temperature < TEMPERATURE_FLOOR:
         fields.fail("temperature", f"0 (greedy) or at least {TEMPERATURE_FLOOR}")
@@ -455,8 +471,9 @@ def _grammar(value: object) -> Grammar:
     sequence = fields.text("sequence", SEQUENCE_LIMIT) if mode == "copy" else ""
     if mode == "copy" and not _RESIDUES.fullmatch(sequence):
         fields.fail("sequence", "one or more capital letters")
+    valence = fields.flag("valence") if mode == "structure" and "valence" in fields else False
     fields.done()
-    return Grammar(mode=mode, task=task, sequence=sequence)
+    return Grammar(mode=mode, task=task, sequence=sequence, valence=valence)
 
 
 def _scored(value: object) -> tuple[float, int]:
