@@ -127,6 +127,11 @@ class Health:
         if self._usage is not None:
             self._usage.add(size)
 
+    def recount(self) -> None:
+        """Count again what the log takes, after files went."""
+        if self._usage is not None:
+            self._usage = Usage(self._layout, self.capacity)
+
     def note_anchor(self, size: int, at: int) -> None:
         """Take note of an outside head of this size that agrees."""
         if size >= self.anchored:
@@ -205,6 +210,19 @@ def note_export(layout: Layout, export: LastExport, disk: Disk) -> None:
     """Keep the note of a complete export."""
     entry = {"number": export.number, "size": export.size, "wall_s": export.wall_s}
     disk.put(layout.exported, json.dumps(entry).encode() + b"\n")
+
+
+def last_verified(layout: Layout) -> int:
+    """Return when this host last verified the whole log, seconds since 1970; 0 for never."""
+    try:
+        return int(json.loads(layout.verified.read_bytes()[:_MAX_NOTE])["wall_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def note_verified(layout: Layout, wall_s: int, disk: Disk) -> None:
+    """Keep the note of a verification of the whole log."""
+    disk.put(layout.verified, json.dumps({"wall_s": wall_s}).encode() + b"\n")
 
 
 def _count(folder: Path) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from airgap.audit.checkpoint import MAX_NOTE, parse_checkpoint, verify_checkpoint
 from airgap.audit.disk import Disk, open_plain
 from airgap.audit.layout import Layout
-from airgap.audit.log import AuditLog
 from airgap.audit.quorum import MAX_POLICY, Cosignature, load_policy
 from airgap.audit.record import Event
+from airgap.audit.steward import OwnLog
 from airgap.audit.tree import StoredTree
 from airgap.audit.witness import merge_notes
 from policy.errors import RefusedError
@@ -27,7 +27,7 @@ class Imported:
     quorum: bool
 
 
-def import_cosigned(log: AuditLog, content: bytes, policy_file: Path | None) -> Imported:
+def import_cosigned(log: OwnLog, content: bytes, policy_file: Path | None) -> Imported:
     """Keep a cosigned head of this log as an anchor and put each cosignature on record.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 MAX_FINDINGS: Final = 50
@@ -42,6 +42,22 @@ class Finding:
             "expected": self.expected,
             "found": self.found,
         }
+
+
+@dataclass(slots=True)
+class Opened:
+    """What the key of the payloads' holder came to, in payloads of records."""
+
+    opened: int = 0  # and the commitment of the record holds
+    other_key: int = 0  # sealed to another key: not judged
+    gone: int = 0  # purged, pruned, or left out of an export
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        return (
+            f"{self.opened} opened, and each is what its record commits to; "
+            f"{self.other_key} sealed to another key, {self.gone} not here"
+        )
 
 
 class Findings:
@@ -93,6 +109,7 @@ class Verdict:
     anchors: int  # how many agree
     root: str
     findings: tuple[Finding, ...]
+    opened: Opened | None = None  # payloads, where the holder's key was given
 
     @property
     def exit(self) -> int:
@@ -106,7 +123,8 @@ class Verdict:
 
     def as_document(self) -> dict[str, Any]:
         """Return the verdict for JSON output."""
-        return {
+        opened = {} if self.opened is None else {"payloads": asdict(self.opened)}
+        return opened | {
             "verdict": self.verdict,
             "code": self.code,
             "exit": self.exit,

@@ -53,6 +53,11 @@ class Layout:
         return self.folder / "reserve"
 
     @property
+    def verified(self) -> Path:
+        """When this host last verified the whole log; no evidence."""
+        return self.folder / "verified.json"
+
+    @property
     def exported(self) -> Path:
         """When this host last exported, and how far; no evidence."""
         return self.folder / "exported.json"

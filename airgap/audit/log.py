@@ -262,6 +262,10 @@ class AuditLog:
         """Take note of a complete export up to `size`."""
         self._health.note_export(size, self._now())
 
+    def note_freed(self) -> None:
+        """Take note that files went: the space is counted again."""
+        self._health.recount()
+
     @property
     def origin(self) -> str:
         """The log's name."""

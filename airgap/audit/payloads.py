@@ -103,6 +103,13 @@ class HolderKey:
         write_new(path.with_suffix(".pub"), self.public.as_pem(), 0o444)
         write_new(path, pem, 0o400)
 
+    def is_meant(self, blob: bytes) -> bool:
+        """Whether a blob says that it is sealed to this key; no proof of anything."""
+        try:
+            return _parse_header(blob.partition(b"\n")[0]).get("key") == self.public.key_id
+        except RefusedError:
+            return True
+
     def open(self, blob: bytes, record: Record, *, origin: str, side: str) -> bytes:
         """Return the payload of one side of a record.
 

@@ -21,11 +21,18 @@ from airgap.audit.capacity import last_export
 from airgap.audit.disk import Disk, open_plain
 from airgap.audit.grammar import Line, read_line
 from airgap.audit.layout import Layout, read_kept, read_lines, segment_range
-from airgap.audit.log import AuditLog
 from airgap.audit.payloads import MAX_BLOB, SIDES, HolderKey
 from airgap.audit.people import Act, require_two
 from airgap.audit.quorum import load_policy
-from airgap.audit.record import Actor, Event, new_ulid, parse_line, sealed_payloads
+from airgap.audit.record import (
+    Actor,
+    Event,
+    Record,
+    new_ulid,
+    parse_line,
+    sealed_payloads,
+)
+from airgap.audit.steward import OwnLog
 from airgap.audit.tiles import SEGMENT
 from airgap.audit.tree import StoredTree
 from bundle.envelope import Envelope
@@ -79,7 +86,7 @@ class Plan:
         return range(self.first // SEGMENT, (self.last + 1) // SEGMENT)
 
 
-def plan(log: AuditLog, profile: Profile, now: datetime) -> Plan:
+def plan(log: OwnLog, profile: Profile, now: datetime) -> Plan:
     """Return the longest range that all conditions allow to go."""
     layout = Layout(log.folder)
     there = segment_range(layout)
@@ -106,13 +113,13 @@ def plan(log: AuditLog, profile: Profile, now: datetime) -> Plan:
     return Plan(there.start * SEGMENT, last, tuple(reasons))
 
 
-def cosigned_size(layout: Layout, log: AuditLog) -> int:
+def cosigned_size(layout: Layout, log: OwnLog) -> int:
     """Return the size up to which witnesses of the site's policy stand behind the log."""
     return log.anchored if layout.policy.is_file() and load_policy(layout.policy).quorum else 0
 
 
 def prune(
-    log: AuditLog,
+    log: OwnLog,
     envelope: Envelope,
     *,
     trust: RootDocument,
@@ -145,11 +152,12 @@ def prune(
         "manifest": act.manifest or "", "person_1": first, "person_2": second,
     }) as seq:  # fmt: skip
         _drop(layout, done.segments, seq, disk)
+    log.note_freed()
     return done
 
 
 def purge(
-    log: AuditLog,
+    log: OwnLog,
     envelope: Envelope,
     *,
     trust: RootDocument,
@@ -158,6 +166,8 @@ def purge(
     disk: Disk | None = None,
 ) -> Act:
     """Destroy one encrypted payload, on record and in the name of two people.
+
+    Of an answer that left in pieces every state is destroyed: each is a beginning of the next.
 
     Raises:
         RefusedError: `audit.people`; `audit.payload`, no such record, payload or file.
@@ -172,12 +182,13 @@ def purge(
     path = layout.payload(act.payload.removeprefix("sha256:"))
     if not path.is_file():
         raise RefusedError("audit.payload", f"payload {act.payload} is not there; purged before?")
-    data = {
-        "payload": act.payload, "record": int(record["seq"]), "reason": _ascii(act.reason),
-        "person_1": first, "person_2": second,
-    }  # fmt: skip
-    with _on_record(log, "spill.purge", actor, data):
-        _destroy(path, disk)
+    people = {"reason": _ascii(act.reason), "person_1": first, "person_2": second}
+    for seq, payload in _states(layout, record, act.payload):
+        path = layout.payload(payload.removeprefix("sha256:"))
+        if path.is_file():
+            data = people | {"payload": payload, "record": seq}
+            with _on_record(log, "spill.purge", actor, data):
+                _destroy(path, disk)
     return act
 
 
@@ -240,11 +251,23 @@ def find_line(layout: Layout, seq: int) -> bytes:
     )
 
 
+def _states(layout: Layout, record: Record, payload: str) -> Iterator[tuple[int, str]]:
+    """Yield record and digest of the payload and of all states of the same side and request."""
+    yield int(record["seq"]), payload
+    side = next(side for side in SIDES if record.get(side, {}).get("sealed") == payload)
+    request = str(record.get("req", "")).encode()
+    for line, found in _lines(layout, segment_range(layout)):
+        if request and found.req == request and found.sealed:
+            other = parse_line(line).get(side, {}).get("sealed", payload)
+            if other != payload:
+                yield found.seq, other
+
+
 # -- steps -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _on_record(log: AuditLog, kind: str, actor: Actor, data: dict[str, Any]) -> Iterator[int]:
+def _on_record(log: OwnLog, kind: str, actor: Actor, data: dict[str, Any]) -> Iterator[int]:
     """Put an act on record before it begins and as it ended; yields the number of the intent."""
     req = new_ulid()
     intent = log.append(Event(kind, "intent", req=req, actor=actor, data=data))

@@ -46,6 +46,12 @@ _OWNERS: Final = frozenset({
     "boot", "shutdown", "halt", "recovery", "heartbeat", "clock.step", "key.rotate", "export",
     "prune", "spill.purge", "import.cosign", "verify.result",
 })  # fmt: skip
+# Of these, what the owner's account may state from another process (`steward`), one act at a time;
+# root may too where no file of the log changes.
+_FOR_ACCOUNT: Final = frozenset(
+    {"export", "prune", "spill.purge", "import.cosign", "verify.result"}
+)
+_FOR_ROOT: Final = frozenset({"export", "verify.result"})
 
 operator = structlog.get_logger("airgap.audit.service")
 
@@ -180,6 +186,7 @@ class Service:
     _stop: threading.Event = field(default_factory=threading.Event)
     _clients: set[socket.socket] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _act: str = ""  # the request of an act of the owner that is under way
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Accept clients; `ready` is called when the socket is there.
@@ -287,6 +294,19 @@ class Service:
             case {"op": "denials", "since": str(since)}:
                 found = self.log.denials(peer.uid, since)
                 return {"records": [dict(record) for record in found]}
+        return self._do_of_owner(message, peer)
+
+    def _do_of_owner(self, message: dict[str, Any], peer: Peer) -> dict[str, Any]:
+        """Answer what the owner's account asks beside records; see `steward`."""
+        match message:
+            case {"op": "standing"}:
+                return self._standing()
+            case {"op": "note", "what": str(what), "size": int(size)}:
+                self._require_account(peer, root=what == "export")
+                return self._note(what, size)
+            case {"op": "rotate", "name": str(name), "role": str(role)}:
+                self._require_account(peer, root=True)
+                return {"vkey": str(self.log.rotate_key(Actor(name, role)))}
         raise RefusedError(CODE, "no such request")
 
     def _append(
@@ -294,15 +314,74 @@ class Service:
     ) -> str:
         event = event_from_wire(fields)
         if event.kind in _OWNERS:
-            raise RefusedError(CODE, f"{event.kind} is for the owner of the log to state")
+            if event.kind not in _FOR_ACCOUNT:
+                raise RefusedError(CODE, f"{event.kind} is for the owner of the log to state")
+            self._require_account(peer, root=event.kind in _FOR_ROOT)
         if event.phase in {"chunk", "outcome"} and event.req not in opened:
             raise RefusedError("audit.order", f"{event.req} has no open intent of this client")
-        receipt = self.log.append(event, peer=peer)
+        acts = event.kind in _FOR_ACCOUNT and event.phase == "intent"
+        if acts:
+            self._begin_act(event.req)
+        try:
+            receipt = self.log.append(event, peer=peer)
+        except BaseException:
+            if acts:
+                self._end_act(event.req)
+            raise
         if event.phase == "intent":
             opened[event.req] = (event.kind, event.project)
         elif event.phase == "outcome":
             opened.pop(event.req, None)
+            self._end_act(event.req)
         return receipt.as_proof()
+
+    def _require_account(self, peer: Peer, *, root: bool) -> None:
+        """Return if the peer is the owner's account, or root where that is enough."""
+        if peer.uid == os.getuid() or (root and peer.uid == 0):
+            return
+        raise RefusedError(
+            CODE,
+            f"that is for the account of the service, uid {os.getuid()}, not for uid {peer.uid}",
+            hint="run the command as the service's account (sudo -u)",
+        )
+
+    def _begin_act(self, req: str) -> None:
+        with self._lock:
+            if self._act:
+                raise RefusedError(
+                    "audit.locked", "an export, pruning or purge is under way",
+                    hint="wait for its end and run the command again",
+                )  # fmt: skip
+            self._act = req
+
+    def _end_act(self, req: str) -> None:
+        with self._lock:
+            if self._act == req:
+                self._act = ""
+
+    def _standing(self) -> dict[str, Any]:
+        """Tell what the head of any export tells."""
+        exported = self.log.last_export
+        return {
+            "uid": os.getuid(), "size": self.log.size, "anchored": self.log.anchored,
+            "ring": str(self.log.ring), "exports": exported.number, "exported": exported.size,
+            "exported_at": exported.wall_s,
+        }  # fmt: skip
+
+    def _note(self, what: str, size: int) -> dict[str, Any]:
+        """Take note of what an act of the owner came to."""
+        if not 0 <= size <= self.log.size:
+            raise RefusedError(CODE, f"{size} records; the log has {self.log.size}")
+        match what:
+            case "export":
+                self.log.note_export(size)
+            case "anchor":
+                self.log.note_anchor(size)
+            case "freed":
+                self.log.note_freed()
+            case _:
+                raise RefusedError(CODE, "no such note")
+        return {}
 
     def _store(self, text: str, *, payload: bool) -> str:
         try:
@@ -315,6 +394,7 @@ class Service:
 
     def _close_orphans(self, opened: dict[str, tuple[str, str]], peer: Peer) -> None:
         for req, (kind, project) in opened.items():
+            self._end_act(req)
             with contextlib.suppress(AirgapError):
                 self.log.append(
                     Event(kind, "outcome", req=req, project=project, data={"result": "unknown"}),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from airgap.audit.anchors import parse_anchor
-from airgap.audit.capacity import DAY_S, last_export
+from airgap.audit.capacity import DAY_S, last_export, last_verified
 from airgap.audit.checkpoint import Ring
 from airgap.audit.disk import open_plain
 from airgap.audit.layout import Layout, last_checkpoint, segment_range
@@ -30,6 +30,7 @@ class Status:
     anchor_age_s: int | None
     exported: int
     export_age_s: int | None
+    verified_age_s: int | None  # since this host last verified the whole log
     free_bytes: int
     writer: str  # what the lock file says: `running`, `closed`, `open` after a crash, `halted:…`
     epochs: int | None  # keys that the log has had, as far as the ring knows
@@ -45,6 +46,7 @@ class Status:
             "unanchored": self.size - self.anchored,
             "exported": self.exported,
             "export_age_s": self.export_age_s,
+            "verified_age_s": self.verified_age_s,
             "free_bytes": self.free_bytes,
             "writer": self.writer,
             "epochs": self.epochs,
@@ -67,10 +69,13 @@ class Status:
             if self.exported
             else "never exported from here"
         )
+        verified = "never verified by this host"
+        if self.verified_age_s is not None:
+            verified = f"last verified by this host {_age(self.verified_age_s)} ago"
         lines = [
             f"size {size}, {known}, {mercy}",
             f"{self.origin}; {self.epochs or 1} key epoch(s); writer {self.writer}",
-            f"{exported}; {self.free_bytes / 1e9:.1f} GB free",
+            f"{exported}; {verified}; {self.free_bytes / 1e9:.1f} GB free",
         ]
         if self.first:
             lines.append(f"pruned: lines from record {self.first} on, hashes of all")
@@ -100,7 +105,7 @@ def read_status(folder: Path, ring: Ring | None, *, now: float | None = None) ->
     moment = time.time() if now is None else now
     size, came = _anchored(layout, ring)
     export = last_export(layout)
-    space = os.statvfs(folder)
+    space, verified = os.statvfs(folder), last_verified(layout)
     return Status(
         origin=found[0].origin,
         size=found[0].size,
@@ -109,6 +114,7 @@ def read_status(folder: Path, ring: Ring | None, *, now: float | None = None) ->
         anchor_age_s=max(0, int(moment - came)) if size else None,
         exported=export.size,
         export_age_s=max(0, int(moment - export.wall_s)) if export.wall_s else None,
+        verified_age_s=max(0, int(moment - verified)) if verified else None,
         free_bytes=space.f_bavail * space.f_frsize,
         writer=_writer(layout),
         epochs=len(ring.keys) if ring is not None else None,

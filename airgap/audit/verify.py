@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,10 +29,13 @@ from airgap.audit.checkpoint import (
 )
 from airgap.audit.disk import open_plain
 from airgap.audit.epochs import Epochs, Rotation, align
-from airgap.audit.export.manifest import check_export
+from airgap.audit.export.manifest import BUNDLES, CONSISTENCY, check_export
+from airgap.audit.export.sign import FILE as SIGNATURES
 from airgap.audit.export.sign import SCHEMES, ExportPublic
 from airgap.audit.findings import GOOD, NOTE, TAMPERED, UNKNOWN, Finding, Findings, Verdict
 from airgap.audit.layout import Layout, last_checkpoint, parse_journal_line
+from airgap.audit.opening import open_payloads
+from airgap.audit.payloads import HolderKey
 from airgap.audit.quorum import Policy
 from airgap.audit.stream import SIGNER_PREFIX, Collected, Progress, Question, Stream
 from policy.errors import RefusedError
@@ -51,6 +54,7 @@ def verify_log(
     policy: Policy | None = None,
     export_keys: ExportPublic | None = None,
     required: Sequence[str] = SCHEMES,
+    holder: HolderKey | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check everything in `folder` that public keys and outside anchors can show.
@@ -64,6 +68,8 @@ def verify_log(
         export_keys: Keys of the host that made an export; without them its signatures are not
             judged.
         required: Signatures that an export must bear when `export_keys` are given.
+        holder: The private key of whoever may read payloads: each is opened and held against its
+            record's commitment. What is sealed to another key changes no verdict.
         progress: Called with bytes read and bytes in all.
 
     """
@@ -75,6 +81,14 @@ def verify_log(
         findings.add(UNKNOWN, "signature", _CURRENT, found="no verifier key was given")
     writer = _is_held(layout, live=live)
     try:
+        mark = _export_mark(layout) if live else ""
+        if mark:
+            findings.add(
+                TAMPERED, "manifest", "manifest.json",
+                expected=f"the manifest of an export, of which {mark} is here",
+                found="nothing: an export without its manifest is not judged as a live log",
+            )  # fmt: skip
+            return _verdict(findings, None, Collected(), [], len(kept))
         special = next(_special_files(layout), None)
         if special is not None:
             findings.add(TAMPERED, "files", special, found="a pipe or device")
@@ -87,6 +101,9 @@ def verify_log(
         matched = judge.anchors(kept)
         judge.beginning()
         judge.payloads()
+        opened = None
+        if holder is not None:
+            opened = open_payloads(layout, question.origin, holder, findings)
         if not live:
             for finding in check_export(folder, export_keys, required):
                 findings.keep(finding)
@@ -96,7 +113,16 @@ def verify_log(
         level = TAMPERED if gone else UNKNOWN
         findings.add(level, "read", name, found=error.strerror or str(error))
         return _verdict(findings, None, Collected(), [], len(kept))
-    return _verdict(findings, head, found, matched, len(kept))
+    verdict = _verdict(findings, head, found, matched, len(kept))
+    return verdict if opened is None else replace(verdict, opened=opened)
+
+
+def _export_mark(layout: Layout) -> str:
+    """Return what only an export has; a live log never holds it."""
+    for name in (SIGNATURES, CONSISTENCY, f"log/tile/{BUNDLES}"):
+        if os.path.lexists(layout.folder / name):
+            return name
+    return next((path.name for path in sorted(layout.folder.glob("records.*"))), "")
 
 
 def _trusted(vkey: Keys | None, policy: Policy | None) -> Ring | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from airgap.audit.export.write import Plan
     from airgap.audit.findings import Verdict
     from airgap.audit.layout import Layout
+    from airgap.audit.payloads import HolderKey
     from airgap.audit.query import Filter
 
 _Log = Annotated[
@@ -95,6 +96,20 @@ def verify(
         Path | None,
         typer.Option("--export-key", help="Public export keys of the host that made an export."),
     ] = None,
+    isso_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--isso-key",
+            help="Private key of the payloads' holder: open each and check its commitment.",
+        ),
+    ] = None,
+    passphrase_file: Annotated[
+        Path | None,
+        typer.Option("--passphrase-file", help="Holds the passphrase of --isso-key."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the verdict on your own log (verify.result).")
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -113,8 +128,11 @@ def verify(
             anchors=anchors or (),
             policy=load_policy(policy) if policy else None,
             export_keys=load_export_public(export_key) if export_key else None,
+            holder=_holder(isso_key, passphrase_file) if isso_key else None,
             progress=bar,
         )
+    if record:
+        _record_verdict(log, root, verdict)
     show(verdict.as_document(), _verdict_text(verdict, key), json=json)
     raise typer.Exit(verdict.exit)
 
@@ -253,9 +271,25 @@ def check_receipt(
     raise typer.Exit(found.exit)
 
 
+def _record_verdict(log: Path | None, root: Path | None, verdict: Verdict) -> None:
+    from airgap.audit.daily import Looked, record_look
+
+    if log is not None:
+        raise UsageError("usage.argument", "--record is for your own log", hint="leave LOG out")
+    with audit_acts.own_log(root_folder(root), changes=False) as own:
+        record_look(own, Looked.of(verdict))
+
+
+def _holder(key: Path, passphrase_file: Path | None) -> HolderKey:
+    from airgap.audit.payloads import load_holder_key
+    from bundle.keys import read_passphrase
+
+    return load_holder_key(key, read_passphrase(passphrase_file))
+
+
 def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: bool) -> Manifest:
     """Export the user's own log between a durable intent and a durable outcome."""
-    from airgap.audit import AuditLog, Event, new_ulid
+    from airgap.audit import Event, new_ulid
     from airgap.audit.checkpoint import parse_checkpoint
     from airgap.audit.export.sign import ExportKey
     from airgap.audit.export.write import Plan
@@ -266,7 +300,7 @@ def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: 
     key_file = tree / "keys" / "export.pem"
     key = ExportKey.load(key_file) if key_file.exists() else ExportKey.create(key_file)
     req = new_ulid()
-    with AuditLog.open(tree / "audit", key=tree / "keys" / "audit.pem", create=False) as log:
+    with audit_acts.own_log(tree, changes=False) as log:
         start = _since(since, log.last_export.size, log.anchored)
         intent = log.append(Event(kind="export", phase="intent", req=req, data={"format": rows}))
         result: dict[str, Any] = {"format": rows, "result": "failed"}

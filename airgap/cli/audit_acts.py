@@ -15,8 +15,8 @@ from airgap.cli.common import Json, Root, root_folder, show, stderr
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from airgap.audit import AuditLog
     from airgap.audit.people import Act
+    from airgap.audit.steward import OwnLog
     from airgap.config import Site
 
 Key = Annotated[str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")]
@@ -54,7 +54,7 @@ def rotate_key(*, root: Root = None, json: Json = False) -> None:
     from airgap.audit import Actor
 
     tree = root_folder(root)
-    with _own(tree) as log:
+    with own_log(tree, changes=False) as log:
         vkey = log.rotate_key(Actor(_account()))
         size = log.size
     document = {"vkey": str(vkey), "from_size": size, "ring": str(tree / "keys" / "audit.vkey")}
@@ -205,7 +205,7 @@ def prune(
     tree = root_folder(root)
     profile = retention(_site(tree).audit)
     now = datetime.now(UTC)
-    with _own(tree) as log:
+    with own_log(tree) as log:
         if statement is None:
             found = plan(log, profile, now)
         else:
@@ -236,7 +236,7 @@ def purge(
     from bundle.trust import load_trust
 
     tree = root_folder(root)
-    with _own(tree) as log:
+    with own_log(tree) as log:
         done = purge_payload(
             log, read_act(statement), trust=load_trust(tree / "trust").standing,
             now=datetime.now(UTC), actor=Actor(_account()),
@@ -345,7 +345,7 @@ def witness_import(
     from airgap.audit.cosigning import import_cosigned
 
     tree = root_folder(root)
-    with _own(tree) as log:
+    with own_log(tree) as log:
         found = import_cosigned(log, _read(note, MAX_NOTE + 1), policy)
     document = {"size": found.size, "witnesses": found.witnesses, "quorum": found.quorum}
     text = f"{found.size} records cosigned by {', '.join(found.witnesses)}; " + (
@@ -370,6 +370,7 @@ def serve(
     """Own the log and serve it to brokers on a Unix socket, until interrupted."""
     import grp
 
+    from airgap.audit.daily import Daily
     from airgap.audit.service import Service
     from airgap.audit.site import open_own_log
 
@@ -388,22 +389,35 @@ def serve(
             raise UsageError("usage.argument", f"--group: no group {group!r:.40}") from None
     with open_own_log(tree, site, mode="service") as log:
         service = Service(log, path.absolute(), 0o660 if group else 0o600, number)
+        daily = Daily(log)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: service.stop())
+        daily.start()
         service.run(
             lambda: stderr.print(f"serving {log.origin} at {path}", markup=False, soft_wrap=True)
         )
+        daily.stop()
 
 
 # -- small things ----------------------------------------
 
 
-def _own(tree: Path) -> AuditLog:
-    """Open the log of this tree; nobody else may hold it."""
+def own_log(tree: Path, *, changes: bool = True) -> OwnLog:
+    """Open the log of this tree, or go through the service that holds it.
+
+    `changes` says that files of the log change or go: that is for the service's account alone.
+    """
     from airgap.audit import AuditLog
     from airgap.audit.site import capacity, payload_key
+    from airgap.audit.steward import held_by_service
 
     settings = _site(tree).audit if (tree / "site.toml").exists() else None
+    path = Path(settings.socket) if settings and settings.socket else None
+    held = held_by_service(path, tree / "audit")
+    if held is not None:
+        if changes:
+            held.require_files()
+        return held
     return AuditLog.open(
         tree / "audit",
         key=tree / "keys" / "audit.pem",
@@ -440,7 +454,7 @@ def _prune_act(tree: Path, last: int | None, manifest: Path | None, reason: str)
     from airgap.audit.site import retention
 
     profile, now = retention(_site(tree).audit), datetime.now(UTC).replace(microsecond=0)
-    with _own(tree) as log:
+    with own_log(tree, changes=False) as log:
         found = plan(log, profile, now)
         origin = log.origin
     if last is None and found.last < found.first:

@@ -1002,3 +1002,20 @@ def test_an_export_that_was_changed_on_media_is_tampered(tree, tmp_path, act, ro
     act(out)
     verdict = verify_log(out, vkey=VKEY, anchors=[tree / "anchors"])
     assert verdict.exit == 1, verdict.findings
+
+
+REST = ("manifest.sig", "records.jsonl", "log/tile/entries")
+
+
+@pytest.mark.parametrize("left", [*REST, "all of it"])
+def test_t43_an_export_without_its_manifest_is_not_judged_as_a_live_log(tree, tmp_path, left):
+    out = exported(tree, tmp_path / "out", "jsonl")
+    (out / "manifest.sig").touch()
+    (out / "manifest.json").unlink()
+    for name in REST:
+        if left not in {name, "all of it"}:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    verdict = verify_log(out, vkey=VKEY, anchors=[tree / "anchors"])
+    assert verdict.exit == 1
+    assert "an export without its manifest" in str(verdict.findings[0])

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import audit_logs as logs
@@ -12,8 +13,9 @@ from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from test_audit_cli import result
 
-from airgap.audit import Actor, commitment, new_ulid, verify_log
+from airgap.audit import Actor, Commit, Streamed, commitment, new_ulid, verify_log
 from airgap.audit.layout import Layout
 from airgap.audit.payloads import HolderKey, load_holder_key, load_payload_key
 from airgap.audit.people import Act, parse_act
@@ -46,8 +48,8 @@ def layout(tree):
     return Layout(tree / "audit")
 
 
-def verify(tree):
-    return verify_log(tree / "audit", vkey=logs.vkey(), anchors=[tree / "kept"])
+def verify(tree, **more):
+    return verify_log(tree / "audit", vkey=logs.vkey(), anchors=[tree / "kept"], **more)
 
 
 def opened(tree, seq, holder=HOLDER, side=""):
@@ -126,6 +128,54 @@ def test_t42_the_wrong_key_opens_nothing_and_changes_no_verdict(tree):
     assert refused.value.code == "audit.payload"
     assert verify(tree) == before
     assert before.exit == 0
+
+
+def test_the_holder_verifies_every_commitment(tree):
+    verdict = verify(tree, holder=HOLDER)
+    assert (verdict.exit, verdict.as_document()["payloads"]) == (
+        0, {"opened": 2, "other_key": 0, "gone": 0},
+    )  # fmt: skip
+    assert "2 opened" in str(verdict.findings[-1])
+    stranger = verify(tree, holder=HolderKey.generate())
+    assert (stranger.exit, stranger.opened.opened, stranger.opened.other_key) == (0, 0, 2)
+    assert verify(tree).opened is None
+
+
+# What a host could seal beside what it commits to; its log is whole, and public keys see nothing.
+LIES = {
+    "another text": lambda log, req: log.commit(b"harmless", b"\1" * 32, req=req, side="in"),
+    "another nonce": lambda log, req: log.commit(PROMPT, b"\3" * 32, req=req, side="in"),
+    "another request": lambda log, _: log.commit(PROMPT, b"\1" * 32, req=new_ulid(), side="in"),
+    "the other side": lambda log, req: log.commit(PROMPT, b"\1" * 32, req=req, side="out"),
+    "no blob at all": lambda log, _: Commit("", 0, str(log.put_payload(b"nothing\n"))),
+}
+
+
+@pytest.mark.parametrize("lie", [None, *LIES], ids=str)
+def test_a_host_that_seals_another_text_is_found_by_the_holder_alone(tmp_path, lie):
+    with logs.open_log(tmp_path, payload_key=HOLDER.public) as log:
+        decision, req = log.put_object(logs.DECISION), new_ulid()
+        in_ = log.commit(PROMPT, b"\1" * 32, req=req, side="in")
+        if lie is not None:
+            in_ = replace(in_, sealed=LIES[lie](log, req).sealed)
+        log.append(logs.intent(decision, req, in_=in_))
+        receipt = log.append(logs.outcome(req))
+    logs.keep(receipt, tmp_path / "kept" / "r.tlog-proof")
+    assert verify(tmp_path).exit == 0
+    verdict = verify(tmp_path, holder=HOLDER)
+    assert verdict.exit == (0 if lie is None else 1)
+    if lie is not None:
+        assert (verdict.findings[0].check, verdict.findings[0].seq) == ("commitment", 1)
+
+
+def test_the_command_opens_every_payload_with_the_holders_key(tree, tmp_path, capsys):
+    HOLDER.write(tmp_path / "isso.pem", b"pass")
+    (tmp_path / "pass").write_text("pass\n")
+    status, document = result(
+        capsys, "verify", "--root", tree, "--anchors", tree / "kept",
+        "--isso-key", tmp_path / "isso.pem", "--passphrase-file", tmp_path / "pass",
+    )  # fmt: skip
+    assert (status, document["payloads"]["opened"]) == (0, 2)
 
 
 def test_a_payload_of_another_record_or_side_is_refused(tree):
@@ -240,6 +290,29 @@ def test_t41_a_spilled_payload_is_destroyed_and_the_log_verifies(tree, tmp_path)
     assert (acts[0]["data"]["person_1"], acts[0]["data"]["person_2"]) == ("ada", "bob")
     with logs.open_log(tree) as log, pytest.raises(RefusedError):
         purge(log, envelope, trust=trust, now=NOW, actor=WHO)
+
+
+def test_t41_of_an_answer_in_pieces_no_state_is_left(tmp_path):
+    trust, signers = logs.people_of(tmp_path / "people", ada="isso", bob="compliance")
+    with logs.open_log(tmp_path, payload_key=HOLDER.public) as log:
+        req = new_ulid()
+        log.append(logs.intent(log.put_object(logs.DECISION), req))
+        streamed = Streamed(log, req=req, project="P-0042", nonce=b"\2" * 32, actor=WHO)
+        streamed.release(b"CC")
+        streamed.release(b".O")
+        receipt = log.append(logs.outcome(req, out=streamed.commit()))
+        record = records(tmp_path)["outcome"]
+        spilled = Act(
+            act="spill.purge", origin=logs.ORIGIN, issued=NOW - timedelta(hours=1), reason="spill",
+            record=record["seq"], payload=record["out"]["sealed"],
+        )  # fmt: skip
+        assert len(list((tmp_path / "audit/log/sealed").rglob("*/*"))) == 2
+        envelope = logs.signed_act(spilled, signers["ada"], signers["bob"])
+        purge(log, envelope, trust=trust, now=NOW, actor=WHO)
+    assert not list((tmp_path / "audit/log/sealed").rglob("*/*"))
+    logs.keep(receipt, tmp_path / "kept" / "r.tlog-proof")
+    verdict = verify(tmp_path, holder=HOLDER)
+    assert (verdict.exit, verdict.opened.gone) == (0, 3), verdict.findings
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from airgap.audit.layout import Layout, last_checkpoint, read_kept, segment_rang
 from airgap.audit.people import Act
 from airgap.audit.query import read_records
 from airgap.audit.retention import PROFILES, plan, prune, site_profile
+from airgap.audit.steward import OwnersLog
 from airgap.audit.tiles import SEGMENT
 from airgap.audit.tree import StoredTree
 from airgap.audit.witness import Request, Witness
@@ -140,6 +141,23 @@ def test_a_pruned_log_verifies_from_its_leaf_hashes_and_goes_on(long, pruned):
     assert act[0]["data"]["root"] == StoredTree(layout).root(SEGMENT).hex()
     kinds = {line.split(b'"kind":"')[1].split(b'"')[0] for line in read_kept(layout).values()}
     assert kinds == {b"key.rotate", b"prune"}
+
+
+def test_a_log_is_pruned_while_its_service_writes(long, people, tmp_path):
+    from test_audit_service import served
+
+    tree = linked(long, tmp_path / "tree")
+    trust, signers = people
+    with served(tree) as (log, path), OwnersLog(path) as held:
+        ready(held, tree)
+        note_export(Layout(tree / "audit"), LastExport(1, SEGMENT + 200, 1), QUICK)
+        act = logs.signed_act(act_of(), *signers.values())
+        prune(held, act, trust=trust, profile=PROFILE, now=NOW, actor=WHO, disk=QUICK)
+        receipt = logs.infer(log)
+    assert list(segment_range(Layout(tree / "audit"))) == [1]
+    logs.keep(receipt, tree / "anchors" / "late.tlog-proof")
+    verdict = verify(tree / "audit", tree)
+    assert verdict.exit == 0, told(verdict)
 
 
 def test_a_record_that_was_pruned_can_still_be_proved_to_be_in_the_log(pruned):

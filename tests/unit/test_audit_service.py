@@ -144,7 +144,7 @@ def test_t37_a_message_cannot_name_a_uid(tmp_path):
     assert actors == [{"auth": "peercred", "name": "eve", "uid": os.getuid()}]
 
 
-@pytest.mark.parametrize("kind", ["boot", "heartbeat", "shutdown", "verify.result", "recovery"])
+@pytest.mark.parametrize("kind", ["boot", "heartbeat", "shutdown", "key.rotate", "recovery"])
 def test_a_client_cannot_speak_for_the_owner(tmp_path, kind):
     with served(tmp_path) as (_, path), RemoteLog(path) as client:
         with pytest.raises(RefusedError) as refused:
