@@ -124,13 +124,16 @@ def conversion_statement(
     weights: Mapping[str, str],
     tools: Mapping[str, str],
     seal: Mapping[str, object],
+    *,
     pickles: Mapping[str, str] | None = None,
+    recipes: Mapping[str, str] | None = None,
 ) -> bytes:
     """Return the build provenance of the graphs.
 
     `seal` is the stable part of its evidence; `pickles` are what the weights were made of, when
-    they were not published as they are.
+    they were not published as they are; `recipes` tell how new weights were made of them, by file.
     """
+    parameters = {"task": "text-generation-with-past", "dtype": "fp32"}
     inputs = sorted({**weights, **(pickles or {})}.items())
     return canonical_json(
         {
@@ -143,7 +146,10 @@ def conversion_statement(
             "predicate": {
                 "buildDefinition": {
                     "buildType": f"{URI_BASE}convert/v1",
-                    "externalParameters": {"task": "text-generation-with-past", "dtype": "fp32"},
+                    "externalParameters": {
+                        **parameters,
+                        **({"recipes": dict(recipes)} if recipes else {}),
+                    },
                     "internalParameters": {"network": "none", "seal": dict(seal)},
                     "resolvedDependencies": [
                         {"name": path, "digest": {"sha256": digest}} for path, digest in inputs

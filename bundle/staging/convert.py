@@ -4,10 +4,15 @@ The fast graph is ours and reads the publisher's own bytes (`bundle.staging.grap
 graph comes out of a sealed process and is foreign input: this module decides whether it is one that
 the secured side would take: expected files only, parsed by the strict walker, with the inputs and
 outputs of a decoder with a key-value cache. The proof of both is parity.
+
+Beside fp32, which is always made, a build may ask for bf16 and fp16, which read the same published
+bytes and differ in the graph alone, and for int8 and int4, whose codes are new bytes in a file of
+their own (`bundle.staging.quantize`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +20,10 @@ from typing import Literal
 
 from bundle.scan.onnx import Onnx, parse_onnx
 from bundle.scan.strict import open_view, parse_object
-from bundle.staging.architecture import expected_tensors
+from bundle.staging.architecture import Architecture, expected_tensors
 from bundle.staging.graph import Placed, interface, write_graph
 from bundle.staging.inspect import InspectReport
+from bundle.staging.quantize import BITS, BLOCK, RECIPE, quantize
 from bundle.staging.sealed import (
     RunSealed,
     SealedJob,
@@ -35,6 +41,8 @@ EXTERNAL = "model.onnx_data"
 FAST = "fast.onnx"
 NOT_EXPORTED = frozenset(["mixtral"])  # families that optimum-onnx 0.1 does not know
 HEAD_MULTIPLE = 16  # of GroupQueryAttention with rotary embedding on the CPU
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROGRAM = Path(__file__).with_name("convert_main.py")
 SECONDS = 4 * 3600
 _RECORD_LIMIT = 1 << 20
@@ -46,16 +54,35 @@ _READ = frozenset(["config.json", "generation_config.json", "tokenizer.json"])
 class Made:
     """One graph in the folder of a conversion.
 
-    `external` names the files beside it that hold its weights; `published` tells that they are the
-    publisher's own, unchanged.
+    Attributes:
+        external: The files beside it that hold its weights.
+        published: Those of them that are the publisher's own, unchanged.
+        codes: The one that holds codes in the place of matrices.
+        stand_in: A graph that stays here and is measured in the place of this one, where no
+            provider of this host could run it.
+        provider: Which the graph is for.
+
     """
 
     name: str
     interface: Literal["past", "shared"]
     path: str
     external: tuple[str, ...]
-    published: bool
+    published: frozenset[str]
     graph: Onnx
+    precision: str = "fp32"
+    codes: str = ""
+    stand_in: str = ""
+    provider: str = CPU
+
+    @property
+    def recipe(self) -> str:
+        """How new bytes were made of the published ones; empty where there are none."""
+        if not self.codes:
+            return ""
+        return (
+            f"{BITS[self.precision]} bits a weight of each linear layer, {RECIPE}, {BLOCK} a block"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +110,15 @@ def place_inputs(report: InspectReport, folder: Path) -> None:
 
 
 def convert(
-    report: InspectReport, source: Path, out: Path, *, run_sealed: RunSealed, memory_mb: int
+    report: InspectReport,
+    source: Path,
+    out: Path,
+    *,
+    run_sealed: RunSealed,
+    memory_mb: int,
+    precisions: Sequence[str] = ("fp32",),
+    reference: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Converted:
     """Convert the snapshot that `place_inputs` laid out.
 
@@ -93,6 +128,9 @@ def convert(
         out: Must not exist; receives the graphs, and links to the weights that the fast one reads.
         run_sealed: Runs the program without a network.
         memory_mb: Limit of the sealed process.
+        precisions: Of `PRECISIONS`; fp32 is made in any case.
+        reference: Whether the reference graph is wanted; it is larger than the weights.
+        progress: Told how many matrices have become codes.
 
     Raises:
         RefusedError: `convert.output`, `convert.none`, or a code of the scan.
@@ -100,26 +138,30 @@ def convert(
 
     """
     shape = report.architecture
-    exported = shape is not None and shape.kind not in NOT_EXPORTED
     written = shape is not None and shape.head_dim % HEAD_MULTIPLE == 0
-    if not exported and not written:
+    exported = shape is not None and shape.kind not in NOT_EXPORTED and (reference or not written)
+    more = [precision for precision in PRECISIONS[1:] if precision in precisions]
+    if (not exported and not written) or (more and not written):
         raise RefusedError(
             "convert.none",
-            "no graph can be made: the exporter does not know this family, and the fast graph needs"
-            f" heads of a multiple of {HEAD_MULTIPLE} dimensions",
-            hint="carry this model by other means",
+            f"the fast graph needs heads of a multiple of {HEAD_MULTIPLE} dimensions; without it "
+            + ("there is no precision but fp32" if exported else "there is none for this family"),
+            hint="build it in fp32" if exported else "carry this model by other means",
         )
     out.mkdir()
     graphs: tuple[Made, ...] = ()
     versions: dict[str, str] = {"onnx": version("onnx")}
     seal: dict[str, object] = {}
     if exported:
-        reference, versions, seal = _export(
+        oracle, versions, seal = _export(
             report, source, out, run_sealed=run_sealed, memory_mb=memory_mb
         )
-        graphs = (reference,)
+        graphs = (oracle,)
     if written:
-        graphs = (_write_fast(report, source, out), *graphs)
+        placed = _place_weights(report, source, out)
+        fast = _write_fast(report, out, placed)
+        others = [_write_other(report, out, placed, each, progress) for each in more]
+        graphs = (fast, *graphs, *others)
     return Converted(out, graphs, versions, seal)
 
 
@@ -153,30 +195,85 @@ def _export(
     versions = record.get("versions")
     if not isinstance(versions, dict):
         raise RefusedError("convert.output", "the record of the conversion names no versions")
-    made = Made("reference", "past", GRAPH, external, published=False, graph=graph)
+    made = Made("reference", "past", GRAPH, external, frozenset(), graph)
     found = {str(name): str(value) for name, value in versions.items()}
     return made, found, dict(done.evidence)
 
 
-def _write_fast(report: InspectReport, source: Path, out: Path) -> Made:
-    """Write the fast graph over the published files, which are linked beside it."""
-    shape = report.architecture
-    if shape is None:
-        raise RefusedError("convert.none", "the snapshot has no architecture")
+def _place_weights(report: InspectReport, source: Path, out: Path) -> dict[str, Placed]:
+    """Link the published files beside the graphs; return every tensor of the architecture."""
+    expected = expected_tensors(_shape(report))
     placed = {
         name: Placed(report.holders[name], tensor)
         for name, tensor in report.tensors.items()
-        if name in expected_tensors(shape)
+        if name in expected
     }
-    (out / FAST).write_bytes(write_graph(shape, placed))
-    files = tuple(sorted({one.file for one in placed.values()}))
-    for name in files:
+    for name in sorted({one.file for one in placed.values()}):
         place_file(source / name, out / name)
+    return placed
+
+
+def _write_fast(report: InspectReport, out: Path, placed: Mapping[str, Placed]) -> Made:
+    """Write the fast graph over the published files."""
+    (out / FAST).write_bytes(write_graph(_shape(report), placed))
+    files = tuple(sorted({one.file for one in placed.values()}))
+    return Made(
+        "fast", "shared", FAST, files, frozenset(files), _read_back(report, out, FAST, files)
+    )
+
+
+def _write_other(
+    report: InspectReport,
+    out: Path,
+    placed: Mapping[str, Placed],
+    precision: str,
+    progress: Callable[[int, int], None] | None,
+) -> Made:
+    """Write the fast graph in another precision than fp32."""
+    shape, path = _shape(report), f"fast-{precision}.onnx"
+    published = frozenset(one.file for one in placed.values())
+    codes = stand_in = ""
+    if precision in BITS:
+        codes = f"{precision}.safetensors"
+        found = quantize(placed, out, out / codes, precision=precision, progress=progress)
+        raw = write_graph(shape, placed, found)
+        # Only what stays as it was is read from the published files.
+        published = frozenset(one.file for name, one in placed.items() if name not in found)
+    else:
+        raw = write_graph(shape, placed, compute=precision)
+    (out / path).write_bytes(raw)
+    if precision == "bf16":
+        stand_in = f"stand-in-{precision}.onnx"
+        (out / stand_in).write_bytes(write_graph(shape, placed, rounded=True))
+    files = (*sorted(published), *([codes] if codes else []))
+    graph = _read_back(report, out, path, files)
+    return Made(
+        f"fast-{precision}",
+        "shared",
+        path,
+        files,
+        published,
+        graph,
+        precision=precision,
+        codes=codes,
+        stand_in=stand_in,
+        provider=CUDA if stand_in else CPU,
+    )
+
+
+def _read_back(report: InspectReport, out: Path, path: str, files: Sequence[str]) -> Onnx:
+    """Parse a graph of ours as the secured side will."""
     sizes = {name: (out / name).stat().st_size for name in files}
-    graph = parse_onnx(open_view(out / FAST), sizes=sizes.get, what=FAST)
-    if (graph.inputs, graph.outputs) != interface(shape.layers):
-        raise RefusedError("convert.output", "the fast graph has other inputs or outputs")
-    return Made("fast", "shared", FAST, files, published=True, graph=graph)
+    graph = parse_onnx(open_view(out / path), sizes=sizes.get, what=path)
+    if (graph.inputs, graph.outputs) != interface(_shape(report).layers):
+        raise RefusedError("convert.output", f"{path} has other inputs or outputs")
+    return graph
+
+
+def _shape(report: InspectReport) -> Architecture:
+    if report.architecture is None:
+        raise RefusedError("convert.none", "the snapshot has no architecture")
+    return report.architecture
 
 
 def _require_interface(report: InspectReport, graph: Onnx) -> None:

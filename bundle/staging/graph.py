@@ -5,6 +5,11 @@ key-value buffer and with the head in the graph (docs/design/inference.md, 3). W
 data that point into the published safetensors files at their own offsets: no weight is copied, so
 what runs has the digest that was published. The function is pure: same shape, same bytes.
 
+Between its layers a graph computes in fp32, in fp16 or in bf16 (`compute`); stored weights of
+another type are cast when it is loaded. The head is fp32 in any case. No kernel of the CPU takes
+bf16: `rounded` writes the same graph in fp32 with every result rounded to bf16, so that a host
+without the device can measure what bf16 costs.
+
     inputs   input_ids               int64[rows, new]
              seqlens_k               int32[rows], positions of a row after this run, less one
              total_sequence_length   int32[], the largest of them, not less one
@@ -15,7 +20,7 @@ what runs has the digest that was published. The function is pure: same shape, s
              constrained             bool[]
              target                  int64[picked], an id whose raw logit is wanted
              top_k                   int64[1]
-             past_key_values.<layer>.{key,value}  float32[rows, kv_heads, capacity, head_dim]
+             past_key_values.<layer>.{key,value}  [rows, kv_heads, capacity, head_dim], of `compute`
     outputs  scores, ids, raw        [picked, top_k], best first: after penalty and grammar; raw
              log_z, legal_z          float32[picked], log of the sum of exp of the raw logits, over
                                      all ids and over the legal ones
@@ -38,7 +43,9 @@ OPSET = 21
 HEAD_INPUTS = (*("select", "seen", "penalty", "legal", "constrained", "target", "top_k"),)
 HEAD_OUTPUTS = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
 _MS = "com.microsoft"
-_TYPES = {"F32": 1, "U8": 2, "F16": 10, "BF16": 16}  # TensorProto.DataType
+_FLOAT, _BFLOAT16 = 1, 16  # TensorProto.DataType
+_TYPES = {"F32": _FLOAT, "U8": 2, "F16": 10, "BF16": _BFLOAT16}
+COMPUTE = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,9 @@ def write_graph(
     shape: Architecture,
     tensors: Mapping[str, Placed],
     quantized: Mapping[str, Quantized] | None = None,
+    *,
+    compute: str = "fp32",
+    rounded: bool = False,
 ) -> bytes:
     """Return the ONNX file.
 
@@ -85,9 +95,11 @@ def write_graph(
         shape: The architecture.
         tensors: Every tensor of it, checked by `architecture.require_tensors`.
         quantized: What takes the place of some matrices.
+        compute: A key of `COMPUTE`: what keys, values and results between the layers are.
+        rounded: Write the stand-in for bf16 that the CPU runs; `compute` is fp32.
 
     """
-    return _Writer(shape, tensors, quantized or {}).write()
+    return _Writer(shape, tensors, quantized or {}, COMPUTE[compute], rounded).write()
 
 
 @dataclass
@@ -97,6 +109,8 @@ class _Writer:
     shape: Architecture
     tensors: Mapping[str, Placed]
     quantized: Mapping[str, Quantized]
+    compute: str = "F32"
+    rounded: bool = False
     nodes: list[Any] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -142,8 +156,9 @@ class _Writer:
         self.integers("column", [-1, 1])
         places = self.op("Reshape", [places, "column"])
         angles = self.op("Mul", [places, "inv_freq"])
-        self.op("Cos", [angles], ["cos_cache"])
-        self.op("Sin", [angles], ["sin_cache"])
+        for kind in ("Cos", "Sin"):
+            table = self.op(kind, [angles])
+            self.op("Cast", [self.keep(table)], [f"{kind.lower()}_cache"], to=self.type)
         self.op("Shape", ["input_ids"], ["run_shape"])
 
     def embed(self) -> str:
@@ -151,7 +166,7 @@ class _Writer:
         self.integers("flat", [-1])
         ids = self.op("Reshape", ["input_ids", "flat"])
         found = self.op("Gather", [self.stored("model.embed_tokens.weight"), ids], axis=0)
-        return self.op("Cast", [found], to=1)
+        return self.keep(self.op("Cast", [found], to=self.type))
 
     def layer(self, layer: int, stream: str, normed: str) -> tuple[str, str]:
         """Return the stream before its last addition, and the next layer's normed input."""
@@ -191,7 +206,7 @@ class _Writer:
             scale=1.0 / math.sqrt(shape.head_dim),
             local_window_size=shape.window if shape.window is not None else -1,
         )
-        flat = self.to_tokens(out, shape.heads * shape.head_dim)
+        flat = self.keep(self.to_tokens(out, shape.heads * shape.head_dim))
         return self.linear(
             flat, f"{at}o_proj", bias=shape.attention_bias and not shape.kind.startswith("qwen2")
         )
@@ -201,7 +216,7 @@ class _Writer:
         bias = self.shape.mlp_bias
         gate = self.linear(normed, f"{at}mlp.gate_proj", bias=bias)
         up = self.linear(normed, f"{at}mlp.up_proj", bias=bias)
-        gated = self.op("Mul", [self.silu(gate), up])
+        gated = self.keep(self.op("Mul", [self.silu(gate), up]))
         return self.linear(gated, f"{at}mlp.down_proj", bias=bias)
 
     def experts(self, at: str, normed: str) -> str:
@@ -209,17 +224,17 @@ class _Writer:
         shape = self.shape
         moe = f"{at}block_sparse_moe."
         logits = self.linear(normed, f"{moe}gate", bias=False)
-        shares = self.op("Softmax", [logits], axis=-1)
+        shares = self.op("Softmax", [self.op("Cast", [logits], to=_FLOAT)], axis=-1)
         self.integers("chosen", [shape.experts_chosen])
         best, chosen = self.fresh(), self.fresh()
         self.op("TopK", [shares, "chosen"], [best, chosen], axis=-1, largest=1, sorted=1)
         total = self.op("ReduceSum", [best, self.integers("last_axis", [-1])], keepdims=1)
-        best = self.op("Div", [best, total])
-        result = self.op("Sub", [normed, normed])
+        best = self.op("Cast", [self.op("Div", [best, total])], to=self.type)
+        result = self.op("Cast", [self.op("Sub", [normed, normed])], to=_FLOAT)
         for expert in range(shape.experts):
             number = self.scalar(f"expert_{expert}", expert, "INT64")
             mine = self.op("Equal", [chosen, number])
-            weight = self.op("Mul", [best, self.op("Cast", [mine], to=1)])
+            weight = self.op("Mul", [best, self.op("Cast", [mine], to=self.type)])
             weight = self.op("ReduceSum", [weight, "last_axis"], keepdims=1)
             hit = self.op("ReduceMax", [self.op("Cast", [mine], to=6), "last_axis"], keepdims=0)
             rows = self.op("NonZero", [hit])
@@ -228,17 +243,21 @@ class _Writer:
             inner = f"{moe}experts.{expert}."
             gate = self.linear(seen, f"{inner}w1", bias=False)
             up = self.linear(seen, f"{inner}w3", bias=False)
-            down = self.linear(self.op("Mul", [self.silu(gate), up]), f"{inner}w2", bias=False)
+            gated = self.keep(self.op("Mul", [self.silu(gate), up]))
+            down = self.linear(gated, f"{inner}w2", bias=False)
             down = self.op("Mul", [down, self.op("Gather", [weight, rows], axis=0)])
+            down = self.op("Cast", [down], to=_FLOAT)
             places = self.op("Reshape", [rows, "column"])
             result = self.op("ScatterND", [result, places, down], reduction="add")
-        return result
+        return self.keep(self.op("Cast", [result], to=self.type))
 
     def head(self, normed: str) -> None:
         """Picked positions only: logits, penalty, grammar, the best k, and both normalisers."""
         name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
         picked = self.op("Gather", [normed, "select"], axis=0)
         logits = self.product(picked, name)
+        if self.type != _FLOAT:
+            logits = self.op("Cast", [logits], to=_FLOAT)
         self.op(
             "ReduceLogSumExp", [logits, self.integers("last_axis", [-1])], ["log_z"], keepdims=0
         )
@@ -286,13 +305,14 @@ class _Writer:
 
     def norm(self, value: str, weight: str) -> str:
         """Root-mean-square norm."""
-        return self.op(
+        normed = self.op(
             "SimplifiedLayerNormalization",
             [value, self.weight(weight)],
             axis=-1,
             epsilon=self.shape.epsilon,
             stash_type=1,
         )
+        return self.keep(normed)
 
     def head_norm(self, flat: str, weight: str) -> str:
         """Norm of each head alone (Qwen3)."""
@@ -311,11 +331,12 @@ class _Writer:
             domain=_MS,
             epsilon=self.shape.epsilon,
         )
-        return total, normed
+        return self.keep(total), self.keep(normed)
 
     def linear(self, value: str, name: str, *, bias: bool) -> str:
         """float32[tokens, in] times the stored [out, in], transposed in the product."""
-        return self.product(value, f"{name}.weight", self.weight(f"{name}.bias") if bias else "")
+        added = self.weight(f"{name}.bias") if bias else ""
+        return self.keep(self.product(value, f"{name}.weight", added))
 
     def product(self, value: str, name: str, bias: str = "") -> str:
         """Multiply by a stored matrix, or by the codes that take its place."""
@@ -339,7 +360,18 @@ class _Writer:
 
     def silu(self, value: str) -> str:
         """Value times its sigmoid."""
-        return self.op("QuickGelu", [value], domain=_MS, alpha=1.0)
+        return self.keep(self.op("QuickGelu", [value], domain=_MS, alpha=1.0))
+
+    @property
+    def type(self) -> int:
+        """The ONNX type of results between the layers."""
+        return _TYPES[self.compute]
+
+    def keep(self, value: str) -> str:
+        """Round a result to bf16 where this graph stands in for one that computes in it."""
+        if not self.rounded:
+            return value
+        return self.op("Cast", [self.op("Cast", [value], to=_BFLOAT16)], to=_FLOAT)
 
     def to_rows(self, flat: str, width: int) -> str:
         """[tokens, width] -> [rows, new, width]."""
@@ -355,15 +387,15 @@ class _Writer:
         return self.op("Reshape", [rows, self.integers(f"tokens_{width}", [-1, width])])
 
     def weight(self, name: str) -> str:
-        """A stored tensor in float32; the cast is folded when the graph is loaded."""
+        """A stored tensor in the type of `compute`; a cast is folded when the graph is loaded."""
         stored = self.stored(name)
-        if self.tensors[name].tensor.dtype == "F32":
+        if self.tensors[name].tensor.dtype == self.compute and not self.rounded:
             return stored
-        wide = f"{name}.f32"
-        if wide not in self.made:
-            self.made.add(wide)
-            self.op("Cast", [stored], [wide], to=1)
-        return wide
+        cast = f"{name}.cast"
+        if cast not in self.made:
+            self.made.add(cast)
+            self.op("Cast", [self.keep(stored)], [cast], to=self.type)
+        return cast
 
     def stored(self, name: str) -> str:
         """Name the tensor as it lies in the publisher's file."""
@@ -412,7 +444,7 @@ class _Writer:
         }
         inputs, outputs = (
             [
-                helper.make_tensor_value_info(name, *known.get(name, (TensorProto.FLOAT, cache)))
+                helper.make_tensor_value_info(name, *known.get(name, (self.type, cache)))
                 for name in names
             ]
             for names in interface(shape.layers)

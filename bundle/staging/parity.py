@@ -3,12 +3,16 @@
 Decides by docs/design/inference.md, 3: on at least 20 real prompts of all five kinds, no
 logit differs by more than the tolerance, in a full pass and with the cache, and 64 greedy tokens
 are the same. A figure that is missing, or is not a number, fails.
+
+Another precision than fp32 is described by figures and not forbidden by them, but must be what it
+says: codes answer like the weights that they stand for, to the same tolerance; 16 bits stay within
+`MAX_KL` of the published weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 from bundle.canonical import canonical_json
 from bundle.scan.strict import open_view, parse_object
+from bundle.staging.convert import Made
 from bundle.staging.sealed import (
     RunSealed,
     SealedJob,
@@ -24,6 +29,8 @@ from bundle.staging.sealed import (
     require_success,
     take,
 )
+from bundle.vectors import Figures, TaskFigure, Vectors
+from bundle.vectors import Vector as VectorDocument
 from policy.errors import RefusedError
 
 TOLERANCE = Decimal("0.001")
@@ -32,8 +39,24 @@ STEPS = 64
 KINDS = frozenset(["molecule", "retrosynthesis", "binding-site", "pocket-ligand", "material"])
 PROGRAM = Path(__file__).with_name("parity_main.py")
 PROMPTS = Path(__file__).with_name("prompts.json")
+PLAN = "plan.json"
 SECONDS = 4 * 3600
 _LIMIT = 64 * 1024 * 1024
+# What a target may differ by in a logit: sums in fp32 are nearly the same everywhere, 16 bits not.
+TOLERANCES = {
+    "fp32": TOLERANCE,
+    "int8": TOLERANCE,
+    "int4": TOLERANCE,
+    "fp16": Decimal("0.05"),
+    "bf16": Decimal("0.5"),
+}
+MAX_KL = Decimal("0.01")  # nats; a graph in 16 bits that differs more is another model
+STOPS = {
+    "molecule": "<MoleculeE>",
+    "pocket-ligand": "<MoleculeE>",
+    "binding-site": "<ProteinE>",
+    "material": "<MaterialE>",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +81,64 @@ class Vector:
 
 
 @dataclass(frozen=True, slots=True)
+class Completions:
+    """What a graph wrote after one prompt, without a grammar: text, how it ended, tokens."""
+
+    prompt: Prompt
+    items: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A precision that is not fp32, held against the published weights.
+
+    Attributes:
+        kl: Mean divergence from the published weights, in nats.
+        top1: Share of positions with the same best token.
+        greedy: Share of the greedy tokens before the first that differs.
+        delta: Largest difference of a logit.
+        full: Largest difference from what the codes stand for; None where there are no codes.
+        past: The same, with the cache.
+
+    """
+
+    name: str
+    precision: str
+    vectors: tuple[Vector, ...]
+    kl: Decimal
+    top1: Decimal
+    greedy: Decimal
+    delta: Decimal
+    positions: int
+    full: Decimal | None
+    past: Decimal | None
+    completions: tuple[Completions, ...]
+    made: Made
+
+    def figures(self, tasks: Sequence[TaskFigure] = ()) -> Figures:
+        """Return them as the bundle carries them."""
+        on = self.made.provider
+        if self.made.stand_in:
+            on = "CPUExecutionProvider, in fp32 with each result rounded to bf16"
+        return Figures(
+            mean_kl=str(self.kl),
+            top1=str(self.top1),
+            greedy=str(self.greedy),
+            max_delta=str(self.delta),
+            positions=self.positions,
+            measured_on=on,
+            recipe=self.made.recipe,
+            tasks=tuple(tasks),
+        )
+
+
+Assess = Callable[[Completions], int | None]
+"""Counts the valid ones among completions; None where the prompt is of no task."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parity:
-    """A proof that holds. Deltas are the largest over all vectors and graphs."""
+    """A proof that holds. Deltas are the largest over all vectors and graphs in fp32."""
 
     vectors: tuple[Vector, ...]
     skipped: tuple[tuple[Prompt, str], ...]
@@ -69,29 +148,61 @@ class Parity:
     versions: dict[str, str]
     provider: str
     seal: dict[str, object]
+    measured: tuple[Measured, ...] = ()
+    completions: tuple[Completions, ...] = ()
 
-    def vectors_document(self, model: str) -> dict[str, Any]:
-        """Return META/vectors/parity.json: what a target must answer again."""
-        return {
-            "format": "airgap-parity-vectors/1",
-            "model": model,
-            "precision": "fp32",
-            "provider": self.provider,
-            "tolerance": str(TOLERANCE),
-            "steps": STEPS,
-            "credits": load_prompts()[1],
-            "vectors": [
-                {
-                    "kind": vector.prompt.kind,
-                    "prompt": vector.prompt.text,
-                    "source": vector.prompt.source,
-                    "prompt_ids": list(vector.ids),
-                    "greedy_ids": list(vector.greedy),
-                    "top_logits": [[token, value] for token, value in vector.top],
-                }
-                for vector in self.vectors
-            ],
-        }
+    def vectors_documents(self, model: str, assess: Assess | None = None) -> tuple[Vectors, ...]:
+        """Return META/vectors/*.json, one a precision: what a target must answer again."""
+        found = [self._document(model, "fp32", self.provider, self.vectors, None)]
+        valid = {each.prompt.kind: assess(each) if assess else None for each in self.completions}
+        for one in self.measured:
+            tasks = []
+            for each in one.completions:
+                here, there = assess(each) if assess else None, valid.get(each.prompt.kind)
+                if here is not None and there is not None:
+                    tasks.append(
+                        TaskFigure(
+                            task=each.prompt.kind,
+                            samples=len(each.items),
+                            valid=here,
+                            valid_fp32=there,
+                        )
+                    )
+            found.append(
+                self._document(
+                    model, one.precision, one.made.provider, one.vectors, one.figures(tasks)
+                )
+            )
+        return tuple(found)
+
+    def _document(
+        self,
+        model: str,
+        precision: str,
+        provider: str,
+        vectors: Sequence[Vector],
+        figures: Figures | None,
+    ) -> Vectors:
+        return Vectors(
+            model=model,
+            precision=precision,
+            provider=provider,
+            tolerance=str(TOLERANCES[precision]),
+            steps=STEPS,
+            credits=tuple(load_prompts()[1]),
+            measured=figures,
+            vectors=tuple(
+                VectorDocument(
+                    kind=vector.prompt.kind,
+                    prompt=vector.prompt.text,
+                    source=vector.prompt.source,
+                    prompt_ids=vector.ids,
+                    greedy_ids=vector.greedy,
+                    top_logits=vector.top,
+                )
+                for vector in vectors
+            ),
+        )
 
 
 def load_prompts() -> tuple[tuple[Prompt, ...], list[dict[str, str]]]:
@@ -110,7 +221,7 @@ def prove_parity(
     graphs: Path,
     out: Path,
     *,
-    names: Sequence[str],
+    made: Sequence[Made],
     run_sealed: RunSealed,
     memory_mb: int,
 ) -> Parity:
@@ -120,7 +231,7 @@ def prove_parity(
         source: The folder with the published weights.
         graphs: The folder with the converted graphs.
         out: Must not exist; receives the figures.
-        names: Of the graphs that must be covered.
+        made: The graphs that must be covered.
         run_sealed: Runs the program without a network.
         memory_mb: Limit of the sealed process.
 
@@ -130,6 +241,17 @@ def prove_parity(
 
     """
     out.mkdir()
+    plan = [
+        {
+            "name": each.name,
+            "precision": each.precision,
+            "interface": each.interface,
+            "path": each.stand_in or each.path,
+            "codes": each.codes,
+        }
+        for each in made
+    ]
+    (graphs / PLAN).write_bytes(canonical_json({"graphs": plan, "stops": STOPS}))
     done = run_sealed(
         SealedJob(
             argv=python(PROGRAM, source, graphs, PROMPTS, out),
@@ -147,7 +269,7 @@ def prove_parity(
         what="the figures of the parity run",
         limit=_LIMIT,
     )
-    return judge(figures, load_prompts()[0], dict(done.evidence), expected=names)
+    return judge(figures, load_prompts()[0], dict(done.evidence), expected=made)
 
 
 def judge(
@@ -155,7 +277,7 @@ def judge(
     prompts: Sequence[Prompt],
     seal: dict[str, object] | None = None,
     *,
-    expected: Sequence[str],
+    expected: Sequence[Made],
 ) -> Parity:
     """Return the proof, or refuse; every figure is checked here, none is believed.
 
@@ -163,7 +285,7 @@ def judge(
         figures: What the run left, untrusted.
         prompts: The packaged prompts.
         seal: Evidence of the run.
-        expected: Names of the graphs that were made; each must be covered.
+        expected: The graphs that were made; each must be covered.
 
     Raises:
         RefusedError: `parity.failed`, `parity.vectors`.
@@ -182,11 +304,12 @@ def judge(
         raise RefusedError(
             "parity.failed", f"the figures of the parity run are malformed: {error!r:.120}"
         ) from error
-    if not graphs or not whole or set(graphs) != set(expected):
+    wanted = [made.name for made in expected if made.precision == "fp32"]
+    if not graphs or not whole or set(graphs) != set(wanted):
         raise RefusedError(
             "parity.failed",
             f"the parity run covered {', '.join(graphs) or 'no graph'}; made were "
-            f"{', '.join(expected)}",
+            f"{', '.join(wanted)}",
         )
     if len({vector.prompt.text for vector in vectors}) != len(vectors):
         raise RefusedError("parity.failed", "the parity run reports one prompt twice")
@@ -200,6 +323,8 @@ def judge(
             f"left out because: {'; '.join(reasons) or 'nothing'}",
             hint="the model does not speak the grammar of the prompts, so they cannot prove it",
         )
+    others = [made for made in expected if made.precision != "fp32"]
+    measured, completions = _judge_others(figures, prompts, others, vectors)
     return Parity(
         vectors,
         skipped,
@@ -209,7 +334,119 @@ def judge(
         versions,
         provider,
         seal or {},
+        measured,
+        completions,
     )
+
+
+def _judge_others(
+    figures: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    expected: Sequence[Made],
+    vectors: Sequence[Vector],
+) -> tuple[tuple[Measured, ...], tuple[Completions, ...]]:
+    """Judge the graphs that are not in fp32; each must be covered on every prompt."""
+    found = figures.get("precisions", {})
+    if not isinstance(found, dict) or set(found) != {made.name for made in expected}:
+        raise RefusedError("parity.failed", "the parity run did not cover each precision")
+    try:
+        measured = tuple(_measured(found[made.name], made, prompts, vectors) for made in expected)
+        completions = _completions(figures.get("samples", []), prompts)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise RefusedError(
+            "parity.failed", f"the figures of a precision are malformed: {error!r:.120}"
+        ) from error
+    return measured, completions
+
+
+def _measured(
+    found: Mapping[str, Any], made: Made, prompts: Sequence[Prompt], vectors: Sequence[Vector]
+) -> Measured:
+    """Read and judge one precision."""
+    rows = [_other_row(row, made, prompts) for row in found["rows"]]
+    if [row.vector.ids for row in rows] != [vector.ids for vector in vectors]:
+        raise ValueError(f"{made.name} was not measured on the same prompts")
+    positions = sum(row.positions for row in rows)
+    kl = _rounded(sum((row.kl for row in rows), Decimal(0)) / positions)
+    if not made.codes and kl > MAX_KL:
+        raise RefusedError(
+            "parity.failed",
+            f"{made.precision}: the mean divergence from the published weights is {kl} nats, "
+            f"at most {MAX_KL} are taken",
+            hint=_HINT,
+        )
+    exact = bool(made.codes)
+    return Measured(
+        name=made.name,
+        precision=made.precision,
+        vectors=tuple(row.vector for row in rows),
+        kl=kl,
+        top1=_rounded(Decimal(sum(row.same for row in rows)) / positions),
+        greedy=_rounded(Decimal(sum(row.agree for row in rows)) / (STEPS * len(rows))),
+        delta=max(row.delta for row in rows),
+        positions=positions,
+        full=max(row.vector.full for row in rows) if exact else None,
+        past=max(row.vector.past for row in rows) if exact else None,
+        completions=_completions(found["samples"], prompts),
+        made=made,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    vector: Vector
+    kl: Decimal
+    same: int
+    agree: int
+    positions: int
+    delta: Decimal
+
+
+def _other_row(row: Mapping[str, Any], made: Made, prompts: Sequence[Prompt]) -> _Row:
+    """Read one prompt of a precision; codes must be what they stand for, to the tolerance."""
+    prompt = _prompt(row, prompts)
+    here, greedy = f"{made.precision}, prompt {row['index']} ({prompt.kind})", _ids(row["greedy"])
+    full = past = Decimal(0)
+    if made.codes:
+        _require_greedy(_ids(row["own"]), greedy, here)
+        full = _delta(row["full"], here, "in a full pass")
+        past = _delta(row["past"], here, "with the cache")
+    elif len(greedy) != STEPS:
+        raise ValueError(f"{here}: other than {STEPS} greedy tokens")
+    positions, same, agree = (row[name] for name in ("positions", "same", "agree"))
+    if any(type(each) is not int for each in (positions, same, agree)):
+        raise ValueError(f"{here}: a count is no number")
+    if not (positions > 0 and 0 <= same <= positions and 0 <= agree <= STEPS):
+        raise ValueError(f"{here}: a count is out of range")
+    kl, delta = (_figure(row[name], here) for name in ("kl", "delta"))
+    vector = Vector(prompt, _ids(row["ids"]), greedy, _top(row), full, past)
+    return _Row(vector, max(Decimal(0), kl), same, agree, positions, delta)
+
+
+def _completions(items: Any, prompts: Sequence[Prompt]) -> tuple[Completions, ...]:
+    found = []
+    for item in items:
+        texts = tuple(
+            (each["text"], each["finish"], each["tokens"]) for each in item["completions"]
+        )
+        if not all(
+            isinstance(words, str) and end in ("eos", "stop", "length") and type(count) is int
+            for words, end, count in texts
+        ):
+            raise ValueError("a completion is malformed")
+        found.append(Completions(_prompt(item, prompts), texts))
+    return tuple(found)
+
+
+def _figure(value: Any, here: str) -> Decimal:
+    found = Decimal(str(value))
+    if not found.is_finite():
+        raise RefusedError("parity.failed", f"{here}: a figure is {found}, no number", hint=_HINT)
+    return found
+
+
+def _rounded(value: Decimal) -> Decimal:
+    return Decimal(f"{value:.4g}")
 
 
 def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, str]) -> bytes:
@@ -251,7 +488,8 @@ def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, 
                             "versions": parity.versions,
                         },
                     }
-                ],
+                ]
+                + [_other_annotations(each) for each in parity.measured],
                 "passedTests": tests,
                 "warnedTests": [],
                 "failedTests": [],
@@ -260,21 +498,44 @@ def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, 
     )
 
 
+def _other_annotations(one: Measured) -> dict[str, Any]:
+    """Return what the statement says of one precision that is not fp32."""
+    figures = one.figures().model_dump(mode="json", exclude={"tasks"})
+    exact = one.full is not None
+    return {
+        "name": f"parity {one.precision}",
+        "annotations": {
+            "graph": one.name,
+            "provider": one.made.provider,
+            **figures,
+            **({"max_delta_full": str(one.full)} if exact else {}),
+            **({"max_delta_with_cache": str(one.past)} if exact else {}),
+        },
+    }
+
+
 def _vector(row: Mapping[str, Any], prompts: Sequence[Prompt]) -> Vector:
     """Read and judge one row."""
-    index = row["index"]
-    if type(index) is not int or index < 0:
-        raise ValueError("an index is not a number")
-    prompt = prompts[index]
-    here = f"prompt {index} ({prompt.kind})"
+    prompt = _prompt(row, prompts)
+    here = f"prompt {row['index']} ({prompt.kind})"
     source = _ids(row["source"])
     full, past = Decimal(0), Decimal(0)
     for name, found in row["graphs"].items():
         _require_greedy(source, _ids(found["greedy"]), f"{here}, graph {name!s:.40}")
         full = max(full, _delta(found["full"], f"{here}, graph {name!s:.40}", "in a full pass"))
         past = max(past, _delta(found["past"], f"{here}, graph {name!s:.40}", "with the cache"))
-    top = tuple((int(token), str(Decimal(value))) for token, value in row["top"])
-    return Vector(prompt, _ids(row["ids"]), source, top, full, past)
+    return Vector(prompt, _ids(row["ids"]), source, _top(row), full, past)
+
+
+def _prompt(row: Mapping[str, Any], prompts: Sequence[Prompt]) -> Prompt:
+    index = row["index"]
+    if type(index) is not int or index < 0:
+        raise ValueError("an index is not a number")
+    return prompts[index]
+
+
+def _top(row: Mapping[str, Any]) -> tuple[tuple[int, str], ...]:
+    return tuple((int(token), str(_figure(value, "a logit"))) for token, value in row["top"])
 
 
 def _require_greedy(source: tuple[int, ...], graph: tuple[int, ...], here: str) -> None:

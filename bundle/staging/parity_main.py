@@ -1,13 +1,20 @@
 """The parity program: the source in torch and the graphs in onnxruntime side by side. Runs sealed.
 
 `python -I parity_main.py SOURCE GRAPHS PROMPTS OUT`, started by `bundle.staging.parity` through
-the sealed runner. For each prompt a graph makes one full pass and then decodes `STEPS` greedy
-tokens with its key-value cache. The source sees prompt and tokens in one pass without a cache:
-where both choose the same token at every step, given the same context, both greedy sequences are
-the same. The fast graph also runs the prompt in two pieces, and three beginnings of it of different
-length in one batch; it gives its `FAST_TOP` largest logits and the logarithm of the sum of all, and
-those are compared. It only measures; `bundle.staging.parity` judges the figures that it leaves in
-OUT/parity.json.
+the sealed runner; GRAPHS/plan.json names the graphs. It only measures; `bundle.staging.parity`
+judges the figures that it leaves in OUT/parity.json. One model is in memory at a time: the answers
+of the source lie in a file that is removed at the end.
+
+A graph in fp32 makes one full pass of each prompt and then decodes `STEPS` greedy tokens with its
+key-value cache. The source sees prompt and tokens in one pass without a cache: where both choose
+the same token at every step, given the same context, both greedy sequences are the same. The fast
+graph also runs the prompt in two pieces, and three beginnings of it of different length in one
+batch; it gives its `FAST_TOP` largest logits and the logarithm of the sum of all, and those are
+compared.
+
+A graph in another precision is held against the published weights by figures (divergence, best
+token, greedy tokens, completions to be assessed); and one whose matrices are codes is compared like
+a graph in fp32 with a source that holds what the codes stand for.
 
 Numbers are written as decimal strings: the statement that carries them holds no floats.
 """
@@ -19,7 +26,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 QUIET = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -33,40 +40,72 @@ QUIET = {
 }
 STEPS = 64  # greedy tokens a prompt
 FAST_TOP = 128  # logits of a position that are compared on the fast graph
-TOP = 8  # largest logits kept a prompt, for the smoke test on the target
+TOP = 8  # largest logits kept a prompt, for the proof on the target
+PIECE = 32  # positions whose whole logits are taken at once
+SAMPLES, SAMPLE_TOKENS, SAMPLE_TOP = 32, 96, 50  # completions of a task, drawn at temperature 1
+ANSWERS = "answers.bin"
 
 
 def main(argv: list[str]) -> int:
     """Compare `argv[0]` (source) with `argv[1]` (graphs) on `argv[2]`; figures go to `argv[3]`."""
     os.environ.update(QUIET)
     warnings.simplefilter("ignore")
-    source, graphs, prompts, out = (Path(argument) for argument in argv)
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    reference = Source(source)
-    found = {
-        name: kind(graphs / path)
-        for name, path, kind in (("fast", "fast.onnx", Fast), ("reference", "model.onnx", Graph))
-        if (graphs / path).exists()
-    }
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
-    for index, prompt in enumerate(json.loads(prompts.read_bytes())["prompts"]):
-        ids, reason = reference.encode(prompt["prompt"])
-        if reason:
-            skipped.append({"index": index, "reason": reason})
+    source, folder, path, out = (Path(argument) for argument in argv)
+    plan = json.loads((folder / "plan.json").read_bytes())
+    words = Words(source)
+    prompts = json.loads(path.read_bytes())["prompts"]
+    found = [
+        (n, prompt["kind"], *words.encode(prompt["prompt"])) for n, prompt in enumerate(prompts)
+    ]
+    used = [(n, kind, ids) for n, kind, ids, reason in found if not reason]
+    graphs = [Planned(folder, item) for item in plan["graphs"]]
+    exact = [graph for graph in graphs if graph.precision == "fp32"]
+    others = [graph for graph in graphs if graph.precision != "fp32"]
+    session = exact[0].open()
+    runs = [session.decode(ids) for _, _, ids in used]
+    greedy = [run[0] for run in runs]
+    kept = {exact[0].name: runs} if isinstance(session, Fast) else {}  # its heads are small
+    del session, runs
+    with Answers(out / ANSWERS) as theirs:
+        reference = Source(source)
+        for (_, _, ids), tokens in zip(used, greedy, strict=True):
+            theirs.keep(reference.full(ids + tokens[:-1]))
+        del reference
+        rows = [
+            {"index": n, "ids": ids, "graphs": {}, **first_answer(theirs[at], len(ids))}
+            for at, (n, _, ids) in enumerate(used)
+        ]
+        providers = set()
+        for graph in exact:
+            session = graph.open()
+            providers.add(session.provider)
+            for at, (_, _, ids) in enumerate(used):
+                run = kept[graph.name][at] if graph.name in kept else session.decode(ids)
+                rows[at]["graphs"][graph.name] = compare(session, ids, run, theirs[at])
+            del session
+        sampled = {kind: at for at, (_, kind, _) in reversed(list(enumerate(used)))}
+        stops = {kind: words.number(tag) for kind, tag in plan["stops"].items()}
+        tasks = [(used[at], stops.get(kind)) for kind, at in sorted(sampled.items())]
+        precisions = {
+            graph.name: measure(graph, source, words, used, theirs=theirs, tasks=tasks)
+            for graph in others
+        }
+        if others and exact[0].fast:
+            baseline = exact[0].open()
+            samples = [sample(baseline, words, *task) for task in tasks]
         else:
-            rows.append({"index": index, **compare(reference, found, ids)})
+            samples = []
     (out / "parity.json").write_text(
         json.dumps(
             {
                 "steps": STEPS,
-                "graphs": sorted(found),
-                "provider": " ".join(sorted({graph.provider for graph in found.values()})),
+                "graphs": sorted(graph.name for graph in exact),
+                "provider": " ".join(sorted(providers)),
                 "versions": versions(),
                 "rows": rows,
-                "skipped": skipped,
+                "skipped": [{"index": n, "reason": reason} for n, _, _, reason in found if reason],
+                "precisions": precisions,
+                "samples": samples,
             },
             sort_keys=True,
         )
@@ -74,26 +113,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class Source:
-    """The published weights in torch, fp32, loaded from safetensors without remote code."""
+class Words:
+    """The tokenizer, and what of the configuration bears on a prompt."""
 
     def __init__(self, folder: Path) -> None:
-        import torch
         from tokenizers import Tokenizer
-        from transformers import AutoModelForCausalLM
 
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            attn_implementation="eager",
-        ).eval()
-        self.bos = self.model.config.bos_token_id
+        config = json.loads((folder / "config.json").read_bytes())
+        bos = config.get("bos_token_id")
+        self.bos = bos[0] if isinstance(bos, list) else bos
+        self.context = config["max_position_embeddings"]
         declared = json.loads((folder / "tokenizer.json").read_bytes())["model"].get("unk_token")
         self.unk = None if declared is None else self.tokenizer.token_to_id(declared)
+        generation = folder / "generation_config.json"
+        more = json.loads(generation.read_bytes()) if generation.exists() else {}
+        ends = [config.get("eos_token_id"), more.get("eos_token_id")]
+        self.ends = {n for end in ends for n in (end if isinstance(end, list) else [end])}
 
     def encode(self, prompt: str) -> tuple[list[int], str]:
         """Return the ids and no reason, or no ids and the reason why this prompt cannot be used."""
@@ -102,9 +138,37 @@ class Source:
             ids.insert(0, self.bos)
         if self.unk is not None and self.unk in ids:
             return [], "the tokenizer lacks a token"
-        if len(ids) + STEPS > self.model.config.max_position_embeddings:
+        if len(ids) + STEPS > self.context:
             return [], "longer than the context"
         return ids, ""
+
+    def number(self, tag: str) -> int | None:
+        """Return the id of a tag, None where there is none."""
+        found: int | None = self.tokenizer.token_to_id(tag)
+        return found
+
+    def text(self, ids: list[int]) -> str:
+        """Return the text of ids, tags included."""
+        found: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return found
+
+
+class Source:
+    """The published weights in torch, fp32, loaded from safetensors without remote code."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        ).eval()
 
     def full(self, ids: list[int]) -> Any:
         """Return float32[tokens, vocabulary] of one pass without a cache."""
@@ -112,6 +176,76 @@ class Source:
 
         with torch.inference_mode():
             return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+    def take_codes(self, path: Path) -> None:
+        """Put what the codes of a file stand for in the place of the matrices."""
+        import torch
+        from safetensors import safe_open
+
+        weights = dict(self.model.named_parameters())
+        with safe_open(path, framework="numpy") as stored, torch.no_grad():
+            for name in (key.removesuffix(".codes") for key in stored.keys()):  # noqa: SIM118
+                if not name.endswith(".scales"):
+                    pair = stored.get_tensor(f"{name}.codes"), stored.get_tensor(f"{name}.scales")
+                    width = weights[name].shape[1]
+                    weights[name].copy_(torch.from_numpy(values_of(*pair)[:, :width]))
+
+
+def values_of(codes: Any, scales: Any) -> Any:
+    """Return float32[rows, blocks * 32], what codes stand for; two of 4 bits a byte, low first."""
+    import numpy as np
+
+    middle = 128
+    if codes.shape[2] == 16:  # noqa: PLR2004 - 32 codes of 4 bits
+        codes = np.stack([codes & 15, codes >> 4], axis=3).reshape(*codes.shape[:2], 32)
+        middle = 8
+    return ((codes.astype(np.float32) - middle) * scales[:, :, None]).reshape(len(codes), -1)
+
+
+class Answers:
+    """What the source answered, one array a prompt, in a file: together they are large."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: list[tuple[int, tuple[int, ...]]] = []
+        self.size = 0
+
+    def __enter__(self) -> Self:
+        """Make the file."""
+        self.path.touch(mode=0o600, exist_ok=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove it."""
+        self.path.unlink(missing_ok=True)
+
+    def keep(self, logits: Any) -> None:
+        """Append float32[tokens, vocabulary]."""
+        with self.path.open("ab") as stream:
+            stream.write(logits.tobytes())
+        self.shapes.append((self.size, logits.shape))
+        self.size += logits.nbytes
+
+    def __getitem__(self, at: int) -> Any:
+        """Return one array."""
+        import numpy as np
+
+        place, shape = self.shapes[at]
+        return np.array(np.memmap(self.path, np.float32, "r", place, shape))
+
+
+class Planned:
+    """A graph of the plan."""
+
+    def __init__(self, folder: Path, item: dict[str, str]) -> None:
+        self.name, self.precision = item["name"], item["precision"]
+        self.path = folder / item["path"]
+        self.codes = folder / item["codes"] if item["codes"] else None
+        self.fast = item["interface"] == "shared"
+
+    def open(self) -> Any:
+        """Load it."""
+        return Fast(self.path) if self.fast else Graph(self.path)
 
 
 def open_session(path: Path) -> Any:
@@ -192,16 +326,17 @@ class Fast:
             for value in values
             if value.name.startswith("past_key_values.")
         }
+        self.half = any(value.type == "tensor(float16)" for value in values)
         self.size = next(value.shape[1] for value in values if value.name == "legal")
         self.buffers: dict[str, Any] = {}
 
     def decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
         """Return the greedy tokens, the heads of the prompt and those of each step."""
-        self._reset(1, len(ids) + STEPS)
-        full = self._run([ids], [len(ids)], range(len(ids)))
+        self.reset(1, len(ids) + STEPS)
+        full = self.run([ids], [len(ids)], range(len(ids)))
         greedy, steps = [int(full[0][-1, 0])], [tuple(part[-1:] for part in full)]
         while len(greedy) < STEPS:
-            found = self._run([greedy[-1:]], [len(ids) + len(greedy)], [0])
+            found = self.run([greedy[-1:]], [len(ids) + len(greedy)], [0])
             steps.append(found)
             greedy.append(int(found[0][0, 0]))
         return greedy, full, steps
@@ -212,15 +347,15 @@ class Fast:
 
         count = len(ids)
         half, thirds = count // 2, [max(1, count // 3), max(1, 2 * count // 3), count]
-        self._reset(1, count)
+        self.reset(1, count)
         pieces = []
         for start, end in ((0, half), (half, count)):
             if end > start:
-                pieces.append(self._run([ids[start:end]], [end], range(end - start)))
-        self._reset(3, count)
+                pieces.append(self.run([ids[start:end]], [end], range(end - start)))
+        self.reset(3, count)
         padded = [ids[:end] + ids[:1] * (count - end) for end in thirds]
         picked = [row * count + end - 1 for row, end in enumerate(thirds)]
-        together = self._run(padded, thirds, picked)
+        together = self.run(padded, thirds, picked)
         worst = [
             apart(theirs[:count], full),
             apart(theirs[:count], [np.concatenate(part) for part in zip(*pieces, strict=True)]),
@@ -229,15 +364,32 @@ class Fast:
         answers = [np.concatenate(part) for part in zip(*steps, strict=True)]
         return float(np.max(worst)), apart(theirs[count - 1 :], answers)
 
-    def _reset(self, rows: int, capacity: int) -> None:
+    def logits(self, ids: list[int]) -> Any:
+        """Return float32[tokens, vocabulary] of one sequence."""
         import numpy as np
 
+        self.reset(1, len(ids))
+        whole = np.empty((len(ids), self.size), np.float32)
+        for start in range(0, len(ids), PIECE):
+            part = ids[start : start + PIECE]
+            places = range(len(part))
+            order, raw, _ = self.run([part], [start + len(part)], places, top=self.size)
+            np.put_along_axis(whole[start : start + PIECE], order, raw, axis=1)
+        return whole
+
+    def reset(self, rows: int, capacity: int) -> None:
+        """Take empty buffers."""
+        import numpy as np
+
+        kind = np.float16 if self.half else np.float32
         self.buffers = {
-            name: np.zeros((rows, heads, capacity, width), np.float32)
+            name: np.zeros((rows, heads, capacity, width), kind)
             for name, (heads, width) in self.caches.items()
         }
 
-    def _run(self, rows: list[list[int]], lengths: list[int], select: Any) -> tuple[Any, ...]:
+    def run(
+        self, rows: list[list[int]], lengths: list[int], select: Any, *, top: int = FAST_TOP
+    ) -> tuple[Any, ...]:
         """Return (ids, raw logits, log of the sum of exp) at the picked places."""
         import numpy as np
 
@@ -253,15 +405,15 @@ class Fast:
             "legal": np.ones((1, self.size), np.bool_),
             "constrained": np.array(False),
             "target": np.zeros(count, np.int64),
-            "top_k": np.array([min(FAST_TOP, self.size)], np.int64),
+            "top_k": np.array([min(top, self.size)], np.int64),
         }
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
         for name, array in self.buffers.items():
             other, place = name.replace("past_key_values.", "present."), array.ctypes.data
-            binding.bind_input(name, "cpu", 0, np.float32, array.shape, place)
-            binding.bind_output(other, "cpu", 0, np.float32, array.shape, place)
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, place)
+            binding.bind_output(other, "cpu", 0, array.dtype, array.shape, place)
         for name in ("ids", "raw", "log_z"):
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
@@ -274,34 +426,137 @@ def apart(theirs: Any, found: Any) -> float:
 
     ids, raw, log_z = found
     wide = theirs.astype(np.float64)
-    peak = wide.max(axis=1)
-    sums = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
     logits = abs(np.take_along_axis(wide, ids, axis=1) - raw).max()
-    return float(np.maximum(logits, abs(sums - log_z).max()))  # a NaN stays one
+    return float(np.maximum(logits, abs(log_sums(wide) - log_z).max()))  # a NaN stays one
 
 
-def compare(reference: Source, graphs: dict[str, Any], ids: list[int]) -> dict[str, Any]:
-    """Return the figures of one prompt; a number that is not finite is reported as it is."""
+def log_sums(wide: Any) -> Any:
+    """Return the logarithm of the sum of exp of each row."""
     import numpy as np
 
-    decoded = {name: graph.decode(ids) for name, graph in graphs.items()}
-    greedy = next(iter(decoded.values()))[0]  # another that differs is refused by the judge
-    theirs = reference.full(ids + greedy[:-1])
-    first, answers = theirs[len(ids) - 1], theirs[len(ids) - 1 :]
-    ordered = np.sort(answers, axis=1)
-    top = np.argsort(-first, kind="stable")[:TOP]
-    found = {}
-    for name, graph in graphs.items():
-        tokens, full, steps = decoded[name]
-        here, there = graph.deltas(ids, full, steps, theirs)
-        found[name] = {"greedy": tokens, "full": text(here), "past": text(there)}
+    peak = wide.max(axis=1)
+    return peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
+
+
+def first_answer(theirs: Any, count: int) -> dict[str, Any]:
+    """Return the greedy tokens of the source, its first answer and its narrowest choice."""
+    import numpy as np
+
+    answers = theirs[count - 1 :]
+    ordered = np.partition(answers, -2, axis=1)
     return {
-        "ids": ids,
         "source": answers.argmax(axis=1).tolist(),
-        "graphs": found,
         "margin": text((ordered[:, -1] - ordered[:, -2]).min()),
-        "top": [[int(token), text(first[token])] for token in top],
+        "top": best(answers[0]),
     }
+
+
+def best(logits: Any) -> list[list[Any]]:
+    """Return the largest logits with their ids."""
+    import numpy as np
+
+    return [[int(n), text(logits[n])] for n in np.argsort(-logits, kind="stable")[:TOP]]
+
+
+def compare(session: Any, ids: list[int], run: Any, theirs: Any) -> dict[str, Any]:
+    """Return the figures of one graph on one prompt; what is not finite is reported as it is."""
+    tokens, full, steps = run
+    here, there = session.deltas(ids, full, steps, theirs)
+    return {"greedy": tokens, "full": text(here), "past": text(there)}
+
+
+def measure(
+    graph: Planned, folder: Path, words: Words, used: Any, *, theirs: Answers, tasks: Any
+) -> dict[str, Any]:
+    """Hold a graph in another precision against the published weights."""
+    session = graph.open()
+    rows, runs = [], []
+    for at, (index, _, ids) in enumerate(used):
+        published = theirs[at]
+        tokens = published[len(ids) - 1 :].argmax(axis=1).tolist()
+        run = session.decode(ids)
+        equal = [ours == other for ours, other in zip(run[0], tokens, strict=True)]
+        mine = session.logits(ids + tokens[:-1])
+        rows.append(
+            {
+                "index": index,
+                "ids": ids,
+                "greedy": run[0],
+                "agree": equal.index(False) if False in equal else len(equal),
+                "top": best(session.logits(ids)[-1]),
+                **divergence(published, mine),
+            }
+        )
+        runs.append(run)
+    samples = [sample(session, words, *task) for task in tasks]
+    if graph.codes is not None:
+        for row, figures in zip(rows, stand_for(graph, folder, session, used, runs), strict=True):
+            row.update(figures)
+    return {"provider": session.provider, "rows": rows, "samples": samples}
+
+
+def stand_for(
+    graph: Planned, folder: Path, session: Any, used: Any, runs: Any
+) -> list[dict[str, Any]]:
+    """Compare a graph of codes with a source whose matrices are what the codes stand for."""
+    source = Source(folder)
+    source.take_codes(graph.codes)  # type: ignore[arg-type]
+    found = []
+    for (_, _, ids), run in zip(used, runs, strict=True):
+        answers = source.full(ids + run[0][:-1])
+        own = answers[len(ids) - 1 :].argmax(axis=1).tolist()
+        found.append({"own": own, **compare(session, ids, run, answers)})
+    return found
+
+
+def divergence(published: Any, found: Any) -> dict[str, Any]:
+    """Return divergence in nats (summed), equal best tokens, and the largest difference."""
+    import numpy as np
+
+    total, same, worst = 0.0, 0, 0.0
+    for start in range(0, len(published), PIECE):
+        theirs = published[start : start + PIECE].astype(np.float64)
+        ours = found[start : start + PIECE].astype(np.float64)
+        logs = theirs - log_sums(theirs)[:, None]
+        total += float((np.exp(logs) * (logs - ours + log_sums(ours)[:, None])).sum())
+        same += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
+        worst = float(np.maximum(worst, abs(theirs - ours).max()))
+    return {"kl": text(total), "same": same, "positions": len(published), "delta": text(worst)}
+
+
+def sample(session: Fast, words: Words, prompt: Any, stop: int | None) -> dict[str, Any]:
+    """Draw completions of one prompt, without a grammar, with the same random numbers each time."""
+    import numpy as np
+
+    index, kind, ids = prompt
+    budget = max(1, min(SAMPLE_TOKENS, words.context - len(ids)))
+    session.reset(SAMPLES, len(ids) + budget)
+    random = np.random.default_rng(index)
+    rows: list[list[int]] = [[] for _ in range(SAMPLES)]
+    ends = {*words.ends, stop} - {None}
+    last, length = [list(ids)] * SAMPLES, len(ids)
+    for _ in range(budget):
+        width = len(last[0])
+        places = [row * width + width - 1 for row in range(SAMPLES)]
+        order, raw, _ = session.run(last, [length] * SAMPLES, places, top=SAMPLE_TOP)
+        wide = raw.astype(np.float64)
+        shares = np.exp(wide - wide.max(axis=1, keepdims=True)).cumsum(axis=1)
+        drawn = (shares < random.random((SAMPLES, 1)) * shares[:, -1:]).sum(axis=1)
+        chosen = np.take_along_axis(order, drawn[:, None], axis=1)[:, 0].tolist()
+        for row, token in zip(rows, chosen, strict=True):
+            if not ends.intersection(row[-1:]):
+                row.append(int(token))
+        last, length = [[token] for token in chosen], length + 1
+        if all(ends.intersection(row[-1:]) for row in rows):
+            break
+    return {"index": index, "kind": kind, "completions": [told(words, row, stop) for row in rows]}
+
+
+def told(words: Words, row: list[int], stop: int | None) -> dict[str, Any]:
+    """Return one completion as text, and how it ended."""
+    end = "stop" if row[-1] == stop else "eos" if row[-1] in words.ends else "length"
+    shown = row[:-1] if end == "eos" else row
+    return {"text": words.text(shown), "finish": end, "tokens": len(row)}
 
 
 def text(value: float) -> str:

@@ -29,7 +29,7 @@ BLOCK = 32
 BITS = {"int8": 8, "int4": 4}
 RECIPE = "symmetric, 32 weights a block along the input, largest magnitude on the lowest code"
 _SKIPPED = ("model.embed_tokens.weight", ".block_sparse_moe.gate.weight")
-_ROWS = 1024  # of a matrix at once: bounds the memory
+_PART = 1 << 22  # weights of a matrix at once: bounds the memory to about 150 MB
 _Floats = npt.NDArray[np.float32]
 
 
@@ -140,9 +140,9 @@ def _parts(
     tensor = placed.tensor
     raw: Any = maps[placed.file][tensor.start : tensor.end]
     rows, width = tensor.shape
-    size = len(raw) // rows
-    for first in range(0, rows, _ROWS):
-        part = raw[first * size : (first + _ROWS) * size].tobytes()
+    size, many = len(raw) // rows, max(1, _PART // width)
+    for first in range(0, rows, many):
+        part = raw[first * size : (first + many) * size].tobytes()
         yield _floats(part, tensor.dtype).reshape(-1, width)
 
 

@@ -129,6 +129,14 @@ def built_document(built: Built) -> dict[str, Any]:
             "max_delta_with_cache": str(built.parity.past),
             "greedy_tokens_equal": True,
             "text": parity_text(built.parity),
+            "precisions": {
+                each.precision: {
+                    **(each.measured.model_dump(mode="json") if each.measured else {}),
+                    "provider": each.provider,
+                    "text": each.measured.text if each.measured else parity_text(built.parity),
+                }
+                for each in built.vectors
+            },
         },
         "rung": str(built.seal.get("rung", "unknown")),
         "decision": {
@@ -163,6 +171,11 @@ def built_view(built: Built) -> RenderableType:
         ),
         ("conversion", f"sealed, no network (rung {built.seal.get('rung', 'unknown')})"),
         ("parity", parity_text(built.parity)),
+        *(
+            (f"  {each.precision}", each.measured.text)
+            for each in built.vectors
+            if each.measured is not None
+        ),
         ("policy", _decision_text(built.decision)),
         ("builder", f"{built.builder} has signed; approvers sign next"),
     ]

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from staging_runs import Result
 
+from bundle.manifest import Parity as ParityClaim
+from bundle.staging.convert import Made
 from bundle.staging.parity import (
     KINDS,
     MIN_PROMPTS,
@@ -21,10 +23,15 @@ from bundle.staging.parity import (
     prove_parity,
     statement,
 )
+from bundle.vectors import canonical_vectors, parse_vectors
 from policy.errors import AirgapError, FaultError, RefusedError
 
 PROMPTS = load_prompts()[0]
 GRAPHS = ("fast", "reference")
+MADE = (
+    Made("fast", "shared", "fast.onnx", (), frozenset(), None),
+    Made("reference", "past", "model.onnx", (), frozenset(), None),
+)
 
 
 def figures(**changes):
@@ -54,12 +61,12 @@ def figures(**changes):
 
 def prove(folder, run):
     out = folder / "out"
-    return prove_parity(folder, folder, out, names=GRAPHS, run_sealed=run, memory_mb=1)
+    return prove_parity(folder, folder, out, made=MADE, run_sealed=run, memory_mb=1)
 
 
 def refused(value) -> RefusedError:
     with pytest.raises(RefusedError) as caught:
-        judge(value, PROMPTS, expected=GRAPHS)
+        judge(value, PROMPTS, expected=MADE)
     return caught.value
 
 
@@ -73,11 +80,16 @@ def test_the_packaged_prompts_are_enough_and_credited():
 
 
 def test_sound_figures_are_a_proof():
-    parity = judge(figures(), PROMPTS, expected=GRAPHS)
+    parity = judge(figures(), PROMPTS, expected=MADE)
     assert (parity.full, parity.past) == (Decimal("1.5e-06"), Decimal("2.5e-06"))
-    document = parity.vectors_document("tiny")
-    assert len(document["vectors"]) == len(PROMPTS)
-    assert document["vectors"][0]["greedy_ids"] == list(range(STEPS))
+    (document,) = parity.vectors_documents("tiny")
+    assert len(document.vectors) == len(PROMPTS)
+    assert document.vectors[0].greedy_ids == tuple(range(STEPS))
+    raw = canonical_vectors(document)
+    claim = ParityClaim(
+        model="tiny", precision="fp32", provider="CPU", tolerance="0.001", vectors="v"
+    )
+    assert parse_vectors(raw, claim) == document
     raw = statement(parity, {"payload/m/model.onnx": "0" * 64}, {"model.safetensors": "1" * 64})
     assert json.loads(raw)["predicate"]["result"] == "PASSED"
 
@@ -90,7 +102,7 @@ def test_a_delta_beyond_the_tolerance_or_no_number_fails(graph, field, value):
     rows[3]["graphs"][graph][field] = value
     assert refused(figures(rows=rows)).code == "parity.failed"
     rows[3]["graphs"][graph][field] = "1.000e-03"
-    assert judge(figures(rows=rows), PROMPTS, expected=GRAPHS)
+    assert judge(figures(rows=rows), PROMPTS, expected=MADE)
 
 
 def test_one_other_token_fails_and_is_named():
@@ -162,7 +174,7 @@ JSON = some.recursive(
 @given(some.dictionaries(some.sampled_from(list(figures())), JSON | some.lists(JSON, max_size=3)))
 def test_any_figures_are_judged_or_refused(changes):
     with contextlib.suppress(AirgapError):
-        judge(figures(**changes), PROMPTS, expected=GRAPHS)
+        judge(figures(**changes), PROMPTS, expected=MADE)
 
 
 @pytest.mark.parametrize(

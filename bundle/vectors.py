@@ -1,0 +1,133 @@
+"""`META/vectors/*.json`, format `airgap-parity-vectors/1`: what a target must answer again.
+
+One file a precision; FORMAT.md, 12.2. Staging writes it out of the proof of parity; the secured
+side reads it and holds the installed graph against it (`airgap.install.parity`). It also carries
+what was measured of a precision that is not fp32, so that whoever chooses one can see its price.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.fields import Count, Document, Name, Text, Token
+from bundle.manifest import Manifest, Parity, first_problem
+from policy.errors import RefusedError
+
+FORMAT: Literal["airgap-parity-vectors/1"] = "airgap-parity-vectors/1"
+LIMIT = 16 * 1024 * 1024
+
+_Id = Annotated[int, Field(ge=0, le=1 << 24)]
+_Ids = Annotated[tuple[_Id, ...], Field(min_length=1, max_length=1 << 17)]
+_Number = Annotated[
+    str, Field(pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,12})?([Ee][+-]?[0-9]{1,3})?$", max_length=32)
+]
+_Prompt = Annotated[str, Field(min_length=1, max_length=65_536)]
+
+
+class Vector(Document):
+    """One prompt: its ids, the greedy tokens after it, and the largest logits of the first."""
+
+    kind: Token
+    prompt: _Prompt
+    source: Text
+    prompt_ids: _Ids
+    greedy_ids: _Ids
+    top_logits: tuple[tuple[_Id, _Number], ...] = Field(min_length=1, max_length=64)
+
+
+class TaskFigure(Document):
+    """Completions of one task that are valid, out of `samples`, here and in fp32."""
+
+    task: Token
+    samples: Count
+    valid: Count
+    valid_fp32: Count
+
+
+class Figures(Document):
+    """What a precision costs against the published weights in fp32.
+
+    `mean_kl` is in nats; `top1` and `greedy` are shares: of the positions with the same best token,
+    and of the greedy tokens before the first that differs. `measured_on` tells of a stand-in.
+    """
+
+    mean_kl: _Number
+    top1: _Number
+    greedy: _Number
+    max_delta: _Number
+    positions: Count
+    measured_on: Text
+    recipe: str = Field(max_length=1024)
+    tasks: tuple[TaskFigure, ...] = Field(max_length=64)
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        shares = (
+            f"same best token {_percent(self.top1)}, same greedy tokens {_percent(self.greedy)}"
+        )
+        tasks = "; ".join(
+            f"{each.task} valid {each.valid} of {each.samples} (fp32 {each.valid_fp32})"
+            for each in self.tasks
+        )
+        found = f"mean KL to fp32 {Decimal(self.mean_kl):.1e}, {shares}"
+        return f"{found}; {tasks or 'no task was assessed'}"
+
+
+class Vectors(Document):
+    """The whole file."""
+
+    format: Literal["airgap-parity-vectors/1"] = FORMAT
+    model: Name
+    precision: Token
+    provider: Name
+    tolerance: _Number
+    steps: Annotated[int, Field(ge=1, le=4096)]
+    credits: tuple[dict[str, Text], ...] = Field(max_length=64)
+    measured: Figures | None = None
+    vectors: tuple[Vector, ...] = Field(min_length=1, max_length=4096)
+
+
+def canonical_vectors(vectors: Vectors) -> bytes:
+    """Return the one byte form."""
+    return canonical_json(vectors.model_dump(mode="json", exclude_none=True))
+
+
+def parse_vectors(raw: bytes, claim: Parity) -> Vectors:
+    """Turn the bytes that `claim` names into vectors.
+
+    Raises:
+        RefusedError: `manifest.vectors`; anything else than what staging writes for this claim.
+
+    """
+    parse_canonical(raw, code="manifest.vectors", what=claim.vectors, limit=LIMIT)
+    try:
+        found = Vectors.model_validate_json(raw)
+    except ValidationError as error:
+        raise RefusedError(
+            "manifest.vectors", f"{claim.vectors!r:.120}: {first_problem(error)}"
+        ) from error
+    stated = found.model, found.precision, found.provider, found.tolerance
+    if stated != (claim.model, claim.precision, claim.provider, claim.tolerance):
+        raise RefusedError(
+            "manifest.vectors", f"{claim.vectors!r:.120} is not what the manifest claims of it"
+        )
+    return found
+
+
+def vectors_path(precision: str) -> str:
+    """Return where the vectors of a precision stand."""
+    return f"META/vectors/parity{'' if precision == 'fp32' else '-' + precision}.json"
+
+
+def figures_path(manifest: Manifest, precision: str) -> str | None:
+    """Return the listed path of the vectors of a precision, None where there are none."""
+    return next((each.vectors for each in manifest.parity if each.precision == precision), None)
+
+
+def _percent(share: str) -> str:
+    return f"{100 * Decimal(share):.1f} %"
