@@ -178,10 +178,14 @@ def run_on(
     job, out = work.job, work.out
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        plan = _plan(work, rung, (out, scratch))
-        process = Process(plan, stderr_cap=job.stderr_limit, deadline_s=START_S, leaked=leaked)
+        process = Process(
+            lambda: _plan(work, rung, (out, scratch)),
+            stderr_cap=job.stderr_limit,
+            deadline_s=START_S,
+            leaked=leaked,
+        )
         try:
-            document = _seal(process, plan, work.facts, tried, probe)
+            document = _seal(process, work.facts, tried, probe)
             started = time.monotonic()
             process.send(channel.REQUEST, json.dumps(work.program).encode())
             _wait(process, (out, scratch), work.limit, started + job.timeout_s)
@@ -227,12 +231,12 @@ def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
 
 def _seal(
     process: Process,
-    plan: Plan,
     facts: HostSurvey,
     tried: Sequence[dict[str, str]],
     probe: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Let the stub close exec and verify it twice, as for a worker."""
+    plan = process.plan
     process.expect(channel.LOADED)
     loaded = process.verify(facts, own_filters=2, dumpable=None)
     process.send(channel.SEAL, b"")

@@ -30,6 +30,9 @@ _SECCOMP_TYPE = 1326
 _SETTLE_S = 0.05  # the kernel hands its records out by a thread of its own
 _QUIET_S = 0.002
 _SILENCE_LIMIT_S = 1.0
+# The last calls that a seal provokes on purpose. Records come in order, so that these are the last.
+LAST_OF_STAGE1 = tables.CEILING + 1
+LAST_DOOR = tables.NUMBERS["tgkill"][0]
 _ENOUGH = 3  # records of the self-test without which a source proves nothing
 _DRAIN_LIMIT = 200_000
 
@@ -69,12 +72,21 @@ class Denials:
             os.lseek(descriptor, 0, os.SEEK_END)
             self._descriptor, self.source = descriptor, "kernel log"
 
-    def settle(self, pid: int) -> None:
-        """Wait for the denials that the self-test of `pid` provoked; later ones are its own."""
+    def settle(self, pid: int, last: int | None = None) -> None:
+        """Wait for the denials that the self-test of `pid` provoked; later ones are its own.
+
+        Args:
+            pid: The process on the host.
+            last: The call that was denied last; None waits for an instant of silence.
+
+        """
         until = time.monotonic() + _SETTLE_S
         while self._descriptor >= 0:
             self._drain()
-            shown = self._seen.get(pid, Counter()).total() >= _ENOUGH
+            seen = self._seen.get(pid, Counter())
+            shown = seen.total() >= _ENOUGH
+            if shown and last in seen:
+                break
             left = until - time.monotonic()
             if left <= 0:
                 break

@@ -1,16 +1,15 @@
 """First file that a fresh interpreter runs, in the launcher and inside the seal.
 
-Started as `python -I -S -B entry.py PART {"packages": {...}, "site": [...]}`. `-I -S` leaves a path
-of the standard library alone, so no `.pth` file and no variable of the environment runs code here.
-Our packages are found by folder and not by listing a parent folder, which the seal may not read.
+Started as `python -I -S -B entry.py PART {"packages": {...}, "site": [...]}`; the launcher needs
+the folder of `airgap` alone and is spared the parser. `-I -S` leaves a path of the standard
+library alone, so no `.pth` file and no variable of the environment runs code here. Our packages
+are found by folder and not by listing a parent folder, which the seal may not read.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.machinery import ModuleSpec, SourceFileLoader
 
 
 class Folders:
@@ -25,22 +24,29 @@ class Folders:
         folder = self._packages.get(name)
         if folder is None:
             return None
-        return spec_from_file_location(
-            name, f"{folder}/__init__.py", submodule_search_locations=[folder]
-        )
+        path = f"{folder}/__init__.py"
+        spec = ModuleSpec(name, SourceFileLoader(name, path), origin=path, is_package=True)
+        spec.submodule_search_locations = [folder]
+        spec.has_location = True
+        return spec
 
 
 def main(argv: list[str]) -> None:
     """Make our packages importable and hand over to the launcher, the worker or a conversion."""
-    part, where = argv[1], json.loads(argv[2])
-    # The standard library stands first: a module of the same name elsewhere never wins over it.
-    sys.meta_path.append(Folders(where["packages"]))
-    sys.path.extend(where["site"])
+    part = argv[1]
     if part == "launcher":
+        sys.meta_path.append(Folders({"airgap": argv[2]}))
         from airgap.enclave import launcher  # noqa: PLC0415 - importable only now
 
         launcher.main(argv[3:])
-    elif part == "worker":
+        return
+    import json  # noqa: PLC0415 - the launcher does without
+
+    where = json.loads(argv[2])
+    # The standard library stands first: a module of the same name elsewhere never wins over it.
+    sys.meta_path.append(Folders(where["packages"]))
+    sys.path.extend(where["site"])
+    if part == "worker":
         from airgap.enclave import worker  # noqa: PLC0415
 
         worker.main()

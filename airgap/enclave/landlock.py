@@ -8,7 +8,6 @@ a forbidden signal have failed in this very process; return codes prove nothing.
 from __future__ import annotations
 
 import _socket
-import contextlib
 import ctypes
 import errno
 import os
@@ -154,8 +153,9 @@ def verify_behaviour(abi: int, *, readable: str, outside: int | None) -> None:
 
 def _verify_tcp() -> None:
     """Connect to the discard port of this host; Landlock answers before any packet exists."""
-    with contextlib.closing(_socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)) as probe:
-        answer = probe.connect_ex(("127.0.0.1", 9))
+    probe = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+    answer = probe.connect_ex(("127.0.0.1", 9))
+    probe.close()
     if answer != errno.EACCES:
         found = errno.errorcode.get(answer, "success")
         raise LandlockError(f"a TCP connect answered {found}, expected EACCES")

@@ -7,15 +7,14 @@ believed.
 """
 
 # ruff: noqa: PTH112, PTH116, PTH208
-# pathlib costs the launcher ten milliseconds
+# Each import is a part of the start of every worker: pathlib, json, re, signal, contextlib and
+# typing would cost the launcher as much as the interpreter itself.
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
+import marshal
 import os
 import resource
-import signal
 import stat
 import struct
 
@@ -106,25 +105,37 @@ def seal(plan: Plan) -> None:
         apply_stage1()
 
 
-@contextlib.contextmanager
-def layer(name: str) -> Iterator[None]:
-    """Name the layer in which anything went wrong."""
-    try:
-        yield
-    except Refusal:
-        raise
-    except Exception as error:
+class layer:  # noqa: N801 - reads as a part of the sentence
+    """Names the layer in which anything went wrong."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Refusal) or not isinstance(error, Exception):
+            return
         where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         code = f"{errno.errorcode.get(error.errno or 0, '')} " if isinstance(error, OSError) else ""
         words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Refusal(name, f"{code}{words}{where}") from error
+        raise Refusal(self._name, f"{code}{words}{where}") from error
 
 
 def report(voice: int, name: str, message: str) -> None:
-    """Tell the broker which layer refused."""
-    text = json.dumps({"layer": name, "message": message[:2000]}).encode()
-    with contextlib.suppress(OSError):
-        channel.send(voice, channel.REFUSED, text)
+    """Tell the broker which layer refused; what stands in the way of a frame stays unsaid."""
+    text = f'{{"layer": {quoted(name)}, "message": {quoted(message[:2000])}}}'
+    try:
+        channel.send(voice, channel.REFUSED, text.encode(errors="backslashreplace"))
+    except OSError:
+        return
+
+
+def quoted(text: str) -> str:
+    """Return a JSON string: whether a file is readable by now is not known, so none is imported."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(max(sign, " ") for sign in escaped) + '"'
 
 
 # -- step 2: a fresh process ----------------------------------------------------------------------
@@ -143,7 +154,7 @@ def check_start() -> None:
 
 def die_with(parent: int) -> None:
     """Ask for SIGKILL when the parent dies, then make sure that it had not died before."""
-    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    linux.prctl(linux.PR_SET_PDEATHSIG, linux.SIGKILL)
     if os.getppid() != parent:
         raise OSError(errno.ESRCH, "the broker is gone")
 
@@ -198,7 +209,7 @@ def check_descriptors() -> None:
 def read_plan() -> Plan:
     """Read what the broker wants; the filters must be the ones that it will compare with."""
     frame = channel.receive(CHANNEL_IN, PLAN_LIMIT)
-    plan: Plan = json.loads(frame.payload)
+    plan: Plan = marshal.loads(frame.payload)  # noqa: S302 - of the broker, as this program is
     if filters.stage1(linux.MACHINE).hex() != plan["stage1"]:
         raise Refusal("stage1", "the filter is not the one that the broker expects")
     return plan
@@ -251,7 +262,7 @@ def become_first_process(plan: Plan) -> Callable[[], None]:
 
     def still_alive() -> None:
         # The parent is outside this PID namespace and has no number here: it must answer instead.
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        linux.prctl(linux.PR_SET_PDEATHSIG, linux.SIGKILL)
         os.write(asked, b"?")
         if os.read(replied, 1) != b"!":
             raise Refusal("parent", "the waiting parent is gone")
@@ -271,9 +282,11 @@ def become_first_process(plan: Plan) -> Callable[[], None]:
 def check_descriptors_by_number() -> None:
     """Refuse any open number above the channel, where /proc is gone already."""
     for number in range(CHANNEL_OUT + 1, OPEN_DESCRIPTORS):
-        with contextlib.suppress(OSError):
+        try:
             os.fstat(number)
-            raise Refusal("descriptors", f"descriptor {number} is open")
+        except OSError:
+            continue
+        raise Refusal("descriptors", f"descriptor {number} is open")
 
 
 def wait_outside(child: int, question: int, answer: int, plan: Plan) -> None:
@@ -285,7 +298,7 @@ def wait_outside(child: int, question: int, answer: int, plan: Plan) -> None:
             os.write(answer, b"!")
         os.closerange(0, OPEN_DESCRIPTORS * 2)
         drop_identity(plan)
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        linux.prctl(linux.PR_SET_PDEATHSIG, linux.SIGKILL)
         if os.getppid() != plan["broker"]:
             os._exit(REFUSED_STATUS)
         linux.prctl(linux.PR_SET_DUMPABLE, 0)
@@ -342,7 +355,7 @@ def drop_identity(plan: Plan) -> None:
     if 0 in uids or len(set(uids)) != 1:
         raise Refusal("identity", f"the ids are {uids}, expected one that is not 0")
     if plan["identity"] is not None:
-        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # the change of uid has cleared it
+        linux.prctl(linux.PR_SET_PDEATHSIG, linux.SIGKILL)  # the change of uid has cleared it
         try:
             os.setuid(0)
         except OSError:

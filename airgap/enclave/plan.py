@@ -349,17 +349,24 @@ def _paths(binds: Iterable[Bind], mode: Mode) -> list[str]:
 
 def launcher_argv(incoming: int, outgoing: int) -> list[str]:
     """Return the command line of the launcher itself."""
-    packages = package_folders()
-    entry = f"{packages['airgap']}/enclave/entry.py"
-    where = _where(packages, third_party=False)
+    folder = package_folders()["airgap"]
     ends = [str(incoming), str(outgoing), str(os.getpid())]
-    return [interpreter(), "-I", "-S", "-B", entry, "launcher", where, *ends]
+    return [
+        interpreter(),
+        "-I",
+        "-S",
+        "-B",
+        f"{folder}/enclave/entry.py",
+        "launcher",
+        folder,
+        *ends,
+    ]
 
 
-def _where(packages: dict[str, str], *, third_party: bool = True) -> str:
+def _where(packages: dict[str, str]) -> str:
     import json  # noqa: PLC0415 - used here alone
 
-    return json.dumps({"packages": packages, "site": site_folders() if third_party else []})
+    return json.dumps({"packages": packages, "site": site_folders()})
 
 
 def _owner(path: str, identity: list[int] | None) -> list[int] | None:

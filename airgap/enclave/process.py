@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import marshal
 import os
 import queue
 import re
@@ -37,12 +38,21 @@ _PROGRAM_ROOMS = frozenset({"prompt", "model", "request", "science", "screen"})
 
 
 class Process:
-    """A launcher that was told `plan`, and what it becomes."""
+    """A launcher that was told a plan, and what it becomes.
+
+    `make_plan` is called once the launcher has been started: its interpreter comes up meanwhile.
+    """
+
+    plan: Plan
 
     def __init__(
-        self, plan: Plan, *, stderr_cap: int, deadline_s: float, leaked: tuple[int, ...] = ()
+        self,
+        make_plan: Callable[[], Plan],
+        *,
+        stderr_cap: int,
+        deadline_s: float,
+        leaked: tuple[int, ...] = (),
     ) -> None:
-        self.plan = plan
         self.deadline = time.monotonic() + deadline_s
         self.deadline_s = deadline_s
         self._ended: dict[str, Any] | None = None
@@ -51,6 +61,8 @@ class Process:
         self._reaping = threading.RLock()
         self._pidfd = -1
         self.pid = 0
+        self._waited_for = False  # by a parent outside, which passes its end on
+        self._parent_sealed = False
         require_descriptors()
         incoming, self._to = os.pipe()
         self._from, outgoing = os.pipe()
@@ -67,7 +79,9 @@ class Process:
         self._stderr = _Drain(self._popen, stderr_cap)
         try:
             self._stderr.start()
-            self.send(channel.PLAN, json.dumps(plan).encode())
+            self.plan = make_plan()
+            self._waited_for = bool(self.plan["namespaces"])
+            self.send(channel.PLAN, marshal.dumps(dict(self.plan)))
             self._meet()
         except BaseException:
             self.kill()
@@ -77,7 +91,7 @@ class Process:
         """Learn the host pid of the sealed process and take a handle that cannot be reused."""
         frame = self.expect(channel.ALIVE)
         pid = int(frame.payload)
-        wanted = self._popen.pid if self.plan["namespaces"] else os.getpid()
+        wanted = self._popen.pid if self._waited_for else os.getpid()
         try:
             handle = os.pidfd_open(pid)
         except OSError:
@@ -155,8 +169,11 @@ class Process:
         if found.session != self._popen.pid:
             words = f"the process is in session {found.session}, not in that of its launcher"
             raise SealRefused("parent", words)
-        if self.plan["namespaces"]:
-            self._verify_parent(facts)
+        until = time.monotonic() + _GRACE_S
+        while self._waited_for and not self.parent_sealed(facts):
+            if time.monotonic() > until:
+                raise SealRefused("parent", "the waiting parent has taken no filter")
+            time.sleep(0.001)
         return found
 
     def _settled(self) -> evidence.Facts:
@@ -164,23 +181,35 @@ class Process:
         until = time.monotonic() + _GRACE_S
         while True:
             found = evidence.read(self.pid)
-            if not self.plan["namespaces"] or not found.sockets or time.monotonic() > until:
+            if not self._waited_for or not found.sockets or time.monotonic() > until:
                 return found
             time.sleep(0.001)
 
-    def _verify_parent(self, facts: HostSurvey) -> None:
-        """Look at the process that waits outside: it seals itself, an instant later."""
-        until = time.monotonic() + _GRACE_S
-        while True:
-            try:
-                found = evidence.read(self._popen.pid)
-            except OSError as error:
-                raise SealRefused("parent", f"the waiting parent is gone: {error}") from error
-            if found.seccomp and found.filters == evidence.inherited_filters() + 1:
-                break
-            if time.monotonic() > until:
-                raise SealRefused("parent", "the waiting parent has taken no filter")
-            time.sleep(0.001)
+    def look_at_parent(self, facts: HostSurvey) -> None:
+        """Prove the waiting parent while the program loads; `verify` does it where it is early."""
+        if not self._waited_for:
+            return
+        with contextlib.suppress(SealRefused):  # raised again by `verify`, if it still holds then
+            while not self.parent_sealed(facts) and not self.reader.ready(0.002):
+                continue
+
+    def parent_sealed(self, facts: HostSurvey) -> bool:
+        """Look at the process that waits outside; False until it has taken its filter.
+
+        Once is enough: under that filter it can change nothing of itself any more.
+
+        Raises:
+            SealRefused: It is gone, or it is not what it should be.
+
+        """
+        if self._parent_sealed:
+            return True
+        try:
+            found = evidence.read(self._popen.pid)
+        except OSError as error:
+            raise SealRefused("parent", f"the waiting parent is gone: {error}") from error
+        if not found.seccomp or found.filters != evidence.inherited_filters() + 1:
+            return False
         whole = (found.uids[1], found.no_new_privs, found.capabilities["prm"], found.descriptors)
         if whole[:3] != (self.uid_seen(facts), 1, "0") or whole[3]:
             raise SealRefused("parent", f"the waiting parent is not sealed: {whole}")
@@ -188,6 +217,8 @@ class Process:
         with self._reaping:
             if evidence.live_filters(self._popen.pid, [expected], facts) is False:
                 raise SealRefused("parent", "the filter of the waiting parent is another one")
+        self._parent_sealed = True
+        return True
 
     def uid_seen(self, facts: HostSurvey) -> int:
         """Return the uid that /proc shows: in a user namespace it stays the starter's."""
@@ -269,10 +300,14 @@ class Process:
         self._stderr.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
-        if not self.plan["namespaces"] and status >= SIGNAL_BASE:
+        if not self._waited_for and status >= SIGNAL_BASE:
             status = HIGH_STATUS  # our own child: a number of its choice, and no signal
         self._ended = exit_of(status)
         return self._ended
+
+    def duplicate_ends(self) -> tuple[int, int]:
+        """Return the channel's ends, to read and to write, for a thread that closes them itself."""
+        return os.dup(self._from), os.dup(self._to)
 
     def _close_ends(self) -> None:
         for name in ("_to", "_from"):

@@ -8,11 +8,9 @@ Whatever the plan does not bind does not exist in there: no socket of a daemon, 
 # pathlib costs the launcher ten milliseconds
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
-import signal
 import stat
 import struct
 
@@ -22,8 +20,6 @@ TYPE_CHECKING = (
     False  # the launcher has no use for the `typing` module; type checkers know this name
 )
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from airgap.enclave.plan import Bind, Plan
 
 
@@ -41,8 +37,9 @@ def private_root(plan: Plan) -> None:
     base = next(path for path in ("/tmp", "/mnt", "/srv", "/usr") if os.path.isdir(path))  # noqa: S108 - a mount point, covered at once
     options = f"mode=0755,size={plan['root_kib']}k"
     linux.mount("tmpfs", base, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
+    carriers = Carriers()
     for bind in binds:
-        attach(base, bind, sources[bind["path"]], plan)
+        attach(base, bind, sources[bind["path"]], plan, carriers)
     for path, target in plan["links"]:
         if not os.path.lexists(base + path):
             os.symlink(target, base + path)
@@ -61,11 +58,12 @@ def private_root(plan: Plan) -> None:
     )
     for descriptor in sources.values():
         os.close(descriptor)
+    carriers.close()
     if os.path.exists("/.old") or os.statvfs("/").f_flag & os.ST_RDONLY == 0:
         raise RootError("the private root is not closed")
 
 
-def attach(base: str, bind: Bind, source: int, plan: Plan) -> None:
+def attach(base: str, bind: Bind, source: int, plan: Plan, carriers: Carriers) -> None:
     """Bind one source below `base`; as root, show the files of its owner as the worker's own."""
     target = base + bind["path"]
     if stat.S_ISDIR(os.fstat(source).st_mode):
@@ -75,7 +73,7 @@ def attach(base: str, bind: Bind, source: int, plan: Plan) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
     if bind["owner"] is not None and plan["identity"] is not None:
         try:
-            attach_owned(source, target, bind["owner"], plan["identity"])
+            attach_owned(source, target, carriers.of(bind["owner"], plan["identity"]))
         except OSError:
             pass  # a file system without idmapped mounts: `check_readable` decides
         else:
@@ -92,18 +90,15 @@ _MOUNT_ATTR_IDMAP, _MOUNT_ATTR_RDONLY = 0x00100000, 1
 _AT_FDCWD = -100
 
 
-def attach_owned(source: int, target: str, owner: list[int], identity: list[int]) -> None:
-    """Bind read-only with an id map: what `owner` owns on disk belongs to `identity` here."""
+def attach_owned(source: int, target: str, namespace: int) -> None:
+    """Bind read-only with the id map of a user namespace (`Carriers`)."""
     tree = linux.call(
         "open_tree", source, linux.text(""), _OPEN_TREE_CLONE | _AT_EMPTY_PATH | os.O_CLOEXEC
     )
     try:
-        with user_namespace(owner, identity) as namespace:
-            content = struct.pack("<QQQQ", _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY, 0, 0, namespace)
-            attribute = ctypes.create_string_buffer(content, len(content))
-            linux.call(
-                "mount_setattr", tree, linux.text(""), _AT_EMPTY_PATH, attribute, len(content)
-            )
+        content = struct.pack("<QQQQ", _MOUNT_ATTR_IDMAP | _MOUNT_ATTR_RDONLY, 0, 0, namespace)
+        attribute = ctypes.create_string_buffer(content, len(content))
+        linux.call("mount_setattr", tree, linux.text(""), _AT_EMPTY_PATH, attribute, len(content))
         linux.call(
             "move_mount",
             tree,
@@ -116,35 +111,54 @@ def attach_owned(source: int, target: str, owner: list[int], identity: list[int]
         os.close(tree)
 
 
-@contextlib.contextmanager
-def user_namespace(inside: list[int], outside: list[int]) -> Iterator[int]:
-    """Yield a descriptor of a user namespace that maps one uid and one gid: the map's carrier."""
-    told, tell = os.pipe()
-    child = os.fork()
-    if not child:
+class Carriers:
+    """User namespaces that carry the id map of a mount: what one owner has on disk is another's."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], int] = {}
+        self._children: list[int] = []
+
+    def of(self, owner: list[int], identity: list[int]) -> int:
+        """Return a namespace in which the files of `owner` belong to `identity`."""
+        key = (*owner, *identity)
+        if key not in self._made:
+            self._made[key] = self._make(owner, identity)
+        return self._made[key]
+
+    def close(self) -> None:
+        """Close the namespaces and bury the processes that made them."""
+        for namespace in self._made.values():
+            os.close(namespace)
+        for child in self._children:
+            os.waitpid(child, 0)
+
+    def _make(self, inside: list[int], outside: list[int]) -> int:
+        told, tell = os.pipe()
+        kept, keep = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.close(keep)
+                linux.call("unshare", linux.CLONE_NEWUSER)
+                # /proc still belongs to the outer PID namespace: this is the number that it knows.
+                os.write(tell, os.readlink("/proc/self").encode())
+                os.read(kept, 1)  # until it is killed
+            finally:
+                os._exit(0)
+        self._children.append(child)
+        os.close(tell)
+        os.close(kept)
         try:
-            linux.call("unshare", linux.CLONE_NEWUSER)
-            # /proc still belongs to the outer PID namespace: this is the number that it knows.
-            os.write(tell, os.readlink("/proc/self").encode())
-            signal.pause()
+            number = os.read(told, 20).decode()
+            if not number:
+                raise OSError(errno.ENOSPC, "no user namespace can be made")
+            linux.write_text(f"/proc/{number}/uid_map", f"{inside[0]} {outside[0]} 1")
+            linux.write_text(f"/proc/{number}/gid_map", f"{inside[1]} {outside[1]} 1")
+            return os.open(f"/proc/{number}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
-            os._exit(0)
-    os.close(tell)
-    try:
-        number = os.read(told, 20).decode()
-        if not number:
-            raise OSError(errno.ENOSPC, "no user namespace can be made")
-        linux.write_text(f"/proc/{number}/uid_map", f"{inside[0]} {outside[0]} 1")
-        linux.write_text(f"/proc/{number}/gid_map", f"{inside[1]} {outside[1]} 1")
-        namespace = os.open(f"/proc/{number}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-    finally:
-        os.close(told)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    try:
-        yield namespace
-    finally:
-        os.close(namespace)
+            os.close(told)
+            os.close(keep)
+            os.kill(child, linux.SIGKILL)
 
 
 def protect(base: str, binds: list[Bind]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame
-from airgap.enclave.denials import Denials
+from airgap.enclave.denials import LAST_DOOR, Denials
 from airgap.enclave.evidence import Finding
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan
@@ -150,13 +150,16 @@ def start(
 
     `leaked` are descriptors that the twin of the probe hands to its launcher on purpose.
     """
-    plan = plan_for(rung, spec, facts)
     denials = Denials()
     process = None
     try:
         process = Process(
-            plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s, leaked=leaked
+            lambda: plan_for(rung, spec, facts),
+            stderr_cap=spec.caps.stderr_bytes,
+            deadline_s=spec.deadline_s,
+            leaked=leaked,
         )
+        plan = process.plan
         request = {
             "program": spec.program,
             "config": spec.config,
@@ -165,10 +168,11 @@ def start(
             "cuda": spec.driver.library if plan["last"] == "stage2_gpu" else None,
         }
         process.send(channel.PROGRAM, json.dumps(request).encode())
+        process.look_at_parent(facts)
         frame = process.expect(channel.LOADED)
         said = json_object(frame.payload)
         sealed, document = prove(process, spec, facts, tried=tried, probe=probe, said=said)
-        denials.settle(process.pid)
+        denials.settle(process.pid, LAST_DOOR)
     except BaseException:
         denials.close()
         if process is not None:

@@ -21,10 +21,11 @@ from typing import Any
 
 from airgap.enclave import channel, evidence, host, twin
 from airgap.enclave.channel import ChannelError, Frame
-from airgap.enclave.denials import Denials
+from airgap.enclave.denials import LAST_DOOR, LAST_OF_STAGE1, Denials
 from airgap.enclave.guest import SOURCE_LIMIT
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.launcher import HIGH_STATUS
+from airgap.enclave.plan import Plan
 from airgap.enclave.process import Process, json_object
 from airgap.enclave.refused import SealRefused
 from airgap.enclave.seal import climb, library_of, plan_for, policy_of, prove
@@ -207,17 +208,20 @@ class _Attempt:
         self._sealed = False  # the last filter of this stage is in
         self._denials = Denials()
         self._started = time.monotonic()
-        plan = plan_for(rung, spec, facts, part="guest")
-        # Shared memory counts as address space alone, of which a model needs more than a probe.
-        address = (spec.caps.memory_mb + _ADDRESS_MB) << 20
-        plan["limits"]["AS"] = min(plan["limits"]["AS"], address)
         try:
             self._process = Process(
-                plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s
+                self._plan, stderr_cap=spec.caps.stderr_bytes, deadline_s=spec.deadline_s
             )
         except BaseException:
             self._denials.close()
             raise
+
+    def _plan(self) -> Plan:
+        plan = plan_for(self._rung, self._spec, self._facts, part="guest")
+        # Shared memory counts as address space alone, of which a model needs more than a probe.
+        address = (self._spec.caps.memory_mb + _ADDRESS_MB) << 20
+        plan["limits"]["AS"] = min(plan["limits"]["AS"], address)
+        return plan
 
     def run(self) -> Trial:
         """Build the seal, hand the probe in, watch it, end it."""
@@ -226,7 +230,7 @@ class _Attempt:
             process.expect(channel.LOADED)
             self._before = process.verify(self._facts, own_filters=1, dumpable=None)
             self._evidence = self._stage1_document()
-            self._denials.settle(process.pid)
+            self._denials.settle(process.pid, LAST_OF_STAGE1)
             try:
                 ended = self._exchange()
             except SealRefused as refused:
@@ -268,7 +272,7 @@ class _Attempt:
             )
             self._evidence["stage"] = 2
             self._sealed = True
-            self._denials.settle(process.pid)
+            self._denials.settle(process.pid, LAST_DOOR)
             self._send(channel.REQUEST, b"")
         said = self._said(self._next(channel.REPLY))
         self._look()

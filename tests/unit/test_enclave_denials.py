@@ -11,7 +11,7 @@ from enclave_harness import needs_namespaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airgap.enclave import denials
+from airgap.enclave import denials, tables, worker
 from airgap.enclave.denials import Denials
 
 TEXT = (
@@ -95,6 +95,30 @@ def test_only_calls_after_the_self_test_are_counted():
     fed.close()
     assert fed.result()["count"] == 2
     os.close(fed.feed)
+
+
+def test_the_last_door_ends_the_wait_at_once(monkeypatch):
+    def waits(*_):
+        raise AssertionError("waited for silence")
+
+    fed = Fed()
+    fed.say(7, 41, 5)
+    fed.say(7, denials.LAST_DOOR)
+    monkeypatch.setattr(denials.select, "select", waits)
+    fed.settle(7, denials.LAST_DOOR)
+    monkeypatch.undo()
+    fed.say(7, 257)
+    assert fed.result()["calls"] == {"openat": 1}
+    fed.close()
+    os.close(fed.feed)
+
+
+def test_the_last_door_is_the_last_that_a_worker_tries():
+    assert list(worker.prepare_attempts())[-1] == "signal_by_thread"
+    assert denials.name_of(denials.LAST_DOOR) == "tgkill"
+    # Stage 1 lets it through, so that only stage 2 can have denied it.
+    denied = {name for _, _, names in tables.STAGE1 for name in names}
+    assert "tgkill" not in denied
 
 
 def test_records_that_come_late_are_waited_for():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import marshal
 import os
 import resource
 import signal
@@ -63,6 +64,15 @@ def test_a_refusal_is_one_frame():
     os.close(write)
     os.close(read)
     launcher.report(write, "root", "nobody listens")
+
+
+@pytest.mark.parametrize(
+    "text", ['a "quote" and a \\', "m\u00fcller \U0001f512", "\udcff", "", "plain"]
+)
+def test_a_refusal_is_json_whatever_it_says(text):
+    sent = launcher.quoted(text).encode(errors="backslashreplace")
+    assert json.loads(sent) == text
+    assert json.loads(launcher.quoted("two\nlines\x00")) == "two lines "
 
 
 def test_a_second_thread_or_another_machine_is_refused(monkeypatch):
@@ -194,7 +204,7 @@ def test_a_descriptor_is_found_without_proc():
 
 def test_a_filter_that_the_broker_does_not_expect_is_refused(monkeypatch):
     def read(plan):
-        sent = channel.Frame(channel.PLAN, 0, json.dumps(plan).encode())
+        sent = channel.Frame(channel.PLAN, 0, marshal.dumps(plan))
         monkeypatch.setattr(channel, "receive", lambda *_: sent)
         return launcher.read_plan()
 
@@ -448,9 +458,10 @@ def test_each_part_is_reached_by_its_name(part, monkeypatch):
         monkeypatch.setattr(module, "main", lambda *_, name=name: called.append(name))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    entry.main(["entry.py", part, json.dumps({"packages": {}, "site": ["/nowhere"]}), "1"])
+    where = json.dumps({"packages": {}, "site": ["/nowhere"]})
+    entry.main(["entry.py", part, "/ours" if part == "launcher" else where, "1"])
     assert called == [part]
-    assert sys.path[-1] == "/nowhere"
+    assert (sys.path[-1] == "/nowhere") == (part != "launcher")
 
 
 def test_our_packages_are_found_by_folder_and_others_left_alone(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import marshal
 import os
 import signal
 import subprocess
@@ -97,7 +98,7 @@ def launch_to_exec(made, *, within=20.0, ppid=None):
     deadline = time.monotonic() + within
     frames = {}
     try:
-        Writer(to).write(channel.encode(channel.PLAN, json.dumps(made).encode()), deadline=deadline)
+        Writer(to).write(channel.encode(channel.PLAN, marshal.dumps(made)), deadline=deadline)
         kinds = (channel.ALIVE, channel.LOADED, channel.REFUSED)
         while not {channel.LOADED, channel.REFUSED} & set(frames):
             frame = Reader(read).read(kinds, cap=64 << 20, deadline=deadline)
