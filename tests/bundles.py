@@ -271,6 +271,7 @@ def make_bundle(
     signers: tuple[str, ...] = ("builder", "alice", "bob"),
     members: list[Member] | None = None,
     progress: Any = None,
+    kept: Any = None,
     **changes: Any,
 ) -> Manifest:
     return write_archive(
@@ -280,6 +281,7 @@ def make_bundle(
         trust_chain=trust.chain_document(roots or make_trust()),
         seal=seal_with(*signers),
         progress=progress,
+        kept=kept,
     )
 
 

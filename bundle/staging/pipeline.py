@@ -3,18 +3,17 @@
 inspect -> admission -> convert (sealed) -> parity (sealed) -> bill of materials -> archive. The
 policy is asked before the expensive steps, about the snapshot as it was hashed. The same snapshot,
 facts and tools give the same body and manifest: no clock is read, `created` is an argument.
-Everything happens in one work folder beside the output, which goes away however it ends.
+Everything happens in one work folder beside the output (`bundle.staging.resume`): a build that is
+stopped leaves its finished steps there, and the next one goes on from them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bundle.canonical import canonical_json
 from bundle.envelope import Envelope, sign_statement
 from bundle.evidence.summary import PATH as SUMMARY
 from bundle.evidence.summary import upstream_summary
@@ -58,16 +58,16 @@ from bundle.staging.attest import (
     source_files,
 )
 from bundle.staging.bom import bill_of_materials
-from bundle.staging.convert import PRECISIONS, Converted, convert, place_inputs
+from bundle.staging.convert import Converted, convert, place_inputs
 from bundle.staging.inspect import InspectReport, inspect_source
 from bundle.staging.output import output_problem
-from bundle.staging.parity import TOLERANCES, Assess, Parity, prove_parity, statement
+from bundle.staging.parity import TOLERANCE, Parity, prove_parity, statement
+from bundle.staging.resume import work_folder
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
 from bundle.staging.upstream import Upstream
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.trust import BUILDER, Trust, chain_document
-from bundle.vectors import Vectors, canonical_vectors, vectors_path
 from bundle.write import Member, write_archive
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
@@ -76,6 +76,7 @@ Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
 """Gives the canonical record of the admission decision, or raises `policy.*`."""
 
 DECISION = "META/policy/admission.json"
+VECTORS_PATH = "META/vectors/parity.json"
 _ATTEST = "META/attest"
 _SPACE = 6  # times the bytes of the weights: fp32 graph, its copy while it is written, the archive
 _FLOOR = 64 * 1024 * 1024
@@ -108,6 +109,14 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """What was taken over from a build that was stopped: sealed runs by name, and chunks."""
+
+    runs: tuple[str, ...] = ()
+    chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Built:
     """A finished draft."""
 
@@ -115,10 +124,10 @@ class Built:
     manifest: Manifest
     report: InspectReport
     parity: Parity
-    vectors: tuple[Vectors, ...]
     builder: str
     decision: Mapping[str, Any]
     seal: Mapping[str, object]
+    resumed: Resumed = Resumed()
 
 
 def build(
@@ -132,9 +141,6 @@ def build(
     admit: Admit,
     pins: Path | None = None,
     upstream: Upstream | None = None,
-    precisions: Sequence[str] = ("fp32",),
-    reference: bool = True,
-    assess: Assess | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Build the draft of a release.
@@ -149,9 +155,6 @@ def build(
         admit: Asks the policy for the admission.
         pins: A file in the form of `sha256sum`.
         upstream: Evidence of the publisher, and whom this site believes.
-        precisions: Which the bundle shall hold; fp32 is always among them.
-        reference: Whether it carries the reference graph where there is a fast one.
-        assess: Counts valid completions, for the task figures of a precision.
         progress: Told stages and units.
 
     Raises:
@@ -178,41 +181,32 @@ def build(
         progress=progress,
     )
     report.require_ready()
-    model = model_entry(report, facts, precisions)
+    model = model_entry(report, facts)
     tell("admit", 0, 1)
     record = admit([model], source_digest(report))
     tell("admit", 1, 1)
     _require_space(report, out)
-    with work_folder(out) as work:
+    hashed = [(file.identity, report.digests[file.path].sha256) for file in report.files]
+    with work_folder(out, hashed) as found:
+        work, kept, run_sealed = found.folder, found.archive, found.keeping(run_sealed)
         source = work / "source"
         place_inputs(report, source)
         memory = memory_of(report)
         tell("convert", 0, 1)
-        converted = convert(
-            report,
-            source,
-            work / "graph",
-            run_sealed=run_sealed,
-            memory_mb=memory,
-            precisions=precisions,
-            reference=reference,
-            progress=lambda done, total: tell("quantize", done, total),
-        )
+        converted = convert(report, source, work / "graph", run_sealed=run_sealed, memory_mb=memory)
         tell("convert", 1, 1)
         tell("parity", 0, 1)
         parity = prove_parity(
             source,
             work / "graph",
             work / "parity",
-            made=converted.graphs,
+            names=[made.name for made in converted.graphs],
             run_sealed=run_sealed,
             memory_mb=memory,
         )
         tell("parity", 1, 1)
         tell("describe", 0, 1)
-        draft = describe(
-            report, facts, model, converted, parity, record=record, pins=pins, assess=assess
-        )
+        draft = describe(report, facts, model, converted, parity, record=record, pins=pins)
         tell("describe", 1, 1)
 
         def seal(manifest: Manifest) -> Envelope:
@@ -229,10 +223,10 @@ def build(
             trust_chain=chain_document(trust),
             seal=seal,
             progress=lambda done, total: tell("seal", done, total),
+            kept=kept,
         )
-    return Built(
-        out, manifest, report, parity, draft.vectors, builder, draft.decision, converted.seal
-    )
+    taken = Resumed(tuple(found.resumed), kept.resumed)
+    return Built(out, manifest, report, parity, builder, draft.decision, converted.seal, taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +235,6 @@ class Draft:
 
     release: Release
     members: tuple[Member, ...]
-    vectors: tuple[Vectors, ...]
     decision: Mapping[str, Any]
     pack_digests: tuple[Digest, ...]
 
@@ -255,7 +248,6 @@ def describe(
     *,
     record: bytes,
     pins: Path | None,
-    assess: Assess | None = None,
 ) -> Draft:
     """Make every document of the release; `record` is the decision of the policy."""
     payload = _payload(report, facts, converted)
@@ -263,7 +255,7 @@ def describe(
     names = {
         f"/{name}"
         for made in converted.graphs
-        for name in (made.path, *set(made.external).difference(made.published))
+        for name in (made.path, *(() if made.published else made.external))
     }
     graph_files = {path: digest for path, digest in digests.items() if path.endswith(tuple(names))}
     weights = {
@@ -287,8 +279,6 @@ def describe(
     summary = upstream_summary(
         model, evidence, source_files(report), created=facts.created, policy=pack_digests
     )
-    vectors = parity.vectors_documents(facts.model_id, assess)
-    recipes = {made.codes: made.recipe for made in converted.graphs if made.codes}
     documents: list[tuple[str, bytes, Role]] = [
         (REPORT, report.to_bytes(), "report"),
         (f"{_ATTEST}/parity.json", statement(parity, graph_files, weights), "attestation"),
@@ -300,30 +290,26 @@ def describe(
                 weights,
                 tools,
                 stable_evidence(converted.seal),
-                pickles=pickles_of(report),
-                recipes=recipes,
+                pickles_of(report),
             ),
             "attestation",
         ),
         (SUMMARY, summary, "attestation"),
         (BOM_PATH, bom, "sbom"),
         (DECISION, record, "policy"),
-        *((vectors_path(each.precision), canonical_vectors(each), "vectors") for each in vectors),
+        (VECTORS_PATH, canonical_json(parity.vectors_document(facts.model_id)), "vectors"),
     ]
     members = [
         *(Member(path, data, role, "application/json") for path, data, role in documents),
         *evidence_members,
         *payload,
     ]
-    release = _release(facts, model, evidence, vectors)
-    return Draft(release, tuple(members), vectors, decision, pack_digests)
+    release = _release(facts, model, evidence, parity)
+    return Draft(release, tuple(members), decision, pack_digests)
 
 
 def _release(
-    facts: Facts,
-    model: ModelEntry,
-    evidence: tuple[Evidence, ...],
-    vectors: tuple[Vectors, ...],
+    facts: Facts, model: ModelEntry, evidence: tuple[Evidence, ...], parity: Parity
 ) -> Release:
     return Release(
         bundle_id=facts.bundle_id or facts.model_id,
@@ -336,22 +322,19 @@ def _release(
         base=facts.base,
         models=(model,),
         evidence=evidence,
-        parity=tuple(
+        parity=(
             ParityClaim(
-                model=each.model,
-                precision=each.precision,
-                provider=each.provider,
-                tolerance=str(TOLERANCES[each.precision]),
-                vectors=vectors_path(each.precision),
-            )
-            for each in vectors
+                model=facts.model_id,
+                precision="fp32",
+                provider=parity.provider,
+                tolerance=str(TOLERANCE),
+                vectors=VECTORS_PATH,
+            ),
         ),
     )
 
 
-def model_entry(
-    report: InspectReport, facts: Facts, precisions: Sequence[str] = ("fp32",)
-) -> ModelEntry:
+def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
     """Return the manifest's entry: stated facts first, then those of the card and the hub.
 
     Raises:
@@ -359,7 +342,7 @@ def model_entry(
 
     """
     try:
-        return _model_entry(report, facts, precisions)
+        return _model_entry(report, facts)
     except ValidationError as error:
         raise RefusedError(
             "build.facts",
@@ -368,7 +351,7 @@ def model_entry(
         ) from error
 
 
-def _model_entry(report: InspectReport, facts: Facts, precisions: Sequence[str]) -> ModelEntry:
+def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
     card = report.card
     stated = [found for found in report.licences if found.place.endswith("#license")]
     first = next(iter([*stated, *report.licences]), None)
@@ -382,7 +365,7 @@ def _model_entry(report: InspectReport, facts: Facts, precisions: Sequence[str])
         source=facts.source or _source(report, facts.model_id),
         revision=facts.revision or _revision(report),
         provenance_level=report.provenance["level"],
-        precisions=tuple(each for each in PRECISIONS if each == "fp32" or each in precisions),
+        precisions=("fp32",),
         licence=Licence(
             spdx=first.spdx if first else "NOASSERTION",
             text_digest=f"sha256:{text.sha256}" if text else None,
@@ -454,36 +437,6 @@ def memory_of(report: InspectReport) -> int:
     return _MEMORY_FLOOR + _MEMORY_FACTOR * 4 * report.parameters // (1024 * 1024)
 
 
-@contextlib.contextmanager
-def work_folder(out: Path) -> Iterator[Path]:
-    """Make a folder beside `out` for everything unfinished, and remove it however it ends.
-
-    Raises:
-        RefusedError: `build.output`; another build of the same file is running.
-
-    """
-    work = out.absolute().parent / f".{out.name}.work"  # the sealed programs run in another folder
-    work.mkdir(mode=0o700, exist_ok=True)
-    number = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed build has let go of it
-        for entry in work.iterdir():
-            shutil.rmtree(entry)
-        yield work
-        shutil.rmtree(work)
-    except BlockingIOError as error:
-        raise RefusedError(
-            "build.output",
-            f"another build of {out.name!r:.100} is running",
-            hint="wait for it, or name another output",
-        ) from error
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        os.close(number)
-
-
 def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple[Member, ...]:
     base = f"payload/{facts.model_id}"
     derived = tuple(
@@ -493,7 +446,7 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
             if report.roles[file.path] is FileRole.WEIGHTS
         )
     )
-    members: list[Member] = []
+    members = []
     for file in report.carried():
         if "/" in file.path:
             continue
@@ -514,11 +467,9 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
         files: list[tuple[str, Role]] = [(made.path, "onnx")]
         files += [(name, "external-data") for name in made.external]
         for name, role in files:
-            if any(member.path == f"{base}/{name}" for member in members):
-                continue  # several graphs read one file
             place = converted.folder / name
             sha256 = hashlib.sha256(open_view(place)).hexdigest()
-            if name in made.published:
+            if made.published and role == "external-data":
                 published = report.digests[name]
                 origin = Origin(sha256=published.sha256, git_blob=published.git_blob)
                 members.append(Member(f"{base}/{name}", place, role, origin=origin, sha256=sha256))
@@ -557,7 +508,7 @@ def _graphs(
         graphs=tuple(
             Graph(
                 name=made.name,
-                precision=made.precision,
+                precision="fp32",
                 path=made.path,
                 sha256=digests[f"{base}/{made.path}"],
                 external=tuple(

@@ -450,14 +450,14 @@ def test_the_leavings_of_a_killed_build_are_cleared(snapshot, tmp_path):
 
 
 def test_two_builds_of_one_file_do_not_meet(snapshot, tmp_path):
-    from bundle.staging.pipeline import work_folder
+    from bundle.staging.resume import work_folder
 
     out = tmp_path / "x.agb"
     with work_folder(out) as work:
-        (work / "half").mkdir()
+        (work.folder / "half").mkdir()
         error = refused(build_tiny, snapshot, out, run_sealed=never)
         assert error.code == "build.output"
-        assert (work / "half").exists()
+        assert (work.folder / "half").exists()
     assert left_behind(tmp_path) == set()
 
 
