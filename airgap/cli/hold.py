@@ -207,7 +207,12 @@ def fetch(
     outputs = {"csv": csv, "sdf": sdf, "html": html, "receipt": receipt}
     check_outputs(found.task, outputs)
     inputs, options = found.inputs_and_options()
-    with open_broker(desk.tree, model=found.bundle, project=found.project) as (broker, chosen):
+    with open_broker(
+        desk.tree,
+        model=found.bundle,
+        project=found.project,
+        valence=options.get("valence") is True,
+    ) as (broker, chosen):
         job = Job(found.task, inputs, chosen, options, held=found.request)
         answer = infer_with_progress(broker, job)
         presented = present(broker, job, answer, outputs)

@@ -57,6 +57,13 @@ def run(
     repetition_penalty: Annotated[float | None, typer.Option(help="1 switches it off.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Budget of one sample.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
+    valence: Annotated[
+        bool,
+        typer.Option("--valence", help="Force valid molecules; labelled, never the default."),
+    ] = False,
+    ppl_authors: Annotated[
+        bool, typer.Option("--ppl-authors", help="Also the perplexity of the authors' scripts.")
+    ] = False,
     project: Annotated[str, typer.Option(help="Project of site.toml that this is for.")] = "",
     model: Annotated[str, typer.Option(help="Installed bundle; default the current one.")] = "",
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
@@ -90,6 +97,8 @@ def run(
         "repetition_penalty": repetition_penalty,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "valence": valence or None,
+        "ppl_authors": ppl_authors or None,
     }
     outputs = {"csv": csv, "sdf": sdf, "html": html, "receipt": receipt}
     from airgap.science.tasks import find_task
@@ -97,7 +106,8 @@ def run(
 
     name = find_task(task).name  # an unknown task is told before anything starts
     check_outputs(name, outputs)
-    with open_broker(root_folder(root), model=model, project=project) as (broker, chosen):
+    with open_broker(root_folder(root), model=model, project=project, valence=valence) as opened:
+        broker, chosen = opened
         job = Job(name, given_only(given), chosen, given_only(options))
         answer = infer_with_progress(broker, job)
         presented = present(broker, job, answer, outputs)

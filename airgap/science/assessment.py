@@ -48,6 +48,7 @@ class Sample:
     logprob: float
     tokens: int
     removed_mass: float
+    ppl_authors: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,9 @@ def _row(rank: int, members: Sequence[tuple[Sample, _Reading]]) -> dict[str, Any
 
 
 def _likelihood(sample: Sample) -> dict[str, Any]:
+    authors = sample.ppl_authors
     return {
+        **({} if authors is None else {"ppl_authors": round(authors, 4)}),
         "logprob": round(float(sample.logprob), 4),
         "per_token": round(sample.logprob / sample.tokens, 4) if sample.tokens else 0.0,
         "tokens": sample.tokens,

@@ -12,6 +12,7 @@ Requests and replies::
         "subject", "input_screen", "unchecked", "notes"}
     {"op": "assess", "task": ..., "inputs": {...}, "samples": [{"index": 0, "text": "...",
      "finish_reason": "eos", "logprob": -4.1, "tokens": 5, "removed_mass": 0.0}, ...]}
+       (a sample may carry "ppl_authors")
     -> {"task", "rows", "invalid", "track", "output_screen", "summary", "unchecked", "parts"}
     {"op": "draw", "task": ..., "inputs": {...}, "rows": [...], "track": {...} or null}
     -> {"drawings": {"subject": ["<svg ..>"], "1": ["<svg ..>", ...], ...}, "next": 17 or null}
@@ -138,7 +139,11 @@ class Program:
             "subject": _subject_document(subject),
             "input_screen": screen.document(),
             "unchecked": task.unchecked,
-            "notes": [*notes, *tasks.reference_note(task, context)],
+            "notes": [
+                *notes,
+                *tasks.reference_note(task, context),
+                *tasks.setting_notes(preset),
+            ],
         }
 
     def task_and_inputs(self, request: Mapping[str, Any]) -> tuple[tasks.Task, dict[str, Any]]:
@@ -398,7 +403,10 @@ def _sample(item: object) -> assessment.Sample:
     for name, kind in kinds.items():
         if type(item.get(name)) not in kind:
             raise _malformed(f"a sample has no usable `{name}`")
-    sample = assessment.Sample(**{name: item[name] for name in kinds})
+    authors = item.get("ppl_authors")
+    if authors is not None and (type(authors) is not float or not math.isfinite(authors)):
+        raise _malformed("a sample has no usable `ppl_authors`")
+    sample = assessment.Sample(**{name: item[name] for name in kinds}, ppl_authors=authors)
     finite = math.isfinite(sample.logprob) and math.isfinite(sample.removed_mass)
     if not finite or sample.tokens < 0 or len(sample.text) > SAMPLE_TEXT_LIMIT:
         raise _malformed("a sample has a value out of range")

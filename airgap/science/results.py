@@ -55,6 +55,8 @@ class Preset(_Strict):
     top_k: Count
     repetition_penalty: Annotated[Finite, Field(gt=0)]
     seed: Count | None = None
+    valence: bool = False
+    ppl_authors: bool = False
 
 
 class Subject(_Strict):
@@ -84,6 +86,12 @@ class Prepared(_Strict):
     unchecked: Line
     notes: list[Line] = Field(max_length=100)
 
+    @property
+    def constraint(self) -> str:
+        """What held the samples, in one word: none, structure, structure+valence or copy."""
+        mode = self.grammar.get("mode", "none")
+        return f"{mode}+valence" if self.preset.valence and mode == "structure" else mode
+
 
 class _Likelihood(_Strict):
     logprob: Finite
@@ -91,6 +99,7 @@ class _Likelihood(_Strict):
     tokens: Count
     removed_mass: Annotated[Finite, Field(ge=0, le=1)]
     finish_reason: Line
+    ppl_authors: Annotated[Finite, Field(ge=0.999)] | None = None
 
 
 class _Row(_Likelihood):

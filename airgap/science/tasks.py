@@ -43,7 +43,11 @@ AUTHORS_CAP = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Sampling settings, every value stated."""
+    """Sampling settings, every value stated.
+
+    `valence` is the opt-in filter that forces molecules, `ppl_authors` asks for the perplexity of
+    the authors' scripts beside our log-likelihood.
+    """
 
     name: str
     n: int
@@ -51,6 +55,8 @@ class Preset:
     top_p: float
     top_k: int
     repetition_penalty: float
+    valence: bool = False
+    ppl_authors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,6 +571,7 @@ def choose_level(task: Task, subject: Subject, level: int | None, notes: list[st
     return replace(subject, level=level, pockets=subject.pockets if level > 1 else ())
 
 
+_FLAGS = ("valence", "ppl_authors")
 _NUMBERS = {int: "whole number", float: "number"}
 _RANGES: dict[str, tuple[type, float, float]] = {
     "n": (int, 1, SAMPLES_LIMIT),
@@ -597,11 +604,14 @@ def choose_preset(task: Task, options: Mapping[str, Any]) -> tuple[Preset, dict[
     for key, value in options.items():
         if key == "preset":
             continue
+        if key in _FLAGS:
+            preset = _flagged(task, preset, key, value)
+            continue
         if key not in _RANGES:
             raise PromptError(
                 "prompt.option",
                 f"there is no option {key[:40]!a}",
-                expected=tuple(_RANGES),
+                expected=(*_RANGES, *_FLAGS),
                 hint="leave it out",
             )
         kind, low, high = _RANGES[key]
@@ -617,6 +627,40 @@ def choose_preset(task: Task, options: Mapping[str, Any]) -> tuple[Preset, dict[
         else:
             preset = replace(preset, **{key: kind(value)})
     return preset, rest
+
+
+def _flagged(task: Task, preset: Preset, key: str, value: object) -> Preset:
+    """Return the preset with one of its switches set."""
+    if not isinstance(value, bool):
+        raise PromptError(
+            "prompt.option", f"{key} is {value!a:.40}, expected true or false", hint="leave it out"
+        )
+    if key == "valence" and value and task.grammar == "copy":
+        raise PromptError(
+            "prompt.option",
+            f"{task.name} writes no molecule that the filter valence could look at",
+            hint="leave --valence out",
+        )
+    return (
+        replace(preset, valence=value) if key == "valence" else replace(preset, ppl_authors=value)
+    )
+
+
+def setting_notes(preset: Preset) -> list[str]:
+    """Return what must be said of results that were made with these settings."""
+    found = []
+    if preset.valence:
+        found.append(
+            "constraint structure+valence: validity was forced, so the share of valid answers says "
+            "nothing about the model; what partialsmiles refuses (metals in linkers and reactants, "
+            "uncommon valences) cannot appear; the removed mass is a lower bound"
+        )
+    if preset.ppl_authors:
+        found.append(
+            "ppl (authors): perplexity of prompt and answer together, decoded and tokenised again, "
+            "as the released scripts print it; for comparison with their files only"
+        )
+    return found
 
 
 def preset_document(preset: Preset, extra: Mapping[str, int]) -> dict[str, Any]:

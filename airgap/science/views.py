@@ -71,6 +71,7 @@ class Header:
         scientific_use: As in the signed manifest.
         reference_model: As in the signed manifest.
         version: Of this program.
+        constraint: What held the samples: `results.Prepared.constraint`.
 
     """
 
@@ -87,6 +88,7 @@ class Header:
     reference_model: bool
     reasons: tuple[str, ...] = ()
     version: str = ""
+    constraint: str = ""
 
     @property
     def stamp(self) -> str:
@@ -123,6 +125,7 @@ def document(prepared: Prepared, assessed: Assessed, header: Header) -> dict[str
         **result,
         "display": prepared.display,
         "preset": prepared.preset.model_dump(mode="json"),
+        "constraint": prepared.constraint,
         "modality": prepared.modality,
         "notes": list(prepared.notes),
         "screen": screen_line(assessed),
@@ -142,14 +145,15 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "material": ("metals", "linkers", "built"),
 }
 _COLUMNS["pocket-ligand"] = _COLUMNS["molecule"]
-_RUN = ("model", "model_digest", "seed", "prompt_commitment", "scientific_use")
+_RUN = ("model", "model_digest", "seed", "prompt_commitment", "scientific_use", "constraint")
 
 
 def csv(assessed: Assessed, header: Header) -> str:
     """Return the rows as CSV (RFC 4180); text that a spreadsheet could run is quoted."""
     out = io.StringIO()
     writer = csvlib.writer(out, lineterminator="\r\n")
-    own = _COLUMNS[assessed.task]
+    asked = any(row.ppl_authors is not None for row in assessed.rows)
+    own = (*(("ppl_authors",) if asked else ()), *_COLUMNS[assessed.task])
     writer.writerow([*_COMMON, *own, *_RUN])
     for row in assessed.rows:
         fields = {**row.model_dump(mode="json"), "n": assessed.summary.n, **_row_texts(row)}
@@ -218,13 +222,19 @@ def table(prepared: Prepared, assessed: Assessed, header: Header) -> Group:
     parts.append(
         Text(
             f"{summary.valid} of {summary.n} valid, {summary.unique} different; "
-            f"grammar removed {summary.mean_removed_mass:.3f} of the probability on average"
+            f"{_removed(prepared, summary.mean_removed_mass)}"
         )
     )
     parts.append(Text(f"not checked: {assessed.unchecked}", style="italic"))
     parts.append(Text(f"screen: {screen_line(assessed)}", style="dim"))
     parts.extend(Text(f"note: {note}", style="dim") for note in prepared.notes)
     return Group(*parts)
+
+
+def _removed(prepared: Prepared, mass: float) -> str:
+    forced = prepared.preset.valence
+    who, least = ("structure+valence", "at least ") if forced else ("grammar", "")
+    return f"{who} removed {least}{mass:.3f} of the probability on average"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +276,9 @@ class _Rows:
 def _grid(assessed: Assessed) -> tuple[list[tuple[str, bool]], list[list[str]]]:
     n = assessed.summary.n
     shown = assessed.rows[:TABLE_ROWS]
+    asked = any(row.ppl_authors is not None for row in assessed.rows)
     head = [("#", True), ("votes", True), ("log-lik.", True)]
+    head += [("ppl (authors)", True)] if asked else []
     own = {
         "retrosynthesis": [("reactants", False), ("", False)],
         "binding-site": [("sites", True), ("marked residues", False)],
@@ -276,9 +288,18 @@ def _grid(assessed: Assessed) -> tuple[list[tuple[str, bool]], list[list[str]]]:
         [("SMILES", False), ("MW", True), ("QED", True), ("logP", True), ("TPSA", True)],
     )
     rows = [
-        [str(row.rank), f"{row.votes}/{n}", f"{row.logprob:.2f}", *_own_cells(row)] for row in shown
+        [
+            *(str(row.rank), f"{row.votes}/{n}", f"{row.logprob:.2f}"),
+            *([_perplexity(row)] if asked else []),
+            *_own_cells(row),
+        ]
+        for row in shown
     ]
     return [*head, *own], rows
+
+
+def _perplexity(row: Row) -> str:
+    return "" if row.ppl_authors is None else f"{row.ppl_authors:.3f}"
 
 
 def _own_cells(row: Row) -> list[str]:

@@ -384,6 +384,7 @@ class Broker:
             "seed": str(settings.seed),
             "stop": list(settings.stop),
             "grammar": settings.grammar.mode,
+            **({"valence": True} if settings.grammar.valence else {}),
         }
 
     def _generate(
@@ -537,7 +538,9 @@ def settings_of(prepared: Prepared) -> protocol.Generate:
             mode=mode,
             task=prepared.task if mode == "structure" else "",
             sequence=prepared.subject.sequence if mode == "copy" else "",
+            valence=preset.valence and mode == "structure",
         ),
+        ppl_authors=preset.ppl_authors,
     )
 
 
@@ -576,6 +579,7 @@ def sample_document(sample: protocol.Sample) -> dict[str, Any]:
         "logprob": sample.logprob,
         "tokens": len(sample.ids),
         "removed_mass": sample.removed_mass,
+        **({} if sample.ppl_authors is None else {"ppl_authors": sample.ppl_authors}),
     }
 
 

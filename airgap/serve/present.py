@@ -53,6 +53,7 @@ def header_of(broker: Broker, answer: Answer) -> views.Header:
         reference_model=model.reference_model,
         reasons=reasons_of(answer),
         version=version("airgap"),
+        constraint=answer.prepared.constraint,
     )
 
 

@@ -62,7 +62,12 @@ def utc_now() -> datetime:
 
 @contextlib.contextmanager
 def open_broker(
-    root: Path, *, model: str = "", project: str = "", clock: Clock = utc_now
+    root: Path,
+    *,
+    model: str = "",
+    project: str = "",
+    valence: bool = False,
+    clock: Clock = utc_now,
 ) -> Iterator[tuple[Broker, str]]:
     """Open a broker on the tree `root` and yield it with the project that the job runs under.
 
@@ -70,6 +75,7 @@ def open_broker(
         root: The tree of this user.
         model: Digest, name or name-version of an installed bundle; empty for the current one.
         project: Its id in site.toml; empty where the person has exactly one.
+        valence: Load the worker's filter of that name, for jobs that ask for it.
         clock: Wall clock, UTC.
 
     Raises:
@@ -96,7 +102,9 @@ def open_broker(
         with loading(log, installed):
             worker, helper = (
                 stack.enter_context(sealed(log, spec))
-                for spec in specs(installed, described, site, root / "enclave", packs)
+                for spec in specs(
+                    installed, described, site, root / "enclave", packs, valence=valence
+                )
             )
         trust = trusted.standing
         holds = Holds(root, trust, person.id)
@@ -229,6 +237,8 @@ def specs(
     site: Site,
     state: Path,
     packs: tuple[Path, ...] = (),
+    *,
+    valence: bool = False,
 ) -> tuple[SealSpec, SealSpec]:
     """Return what to seal: the worker with the model, and the helper without it."""
     min_rung, reverify_s = site.enclave.min_rung, float(site.enclave.reverify_s)
@@ -239,6 +249,7 @@ def specs(
             "folder": str(installed.model_folder(model.id)),
             "precision": model.precision,
             "threads": os.cpu_count() or 1,
+            **({"valence": True} if valence else {}),
         },
         read_only=(installed.folder,),
         artifacts={"bundle": str(installed.digest)},

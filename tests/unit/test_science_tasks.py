@@ -290,3 +290,19 @@ def test_level_follows_the_pocket_and_is_recorded():
 )
 def test_a_fasta_record_of_any_editor_is_read(text):
     assert tasks.read_sequence({"fasta": text}, [])[0] == "MKNG"
+
+
+def test_the_two_wishes_stand_in_the_preset_and_are_explained():
+    task = TASKS["molecule"]
+    preset, _ = tasks.choose_preset(task, {})
+    assert (preset.valence, preset.ppl_authors, tasks.setting_notes(preset)) == (False, False, [])
+    preset, _ = tasks.choose_preset(task, {"valence": True, "ppl_authors": True})
+    document = tasks.preset_document(preset, {})
+    assert (document["valence"], document["ppl_authors"]) == (True, True)
+    forced, authors = tasks.setting_notes(preset)
+    assert "validity was forced" in forced
+    assert "tokenised again" in authors
+    assert code_of(tasks.choose_preset, task, {"valence": 1}) == "prompt.option"
+    assert code_of(tasks.choose_preset, TASKS["binding-site"], {"valence": True}) == "prompt.option"
+    kept, _ = tasks.choose_preset(TASKS["binding-site"], {"ppl_authors": True})
+    assert kept.ppl_authors
