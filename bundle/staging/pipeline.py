@@ -21,7 +21,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bundle.canonical import canonical_json
 from bundle.envelope import Envelope, sign_statement
 from bundle.evidence.summary import PATH as SUMMARY
 from bundle.evidence.summary import upstream_summary
@@ -58,16 +57,17 @@ from bundle.staging.attest import (
     source_files,
 )
 from bundle.staging.bom import bill_of_materials
-from bundle.staging.convert import Converted, convert, place_inputs
+from bundle.staging.convert import PRECISIONS, Converted, convert, place_inputs
 from bundle.staging.inspect import InspectReport, inspect_source
 from bundle.staging.output import output_problem
-from bundle.staging.parity import TOLERANCE, Parity, prove_parity, statement
+from bundle.staging.parity import TOLERANCES, Assess, Parity, prove_parity, statement
 from bundle.staging.resume import work_folder
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
 from bundle.staging.upstream import Upstream
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.trust import BUILDER, Trust, chain_document
+from bundle.vectors import Vectors, canonical_vectors, vectors_path
 from bundle.write import Member, write_archive
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
@@ -76,7 +76,6 @@ Admit = Callable[[Sequence[ModelEntry], Digest], bytes]
 """Gives the canonical record of the admission decision, or raises `policy.*`."""
 
 DECISION = "META/policy/admission.json"
-VECTORS_PATH = "META/vectors/parity.json"
 _ATTEST = "META/attest"
 _SPACE = 6  # times the bytes of the weights: fp32 graph, its copy while it is written, the archive
 _FLOOR = 64 * 1024 * 1024
@@ -124,6 +123,7 @@ class Built:
     manifest: Manifest
     report: InspectReport
     parity: Parity
+    vectors: tuple[Vectors, ...]
     builder: str
     decision: Mapping[str, Any]
     seal: Mapping[str, object]
@@ -141,6 +141,9 @@ def build(
     admit: Admit,
     pins: Path | None = None,
     upstream: Upstream | None = None,
+    precisions: Sequence[str] = ("fp32",),
+    reference: bool = True,
+    assess: Assess | None = None,
     progress: Progress | None = None,
 ) -> Built:
     """Build the draft of a release.
@@ -155,6 +158,9 @@ def build(
         admit: Asks the policy for the admission.
         pins: A file in the form of `sha256sum`.
         upstream: Evidence of the publisher, and whom this site believes.
+        precisions: Which the bundle shall hold; fp32 is always among them.
+        reference: Whether it carries the reference graph where there is a fast one.
+        assess: Counts valid completions, for the task figures of a precision.
         progress: Told stages and units.
 
     Raises:
@@ -181,7 +187,7 @@ def build(
         progress=progress,
     )
     report.require_ready()
-    model = model_entry(report, facts)
+    model = model_entry(report, facts, precisions)
     tell("admit", 0, 1)
     record = admit([model], source_digest(report))
     tell("admit", 1, 1)
@@ -193,20 +199,31 @@ def build(
         place_inputs(report, source)
         memory = memory_of(report)
         tell("convert", 0, 1)
-        converted = convert(report, source, work / "graph", run_sealed=run_sealed, memory_mb=memory)
+        converted = convert(
+            report,
+            source,
+            work / "graph",
+            run_sealed=run_sealed,
+            memory_mb=memory,
+            precisions=precisions,
+            reference=reference,
+            progress=lambda done, total: tell("quantize", done, total),
+        )
         tell("convert", 1, 1)
         tell("parity", 0, 1)
         parity = prove_parity(
             source,
             work / "graph",
             work / "parity",
-            names=[made.name for made in converted.graphs],
+            made=converted.graphs,
             run_sealed=run_sealed,
             memory_mb=memory,
         )
         tell("parity", 1, 1)
         tell("describe", 0, 1)
-        draft = describe(report, facts, model, converted, parity, record=record, pins=pins)
+        draft = describe(
+            report, facts, model, converted, parity, record=record, pins=pins, assess=assess
+        )
         tell("describe", 1, 1)
 
         def seal(manifest: Manifest) -> Envelope:
@@ -226,7 +243,9 @@ def build(
             kept=kept,
         )
     taken = Resumed(tuple(found.resumed), kept.resumed)
-    return Built(out, manifest, report, parity, builder, draft.decision, converted.seal, taken)
+    return Built(
+        out, manifest, report, parity, draft.vectors, builder, draft.decision, converted.seal, taken
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +254,7 @@ class Draft:
 
     release: Release
     members: tuple[Member, ...]
+    vectors: tuple[Vectors, ...]
     decision: Mapping[str, Any]
     pack_digests: tuple[Digest, ...]
 
@@ -248,6 +268,7 @@ def describe(
     *,
     record: bytes,
     pins: Path | None,
+    assess: Assess | None = None,
 ) -> Draft:
     """Make every document of the release; `record` is the decision of the policy."""
     payload = _payload(report, facts, converted)
@@ -255,7 +276,7 @@ def describe(
     names = {
         f"/{name}"
         for made in converted.graphs
-        for name in (made.path, *(() if made.published else made.external))
+        for name in (made.path, *set(made.external).difference(made.published))
     }
     graph_files = {path: digest for path, digest in digests.items() if path.endswith(tuple(names))}
     weights = {
@@ -279,6 +300,8 @@ def describe(
     summary = upstream_summary(
         model, evidence, source_files(report), created=facts.created, policy=pack_digests
     )
+    vectors = parity.vectors_documents(facts.model_id, assess)
+    recipes = {made.codes: made.recipe for made in converted.graphs if made.codes}
     documents: list[tuple[str, bytes, Role]] = [
         (REPORT, report.to_bytes(), "report"),
         (f"{_ATTEST}/parity.json", statement(parity, graph_files, weights), "attestation"),
@@ -290,26 +313,30 @@ def describe(
                 weights,
                 tools,
                 stable_evidence(converted.seal),
-                pickles_of(report),
+                pickles=pickles_of(report),
+                recipes=recipes,
             ),
             "attestation",
         ),
         (SUMMARY, summary, "attestation"),
         (BOM_PATH, bom, "sbom"),
         (DECISION, record, "policy"),
-        (VECTORS_PATH, canonical_json(parity.vectors_document(facts.model_id)), "vectors"),
+        *((vectors_path(each.precision), canonical_vectors(each), "vectors") for each in vectors),
     ]
     members = [
         *(Member(path, data, role, "application/json") for path, data, role in documents),
         *evidence_members,
         *payload,
     ]
-    release = _release(facts, model, evidence, parity)
-    return Draft(release, tuple(members), decision, pack_digests)
+    release = _release(facts, model, evidence, vectors)
+    return Draft(release, tuple(members), vectors, decision, pack_digests)
 
 
 def _release(
-    facts: Facts, model: ModelEntry, evidence: tuple[Evidence, ...], parity: Parity
+    facts: Facts,
+    model: ModelEntry,
+    evidence: tuple[Evidence, ...],
+    vectors: tuple[Vectors, ...],
 ) -> Release:
     return Release(
         bundle_id=facts.bundle_id or facts.model_id,
@@ -322,19 +349,22 @@ def _release(
         base=facts.base,
         models=(model,),
         evidence=evidence,
-        parity=(
+        parity=tuple(
             ParityClaim(
-                model=facts.model_id,
-                precision="fp32",
-                provider=parity.provider,
-                tolerance=str(TOLERANCE),
-                vectors=VECTORS_PATH,
-            ),
+                model=each.model,
+                precision=each.precision,
+                provider=each.provider,
+                tolerance=str(TOLERANCES[each.precision]),
+                vectors=vectors_path(each.precision),
+            )
+            for each in vectors
         ),
     )
 
 
-def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
+def model_entry(
+    report: InspectReport, facts: Facts, precisions: Sequence[str] = ("fp32",)
+) -> ModelEntry:
     """Return the manifest's entry: stated facts first, then those of the card and the hub.
 
     Raises:
@@ -342,7 +372,7 @@ def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
 
     """
     try:
-        return _model_entry(report, facts)
+        return _model_entry(report, facts, precisions)
     except ValidationError as error:
         raise RefusedError(
             "build.facts",
@@ -351,7 +381,7 @@ def model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
         ) from error
 
 
-def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
+def _model_entry(report: InspectReport, facts: Facts, precisions: Sequence[str]) -> ModelEntry:
     card = report.card
     stated = [found for found in report.licences if found.place.endswith("#license")]
     first = next(iter([*stated, *report.licences]), None)
@@ -365,7 +395,7 @@ def _model_entry(report: InspectReport, facts: Facts) -> ModelEntry:
         source=facts.source or _source(report, facts.model_id),
         revision=facts.revision or _revision(report),
         provenance_level=report.provenance["level"],
-        precisions=("fp32",),
+        precisions=tuple(each for each in PRECISIONS if each == "fp32" or each in precisions),
         licence=Licence(
             spdx=first.spdx if first else "NOASSERTION",
             text_digest=f"sha256:{text.sha256}" if text else None,
@@ -446,7 +476,7 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
             if report.roles[file.path] is FileRole.WEIGHTS
         )
     )
-    members = []
+    members: list[Member] = []
     for file in report.carried():
         if "/" in file.path:
             continue
@@ -467,9 +497,11 @@ def _payload(report: InspectReport, facts: Facts, converted: Converted) -> tuple
         files: list[tuple[str, Role]] = [(made.path, "onnx")]
         files += [(name, "external-data") for name in made.external]
         for name, role in files:
+            if any(member.path == f"{base}/{name}" for member in members):
+                continue  # several graphs read one file
             place = converted.folder / name
             sha256 = hashlib.sha256(open_view(place)).hexdigest()
-            if made.published and role == "external-data":
+            if name in made.published:
                 published = report.digests[name]
                 origin = Origin(sha256=published.sha256, git_blob=published.git_blob)
                 members.append(Member(f"{base}/{name}", place, role, origin=origin, sha256=sha256))
@@ -508,7 +540,7 @@ def _graphs(
         graphs=tuple(
             Graph(
                 name=made.name,
-                precision="fp32",
+                precision=made.precision,
                 path=made.path,
                 sha256=digests[f"{base}/{made.path}"],
                 external=tuple(
