@@ -26,10 +26,14 @@ def go_environment(cache):
     return os.environ | {"GO111MODULE": "off", "GOPATH": "/usr/share/gocode", "GOCACHE": str(cache)}
 
 
-def go_program(source, folder):
-    """Compile a Go file with what Debian has, or skip."""
+def need_go():
     if shutil.which("go") is None or not GO_PATH.is_dir():
         pytest.skip("Go or x/mod is missing (apt packages golang-go, golang-golang-x-mod-dev)")
+
+
+def go_program(source, folder):
+    """Compile a Go file with what Debian has, or skip."""
+    need_go()
     out = folder / source.stem
     done = subprocess.run(
         ["go", "build", "-o", str(out), str(source)],

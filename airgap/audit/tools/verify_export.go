@@ -8,9 +8,9 @@
 //
 //	GO111MODULE=off GOPATH=/usr/share/gocode go build -o verify_export verify_export.go
 //
-// Exit 0 good, 1 tampered, 2 usage, 3 cannot tell. Go has no ML-DSA: that signature of a manifest
-// must be there, and is judged by verify_export.py or `airgap audit verify`. Not judged here either:
-// the keys of `data` by kind, cosignatures, and derived rows other than JSON lines.
+// Exit 0 good, 1 tampered, 2 usage, 3 cannot tell. Both signatures of a manifest are judged; this Go
+// has no ML-DSA, so its verification stands below. Not judged here, but by `airgap audit verify`: the
+// keys of `data` by kind, cosignatures, and derived rows other than JSON lines.
 package main
 
 import (
@@ -20,6 +20,8 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -27,6 +29,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -126,24 +129,46 @@ func checkSignatures(folder string, content, key []byte, r *result) {
 		bad("manifest signature", place, "malformed, or of another key")
 	}
 	signed := append([]byte("airgap-audit-export/1\n"), content...)
-	checked := false
-	for rest := key; ; {
+	for scheme, length := range map[string]int{"ed25519": 64, "ml-dsa-87": dsaSig} {
+		if len(document.Signatures[scheme]) != length || len(document.Signatures) != 2 {
+			bad("manifest signature", place, "both signatures are required")
+		}
+	}
+	classic, lattice := exportKeys(key)
+	if !ed25519.Verify(classic, signed, document.Signatures["ed25519"]) {
+		bad("manifest signature", place, "the ed25519 signature does not hold")
+	}
+	if !verifyMLDSA87(lattice, signed, nil, document.Signatures["ml-dsa-87"]) {
+		bad("manifest signature", place, "the ml-dsa-87 signature does not hold")
+	}
+}
+
+var dsaName = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 3, 19} // id-ml-dsa-87, RFC 9881
+
+// exportKeys returns the two keys of a file that came from the reader, not from the export.
+func exportKeys(content []byte) (classic ed25519.PublicKey, lattice []byte) {
+	for {
 		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
+		if block, content = pem.Decode(content); block == nil {
 			break
 		}
-		public, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if key, ok := public.(ed25519.PublicKey); err == nil && ok {
-			if !ed25519.Verify(key, signed, document.Signatures["ed25519"]) {
-				bad("manifest signature", place, "the ed25519 signature does not hold")
-			}
-			checked = true
+		var found struct {
+			Algorithm pkix.AlgorithmIdentifier
+			Key       asn1.BitString
+		}
+		if rest, err := asn1.Unmarshal(block.Bytes, &found); err != nil || len(rest) > 0 {
+			continue
+		}
+		if found.Algorithm.Algorithm.Equal(dsaName) && len(found.Key.Bytes) == dsaKey {
+			lattice = found.Key.Bytes
+		} else if public, err := x509.ParsePKIXPublicKey(block.Bytes); err == nil {
+			classic, _ = public.(ed25519.PublicKey)
 		}
 	}
-	if !checked || len(document.Signatures) != 2 || len(document.Signatures["ml-dsa-87"]) != 4627 {
-		bad("manifest signature", place, "both signatures are required")
+	if classic == nil || lattice == nil {
+		panic(errors.New("the export key file does not hold an ed25519 and an ml-dsa-87 key"))
 	}
-	r.Notes = append(r.Notes, "manifest: the ml-dsa-87 signature is there and was not judged by this program")
+	return classic, lattice
 }
 
 var pathForm = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,200}$`)
@@ -204,6 +229,259 @@ func checkFiles(folder string, m manifest) {
 	}
 	for name := range listed {
 		bad("manifest", name, "listed and not there")
+	}
+}
+
+// -- ML-DSA-87, verification alone (FIPS 204; SHAKE of FIPS 202), which Go 1.19 does not have ----
+
+const (
+	dsaQ, dsaGamma1, dsaGamma2 = 8380417, 1 << 19, (8380417 - 1) / 32
+	dsaK, dsaL, dsaTau         = 8, 7, 60
+	dsaBeta, dsaOmega          = 120, 75
+	dsaKey, dsaSig             = 32 + 320*dsaK, 64 + 640*dsaL + dsaOmega + dsaK
+)
+
+type poly [256]int64
+
+var dsaZetas = func() (z poly) { // 1753 is a primitive 512th root of unity modulo q
+	for i := range z {
+		z[i] = 1
+		for n := 0; n < int(bits.Reverse8(uint8(i))); n++ {
+			z[i] = z[i] * 1753 % dsaQ
+		}
+	}
+	return z
+}()
+
+func (p *poly) ntt() {
+	m := 0
+	for size := 128; size >= 1; size /= 2 {
+		for start := 0; start < 256; start += 2 * size {
+			m++
+			for j := start; j < start+size; j++ {
+				t := dsaZetas[m] * p[j+size] % dsaQ
+				p[j+size], p[j] = (p[j]-t+dsaQ)%dsaQ, (p[j]+t)%dsaQ
+			}
+		}
+	}
+}
+
+func (p *poly) inverse() {
+	m := 256
+	for size := 1; size < 256; size *= 2 {
+		for start := 0; start < 256; start += 2 * size {
+			m--
+			for j := start; j < start+size; j++ {
+				a, b := p[j], p[j+size]
+				p[j], p[j+size] = (a+b)%dsaQ, (dsaQ-dsaZetas[m])*(a-b+dsaQ)%dsaQ
+			}
+		}
+	}
+	for j := range p {
+		p[j] = p[j] * 8347681 % dsaQ // the inverse of 256
+	}
+}
+
+// unpack reads 256 numbers of so many bits, the lowest bit first.
+func unpack(content []byte, width int) (p poly) {
+	for i := range p {
+		for bit := 0; bit < width; bit++ {
+			at := i*width + bit
+			p[i] |= int64(content[at/8]>>(at%8)&1) << bit
+		}
+	}
+	return p
+}
+
+// hints are places in order, polynomial by polynomial; there is one spelling of them.
+func hints(content []byte) (h [dsaK][256]bool, ok bool) {
+	index := 0
+	for i := 0; i < dsaK; i++ {
+		end, first := int(content[dsaOmega+i]), index
+		if end < index || end > dsaOmega {
+			return h, false
+		}
+		for ; index < end; index++ {
+			if index > first && content[index-1] >= content[index] {
+				return h, false
+			}
+			h[i][content[index]] = true
+		}
+	}
+	for ; index < dsaOmega; index++ {
+		if content[index] != 0 {
+			return h, false
+		}
+	}
+	return h, true
+}
+
+func challenge(seed []byte) (c poly) {
+	stream := newShake(136, seed)
+	signs := stream.read(8)
+	for i := 256 - dsaTau; i < 256; i++ {
+		j := int(stream.read(1)[0])
+		for j > i {
+			j = int(stream.read(1)[0])
+		}
+		at := i + dsaTau - 256
+		c[i], c[j] = c[j], 1
+		if signs[at/8]>>(at%8)&1 == 1 {
+			c[j] = dsaQ - 1
+		}
+	}
+	return c
+}
+
+func matrixEntry(rho []byte, row, column int) (p poly) {
+	stream := newShake(168, rho, []byte{byte(column), byte(row)})
+	for i := 0; i < 256; {
+		b := stream.read(3)
+		if v := int64(b[0]) | int64(b[1])<<8 | int64(b[2]&127)<<16; v < dsaQ {
+			p[i] = v
+			i++
+		}
+	}
+	return p
+}
+
+func useHint(hint bool, r int64) int64 {
+	low := r % (2 * dsaGamma2)
+	if low > dsaGamma2 {
+		low -= 2 * dsaGamma2
+	}
+	high := (r - low) / (2 * dsaGamma2)
+	if r-low == dsaQ-1 {
+		high, low = 0, low-1
+	}
+	if hint && low > 0 {
+		return (high + 1) % 16
+	} else if hint {
+		return (high + 15) % 16
+	}
+	return high
+}
+
+// verifyMLDSA87 says whether this is the signature of the message, with this context.
+func verifyMLDSA87(key, message, context, signature []byte) bool {
+	if len(key) != dsaKey || len(signature) != dsaSig || len(context) > 255 {
+		return false
+	}
+	h, ok := hints(signature[64+640*dsaL:])
+	if !ok {
+		return false
+	}
+	var z [dsaL]poly
+	for s := range z {
+		z[s] = unpack(signature[64+640*s:], 20)
+		for i, v := range z[s] {
+			v = dsaGamma1 - v
+			if v >= dsaGamma1-dsaBeta || -v >= dsaGamma1-dsaBeta {
+				return false
+			}
+			z[s][i] = (v + dsaQ) % dsaQ
+		}
+		z[s].ntt()
+	}
+	c := challenge(signature[:64])
+	c.ntt()
+	tr := newShake(136, key).read(64)
+	mu := newShake(136, tr, []byte{0, byte(len(context))}, context, message).read(64)
+	var encoded []byte
+	for r := 0; r < dsaK; r++ {
+		t, w := unpack(key[32+320*r:], 10), poly{}
+		for i := range t {
+			t[i] = t[i] << 13 % dsaQ
+		}
+		t.ntt()
+		for s := range z {
+			a := matrixEntry(key[:32], r, s)
+			for i := range w {
+				w[i] = (w[i] + a[i]*z[s][i]) % dsaQ
+			}
+		}
+		for i := range w {
+			w[i] = (w[i] - c[i]*t[i]%dsaQ + dsaQ) % dsaQ
+		}
+		w.inverse()
+		for i := 0; i < 256; i += 2 {
+			encoded = append(encoded, byte(useHint(h[r][i], w[i])|useHint(h[r][i+1], w[i+1])<<4))
+		}
+	}
+	return bytes.Equal(signature[:64], newShake(136, mu, encoded).read(64))
+}
+
+type shake struct {
+	state    [25]uint64
+	rate, at int
+}
+
+// newShake absorbs; the rate in bytes is 168 for SHAKE128 and 136 for SHAKE256.
+func newShake(rate int, parts ...[]byte) *shake {
+	s := &shake{rate: rate}
+	for _, part := range parts {
+		for _, b := range part {
+			s.mix(s.at, b)
+			if s.at++; s.at == rate {
+				s.permute()
+				s.at = 0
+			}
+		}
+	}
+	s.mix(s.at, 0x1f)
+	s.mix(rate-1, 0x80)
+	s.permute()
+	s.at = 0
+	return s
+}
+
+func (s *shake) mix(at int, b byte) { s.state[at/8] ^= uint64(b) << (at % 8 * 8) }
+
+func (s *shake) read(count int) []byte {
+	found := make([]byte, count)
+	for i := range found {
+		if s.at == s.rate {
+			s.permute()
+			s.at = 0
+		}
+		found[i] = byte(s.state[s.at/8] >> (s.at % 8 * 8))
+		s.at++
+	}
+	return found
+}
+
+// permute is Keccak-f[1600]; the round constants come from the LFSR of FIPS 202, 3.2.5.
+func (s *shake) permute() {
+	a, register := &s.state, byte(1)
+	for round := 0; round < 24; round++ {
+		var c [5]uint64
+		for x := range c {
+			c[x] = a[x] ^ a[x+5] ^ a[x+10] ^ a[x+15] ^ a[x+20]
+		}
+		for i := range a {
+			a[i] ^= c[(i+4)%5] ^ bits.RotateLeft64(c[(i+1)%5], 1)
+		}
+		x, y, moved := 1, 0, a[1]
+		for t := 1; t <= 24; t++ {
+			x, y = y, (2*x+3*y)%5
+			moved, a[x+5*y] = a[x+5*y], bits.RotateLeft64(moved, t*(t+1)/2)
+		}
+		for y := 0; y < 25; y += 5 {
+			row := [5]uint64{a[y], a[y+1], a[y+2], a[y+3], a[y+4]}
+			for x := range row {
+				a[y+x] = row[x] ^ (^row[(x+1)%5] & row[(x+2)%5])
+			}
+		}
+		for j := 0; j < 7; j++ {
+			if register&1 == 1 {
+				a[0] ^= 1 << (1<<j - 1)
+			}
+			if register>>7 == 1 {
+				register = register<<1 ^ 0x71
+			} else {
+				register <<= 1
+			}
+		}
 	}
 }
 
