@@ -293,6 +293,8 @@ CODES: dict[str, str] = {
     "enclave.worker": "the sealed process died or was ended",
     # -- install ----------------------------------------------------------------------------------
     "install.digest": "an installed file differs from the manifest after it was written",
+    "install.target": "the bundle has no wheels for this host",
+    "install.wheel": "a wheel is missing, or is not the sealed one",
     "install.io": "writing to the store failed",
     "install.update": "there is no release of that line to update",
     "start.digest": "an installed bundle is damaged",

@@ -154,7 +154,7 @@ class _Rule(NamedTuple):
 _EVENT_ONLY: Final = ("event",)
 _TWO: Final = ("intent", "outcome")
 _ACT: Final[dict[str, type]] = {"object": str, "old": str, "new": str, "result": str}
-# `evidence` cites what the act was about: the inventory of a backup, the transcript of a bootstrap.
+# `evidence` cites what the act was about: approval of a rollback, inventory of a backup, transcript.
 _KEPT_ACT: Final = _ACT | {"evidence": str}
 _RANGE: Final[dict[str, type]] = {
     "first": int, "last": int, "root": str, "manifest": str, "format": str,
@@ -195,7 +195,7 @@ RULES: Final[dict[str, _Rule]] = {
         "count": int, "stage": str, "task": str, "tier": str,
     }, person=True),
     "egress.probe": _Rule(_TWO, {"probe": str, "result": str}),
-    "policy.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
+    "policy.load": _Rule(_TWO, {"digest": str, "evidence": str, "seal": str, "result": str}),
     "model.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
     "key.rotate": _Rule(_EVENT_ONLY, {"use": str, "next": str, "epoch": int}, person=True),
     "export": _Rule(_TWO, _RANGE, person=True),
@@ -210,12 +210,10 @@ RULES: Final[dict[str, _Rule]] = {
     "verify.result": _Rule(_EVENT_ONLY, {"verdict": str, "size": int, "anchored": int}),
 } | {
     f"admin.{act}": _Rule(_TWO, _ACT, person=True)
-    for act in (
-        "install", "update", "rollback", "trust", "approval", "hold", "policy", "keys", "remove"
-    )
+    for act in ("install", "update", "trust", "approval", "hold", "policy", "keys", "remove")
 } | {
     f"admin.{act}": _Rule(_TWO, _KEPT_ACT, person=True)
-    for act in ("backup", "restore", "bootstrap")
+    for act in ("rollback", "backup", "restore", "bootstrap")
 }  # fmt: skip
 
 # `data` keys that cite a file of `objects/`, beside `decision.id`.

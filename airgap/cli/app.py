@@ -27,6 +27,8 @@ GROUPS = (
     "airgap.cli.evidence",
     "airgap.cli.media",
     "airgap.cli.install",
+    "airgap.cli.bootstrap",
+    "airgap.cli.lifecycle",
     "airgap.cli.run",
     "airgap.cli.policy",
     "airgap.cli.hold",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +18,15 @@ from airgap.cli.forms import Passphrase, TransitKeys, Volumes, disc_asker, open_
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
+    from airgap.audit import Actor
+    from airgap.config import Site
+    from airgap.gate import Rules
     from airgap.install import InstalledBundle, Store
+    from bundle.envelope import Envelope
+    from bundle.manifest import Manifest
     from bundle.trust import Trust
+    from policy.engine import Decision
+    from policy.terms import Digest
 
 
 def register(app: typer.Typer) -> None:
@@ -43,44 +52,48 @@ def install(
     json: Json = False,
 ) -> None:
     """Verify BUNDLE, ask the policy, activate it, and put all of it on record."""
-    from airgap.approvals import load_approvals
-    from airgap.audit.site import open_site_log
-    from airgap.cli.policy import account_name
-    from airgap.config import load_site
-    from airgap.gate import load_rules
-    from airgap.install import install as bring_in
-    from airgap.install.record import (
-        actor_of,
-        admission,
-        find_submitter,
-        last_record,
-        recorder,
+    take_in(
+        bundle,
+        project=project,
+        volume=volume,
+        discs=discs,
+        transit_key=transit_key,
+        passphrase_file=passphrase_file,
+        root=root,
+        json=json,
     )
-    from bundle.trust import load_trust
+
+
+def take_in(
+    bundle: Path,
+    *,
+    project: str | None,
+    volume: list[Path] | None = None,
+    discs: bool = False,
+    transit_key: list[Path] | None = None,
+    passphrase_file: Path | None = None,
+    root: Path | None,
+    json: bool,
+    update: bool = False,
+    rollback: Envelope | None = None,
+) -> None:
+    """Install from a medium, and show what came of it."""
+    from airgap.audit.site import open_site_log
+    from airgap.install import install as bring_in
+    from airgap.install.record import last_record, recorder
+    from airgap.rule_history import put_on_record
 
     folder = root_folder(root)
-    site = load_site(folder)
-    now = datetime.now(UTC)
-    day = site.legal_day(now)
-    person = find_submitter(site, os.getuid(), account_name())
-    gate = admission(
-        site,
-        load_rules(folder),
-        day,
-        project=project,
-        approvals=load_approvals(folder, load_trust(folder / "trust").standing),
-        submitter=None if person is None else person.id,
-    )
+    lab = open_lab(folder, project)
     before = last_record(folder)
-    with open_site_log(folder, site) as log, bar("install") as progress:
+    with open_site_log(folder, lab.site) as log, bar("install") as progress:
+        put_on_record(log, lab.rules)
         done = bring_in(
             bundle,
             root=folder,
-            now=now,
-            gate=gate,
-            audit=recorder(
-                log, actor=None if person is None else actor_of(person), project=project
-            ),
+            now=lab.now,
+            gate=lab.gate,
+            audit=recorder(log, actor=lab.actor, project=project),
             last_record=before,
             more=open_help(
                 volume,
@@ -90,6 +103,8 @@ def install(
                 ask=disc_asker(progress.paused) if discs else None,
             ),
             progress=progress,
+            update=update,
+            rollback=rollback,
         )
     document = {
         **bundle_document(done.bundle, current=True),
@@ -103,7 +118,10 @@ def install(
     }
     text = table(
         [
-            ("installed", f"{done.bundle.manifest.name} {done.bundle.manifest.version}"),
+            (
+                "rolled back to" if rollback else "updated to" if update else "installed",
+                f"{done.bundle.manifest.name} {done.bundle.manifest.version}",
+            ),
             ("digest", str(done.bundle.digest)),
             ("admitted", f"decision {done.decision.digest}"),
             ("on record", f"audit log, record {done.receipt.seq}"),
@@ -111,6 +129,41 @@ def install(
         ]
     )
     show(document, text, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """What an act on releases asks of the site: its facts, who acts, and the policy's question."""
+
+    site: Site
+    now: datetime
+    actor: Actor | None
+    gate: Callable[[Manifest, Digest], Decision]
+    rules: Rules
+
+
+def open_lab(folder: Path, project: str | None) -> Lab:
+    """Read the site's facts and rules for one act on releases."""
+    from airgap.approvals import load_approvals
+    from airgap.cli.policy import account_name
+    from airgap.config import load_site
+    from airgap.gate import load_rules
+    from airgap.install.record import actor_of, admission, find_submitter
+    from bundle.trust import load_trust
+
+    site = load_site(folder)
+    now = datetime.now(UTC)
+    person = find_submitter(site, os.getuid(), account_name())
+    rules = load_rules(folder)
+    gate = admission(
+        site,
+        rules,
+        site.legal_day(now),
+        project=project,
+        approvals=load_approvals(folder, load_trust(folder / "trust").standing),
+        submitter=None if person is None else person.id,
+    )
+    return Lab(site, now, None if person is None else actor_of(person), gate, rules)
 
 
 def list_bundles(*, root: Root = None, json: Json = False) -> None:

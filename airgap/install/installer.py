@@ -27,15 +27,17 @@ from airgap.install.store import (
 )
 from bundle.archive import Progress
 from bundle.delta import Base, InstalledBase
-from bundle.envelope import parse_envelope
+from bundle.envelope import Envelope, parse_envelope
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium
+from bundle.rollback import VerifiedRollback
 from bundle.statement import VerifiedSeal
 from bundle.trust import Trust, follow_chain, load_trust, require_dated, save_trust
 from bundle.verify import SealedBundle, open_bundle, verify_contents
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
+Act = Literal["install", "update", "rollback"]
 Phase = Literal["intent", "trust", "admission", "outcome"]
 Result = Literal["", "complete", "refused", "failed", "cancelled"]
 
@@ -61,7 +63,7 @@ class Decision(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InstallEvent:
-    """One thing that the audit log must hold about an install.
+    """One thing that the audit log must hold about an install, an update or a rollback.
 
     `intent`: an install begins. `trust`: a newer root is taken, then was. `admission`: the policy
     answered, either way. `outcome`: how it ended, with `code` when it did not end well.
@@ -77,6 +79,8 @@ class InstallEvent:
     previous: Digest | None = None
     result: Result = ""
     code: str = ""
+    act: Act = "install"
+    approval: VerifiedRollback | None = None  # of a rollback, once it holds
 
 
 Gate = Callable[[Manifest, Digest], Decision]
@@ -108,6 +112,8 @@ def install(
     last_record: datetime | None = None,
     more: Help | None = None,
     progress: Progress | None = None,
+    update: bool = False,
+    rollback: Envelope | None = None,
 ) -> Installed:
     """Bring the bundle at `path` into the store below `root` and make it the current one.
 
@@ -120,9 +126,11 @@ def install(
         last_record: Time of the last audit record: the clock may not lie before it.
         more: What it takes to open volumes and encrypted files; bases are looked for in the store.
         progress: Told bytes of the copy and then of the read-back, out of one total.
+        update: Refuse a bundle of a line that is not installed.
+        rollback: The signed approval that lets one older release return; `bundle.rollback`.
 
     Raises:
-        RefusedError: A code of the verification, or `policy.denied`; recorded.
+        RefusedError: A code of the verification, `install.update`, or `policy.denied`; recorded.
         FaultError: `host.space`, `install.io`, `host.state`, or the log's own; nothing is active.
 
     """
@@ -130,13 +138,16 @@ def install(
     trust = load_trust(root / "trust")
     with store.locked():
         job = _Job(path, root, store, audit, progress, _with_bases(more or Help(), store))
+        job.act = "rollback" if rollback is not None else "update" if update else "install"
         job.previous = store.find_current()
         store.note_time(last_record)
         audit(job.event("intent"))
         try:
             trust = job.follow_roots(trust, now)
             floors = store.floors(last_record)
-            with open_bundle(path, trust, now=now, floors=floors, more=job.more) as sealed:
+            with open_bundle(
+                path, trust, now=now, floors=floors, more=job.more, rollback=rollback
+            ) as sealed:
                 return job.bring_in(sealed, gate)
         except RefusedError as error:
             job.mark_refused(error)
@@ -160,6 +171,7 @@ class _Job:
     audit: Recorder
     progress: Progress | None
     more: Help
+    act: Act = "install"
     previous: Digest | None = None
     sealed: SealedBundle | None = None
     decision: Decision | None = None
@@ -178,6 +190,8 @@ class _Job:
             previous=self.previous,
             result=result,
             code=code,
+            act=self.act,
+            approval=None if sealed is None else sealed.rollback,
         )
 
     def follow_roots(self, trust: Trust, now: datetime) -> Trust:
@@ -198,6 +212,13 @@ class _Job:
     def bring_in(self, sealed: SealedBundle, gate: Gate) -> Installed:
         """Steps 6 to 12 for a bundle whose seal holds."""
         self.sealed = sealed
+        line = sealed.manifest.bundle_id
+        if self.act == "update" and self.store.active(line) is None:
+            raise RefusedError(
+                "install.update",
+                f"no release of {line} is installed here, so there is nothing to update",
+                hint="airgap list shows what is installed; airgap install takes a new line",
+            )
         target = self.store.installed / sealed.digest.hex
         folder = self.store.quarantine / sealed.digest.hex
         resumed, copied = 0, not self._holds(target, sealed.digest)
@@ -306,14 +327,17 @@ class _Job:
                 (folder / "files").rename(target)
                 target.chmod(0o555)
                 sync_folder(target.parent)
-            self.store.raise_mark(sealed.manifest, sealed.digest)
+            line = sealed.manifest.bundle_id
+            before = self.store.active(line)
+            self.store.prefer(sealed.manifest, sealed.digest)
             self.store.activate(sealed.digest)
         except OSError as error:
             raise broken_disk(error, target) from error
         try:
             receipt = self.audit(self.event("outcome", "complete"))
-        except BaseException:
-            self.store.activate(self.previous)  # what the log does not hold did not happen
+        except BaseException:  # what the log does not hold did not happen
+            self.store.activate(self.previous)
+            self.store.restore_active(line, before)
             raise
         self.store.remove_quarantine(sealed.digest)
         bundle = InstalledBundle(target, sealed.manifest, sealed.digest)

@@ -16,6 +16,7 @@ from airgap.audit.service import Log
 from airgap.config import LegalDay, Person, Site
 from airgap.gate import Rules, decide_admission
 from airgap.install.installer import InstallEvent
+from airgap.install.lifecycle import ActEvent
 from bundle.manifest import Manifest
 from policy.approvals import Approvals
 from policy.engine import Decision
@@ -68,7 +69,53 @@ def recorder(
             return log.append(_trust_event(event, trust_request, actor))
         if event.phase == "admission":
             return log.append(_admission_event(log, event, request, project))
-        return log.append(_install_event(event, request, actor, project))
+        return log.append(_install_event(log, event, request, actor, project))
+
+    return record
+
+
+def act_recorder(
+    log: Log, *, actor: Actor | None, project: str | None
+) -> Callable[[ActEvent], Receipt]:
+    """Return the callable that puts an act on releases on record, durably."""
+    requests: dict[Digest, str] = {}
+
+    def record(event: ActEvent) -> Receipt:
+        digest = event.target.digest
+        request = requests.setdefault(digest, new_ulid())
+        if event.phase == "admission":
+            return log.append(
+                _admission_record(
+                    log,
+                    event.decision,
+                    event.target.manifest,
+                    digest,
+                    request=request,
+                    project=project or "",
+                )
+            )
+        manifest = event.target.manifest
+        facts = {"object": _printable(f"{manifest.name}-{manifest.version}")}
+        if event.previous is not None:
+            facts["old"] = str(event.previous)
+        if event.act != "remove" and event.result == "complete":
+            facts["new"] = str(digest)
+        if event.result:
+            facts["result"] = event.result
+        if event.approval is not None:
+            facts["evidence"] = str(log.put_object(event.approval.statement.to_bytes()))
+        return log.append(
+            Event(
+                f"admin.{event.act}",
+                event.phase,
+                req=request,
+                actor=actor,
+                project=project or "",
+                model=digest,
+                err=event.code,
+                data=facts,
+            )
+        )
 
     return record
 
@@ -109,7 +156,7 @@ def last_record(root: Path) -> datetime | None:
 
 
 def _install_event(
-    event: InstallEvent, request: str, actor: Actor | None, project: str | None
+    log: Log, event: InstallEvent, request: str, actor: Actor | None, project: str | None
 ) -> Event:
     facts: dict[str, str] = {"object": _printable(event.path.name)}
     if event.previous is not None:
@@ -118,8 +165,10 @@ def _install_event(
         facts["result"] = event.result
     if event.result == "complete":
         facts["new"] = str(event.digest)
+    if event.approval is not None and event.act == "rollback":
+        facts["evidence"] = str(log.put_object(event.approval.statement.to_bytes()))
     return Event(
-        "admin.install",
+        f"admin.{event.act}",
         event.phase,
         req=request,
         actor=actor,
@@ -139,19 +188,28 @@ def _trust_event(event: InstallEvent, request: str, actor: Actor | None) -> Even
 
 
 def _admission_event(log: Log, event: InstallEvent, request: str, project: str | None) -> Event:
-    decision = event.decision
-    if not isinstance(decision, Decision) or event.manifest is None:
+    if event.manifest is None or event.digest is None:
+        raise TypeError("an admission is recorded with the bundle that it is about")
+    return _admission_record(
+        log, event.decision, event.manifest, event.digest, request=request, project=project or ""
+    )
+
+
+def _admission_record(
+    log: Log, decision: object, manifest: Manifest, digest: Digest, *, request: str, project: str
+) -> Event:
+    if not isinstance(decision, Decision):
         raise TypeError("an admission is recorded with the decision of the policy")
     return Event(
         "admission",
         req=request,
-        project=project or "",
-        model=event.digest or "",
+        project=project,
+        model=digest,
         decision=DecisionRef(
             log.put_object(decision.canonical), decision.outcome.value, decision.rule_for_log
         ),
         data={
-            "bundle": _printable(f"{event.manifest.name}-{event.manifest.version}"),
+            "bundle": _printable(f"{manifest.name}-{manifest.version}"),
             "result": decision.outcome.value,
             "obligations": [_printable(str(each.id)) for each in decision.obligations][:48],
         },

@@ -14,6 +14,7 @@ from bundle.keys import read_limited
 from bundle.revocation import require_unrevoked, revoked_signers
 from bundle.statement import PAYLOAD_TYPE, verify_seal
 from bundle.trust import Trust
+from policy.errors import RefusedError
 
 
 def require_standing(bundle: InstalledBundle, trust: Trust, *, now: datetime) -> tuple[str, ...]:
@@ -36,3 +37,20 @@ def require_standing(bundle: InstalledBundle, trust: Trust, *, now: datetime) ->
     if revoked_signers(trust.revocations, root, keyids):
         verify_seal(envelope, root, trust.revocations)
     return alarms
+
+
+def require_valid(installed: InstalledBundle, now: datetime) -> None:
+    """Refuse a release whose time is over: approval was given for that time and no longer.
+
+    Raises:
+        RefusedError: `trust.expired`.
+
+    """
+    expires = installed.manifest.expires
+    if now >= expires:
+        raise RefusedError(
+            "trust.expired",
+            f"{installed.manifest.name} {installed.manifest.version} was approved until "
+            f"{expires:%Y-%m-%d %H:%M} UTC; it is {now:%Y-%m-%d %H:%M}",
+            hint="install a release that is valid, or correct the clock: airgap list",
+        )

@@ -7,6 +7,8 @@
     store/installed/<digest>/       a bundle's files, read-only; never changed after the rename
     store/current                   link to the installed bundle that answers by default
 
+`state.json` also names the active release of each line: the one that its name alone means.
+
 Every change is a file written beside, synced and renamed: a crash leaves the old state or the new.
 """
 
@@ -57,6 +59,7 @@ class State(Document):
     latest_created: Instant | None = None
     latest_seen: Instant | None = None  # newest time ever seen in the log: a clock set back stays
     marks: dict[Name, Mark] = Field(default_factory=dict)
+    active: dict[Name, DigestText] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,9 @@ class Store:
             ) from error
 
     def get(self, name: str) -> InstalledBundle:
-        """Return the bundle with that digest, name, or `name-version`; the current one wins.
+        """Return the bundle with that digest, name, or `name-version`.
+
+        Where several answer to a name, the current one wins, then the active release of the line.
 
         Raises:
             RefusedError: `store.missing`, none or several match.
@@ -153,6 +158,9 @@ class Store:
         ]
         if current is not None and any(item.digest == current.digest for item in wanted):
             return current
+        if len(wanted) > 1:
+            active = set(self.state().active.values())
+            wanted = [item for item in wanted if str(item.digest) in active] or wanted
         if len(wanted) == 1:
             return wanted[0]
         raise RefusedError(
@@ -160,6 +168,14 @@ class Store:
             f"{len(wanted)} installed bundles answer to {name!r:.80}",
             hint="airgap list; then name one by its digest",
         )
+
+    def active(self, line: str) -> Digest | None:
+        """Return the active release of a line, None where none is installed."""
+        state = self.state()
+        mark = state.marks.get(line)
+        named = state.active.get(line) or (None if mark is None else mark.bundle)
+        digest = None if named is None else Digest.parse(named)
+        return None if digest is None or not (self.installed / digest.hex).is_dir() else digest
 
     def state(self) -> State:
         """Return the high-water marks; a store that is new has none."""
@@ -230,16 +246,26 @@ class Store:
             )
         return lock
 
-    def raise_mark(self, manifest: Manifest, digest: Digest) -> None:
-        """Remember the epoch of a bundle that is about to be active."""
-        state = self.state()
-        created = max(filter(None, [state.latest_created, manifest.created]))
-        marks = {
-            **state.marks,
-            manifest.bundle_id: Mark(epoch=manifest.epoch, bundle=str(digest)),
+    def prefer(self, manifest: Manifest, digest: Digest) -> None:
+        """Make a release the active one of its line; the mark rises with it and never falls."""
+        state, line = self.state(), manifest.bundle_id
+        mark = state.marks.get(line)
+        if mark is None or mark.epoch < manifest.epoch:
+            mark = Mark(epoch=manifest.epoch, bundle=str(digest))
+        changes = {
+            "latest_created": max(filter(None, [state.latest_created, manifest.created])),
+            "marks": {**state.marks, line: mark},
+            "active": {**state.active, line: str(digest)},
         }
-        fresh = state.model_copy(update={"latest_created": created, "marks": marks})
-        self._write_state(fresh)
+        self._write_state(state.model_copy(update=changes))
+
+    def restore_active(self, line: str, digest: Digest | None) -> None:
+        """Undo `prefer` as far as a change of mind may: the mark stays where it is."""
+        state = self.state()
+        active = {key: value for key, value in state.active.items() if key != line}
+        if digest is not None:
+            active[line] = str(digest)
+        self._write_state(state.model_copy(update={"active": active}))
 
     def note_time(self, moment: datetime | None) -> None:
         """Remember a time that has been; without this, one refused attempt would hide it."""
@@ -286,6 +312,25 @@ class Store:
     def remove_quarantine(self, digest: Digest) -> None:
         """Drop what is left of an install."""
         shutil.rmtree(self.quarantine / digest.hex, ignore_errors=True)
+
+    def drop(self, digest: Digest) -> None:
+        """Delete an installed release: one rename, after which it is no release any more.
+
+        A deletion that is killed leaves `quarantine/<digest>.removed`, which the next one takes.
+        """
+        source = self.installed / digest.hex
+        target = self.quarantine / f"{digest.hex}.removed"
+        shutil.rmtree(target, ignore_errors=True)
+        source.chmod(0o700)  # a folder's own name entry `..` changes with its place
+        source.rename(target)
+        sync_folder(self.installed)
+        delete_tree(target)
+
+    def delete_leftovers(self) -> None:
+        """Delete what killed deletions left."""
+        for path in self.unfinished():
+            if path.name.endswith(".removed"):
+                delete_tree(path)
 
     def _load(self, folder: Path) -> InstalledBundle:
         try:
@@ -363,6 +408,13 @@ def write_beside(path: Path, content: bytes, mode: int = 0o600) -> None:
         fresh.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def delete_tree(folder: Path) -> None:
+    """Delete a folder and all in it, read-only folders too; links are not followed."""
+    for place, _, _ in os.walk(folder):
+        Path(place).chmod(0o700)
+    shutil.rmtree(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from airgap import gate
+from airgap import gate, rule_history
 from airgap.approvals import load_approvals
 from airgap.audit import Event, new_ulid
 from airgap.audit.service import Log, RemoteLog
@@ -33,7 +33,7 @@ from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
-from airgap.install.standing import require_standing
+from airgap.install.standing import require_standing, require_valid
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
 from airgap.site_rules import read_signature, verify_file
@@ -99,6 +99,7 @@ def open_broker(
     packs = screen_packs(root)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open_site_log(root, site))
+        rule_history.put_on_record(log, rules)
         with loading(log, installed):
             worker, helper = (
                 stack.enter_context(sealed(log, spec))
@@ -323,23 +324,6 @@ def find_installed(root: Path, model: str) -> InstalledBundle:
             hint="airgap install BUNDLE.agb; or name another tree with --root",
         )
     return current
-
-
-def require_valid(installed: InstalledBundle, now: datetime) -> None:
-    """Refuse a release whose time is over: approval was given for that time and no longer.
-
-    Raises:
-        RefusedError: `trust.expired`.
-
-    """
-    expires = installed.manifest.expires
-    if now >= expires:
-        raise RefusedError(
-            "trust.expired",
-            f"{installed.manifest.name} {installed.manifest.version} was approved until "
-            f"{expires:%Y-%m-%d %H:%M} UTC; it is {now:%Y-%m-%d %H:%M}",
-            hint="install a release that is valid, or correct the clock: airgap list",
-        )
 
 
 def describe(installed: InstalledBundle) -> Model:
