@@ -17,7 +17,8 @@ from typing import Any
 
 from rdkit import Chem
 
-from airgap.science.grammar import Completion, parse_completion, scan_smiles
+from airgap.science.completions import Completion, parse_completion
+from airgap.science.fields import scan_smiles
 from airgap.science.molecules import (
     Problem,
     canonical,

@@ -18,13 +18,8 @@ from rdkit import Chem, rdBase
 from rdkit.Chem import QED, rdDepictor, rdinchi, rdMolDescriptors
 from rdkit.Chem.MolStandardize import rdMolStandardize
 
-from airgap.science.grammar import (
-    PromptError,
-    check_field,
-    check_smiles,
-    lookalike_hint,
-    scan_smiles,
-)
+from airgap.science.fields import check_field, check_smiles, lookalike_hint, scan_smiles
+from airgap.science.refusals import PromptError
 
 SMILES_LIMIT = 4_000
 """Longest SMILES that is read, in characters."""

@@ -45,7 +45,8 @@ from rdkit import Chem
 
 from airgap.enclave.channel import ProgramError
 from airgap.science import assessment, drawing, molecules, raw, screens, structures, tasks
-from airgap.science.grammar import PromptError, require_tokens
+from airgap.science.checkpoint import require_tokens
+from airgap.science.refusals import PromptError
 from airgap.science.svg import SVG_LIMIT
 
 Emit = Callable[[bytes], None]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from airgap.science.grammar import Chain, Molecule, PromptError, parse_prompt
+from airgap.science.grammar import Chain, Molecule, parse_prompt
+from airgap.science.refusals import PromptError
 from airgap.science.tasks import Task
 
 BESIDE = ("fix", "level")

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from airgap.science.grammar import PromptError, parse_prompt
+from airgap.science.grammar import parse_prompt
+from airgap.science.refusals import PromptError
 from policy.errors import FaultError
 
 REPLY_LIMIT = 4 * 1024 * 1024

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import gemmi
 
-from airgap.science.grammar import PromptError
+from airgap.science.refusals import PromptError
 from airgap.science.tasks import STRUCTURE_LIMIT, select
 
 CONTACT = 4.5

@@ -18,17 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from airgap.science.grammar import (
-    RESIDUES,
-    PromptError,
-    annotate,
-    bare,
-    check_field,
-    check_residues,
-    count_words,
-    tagged,
-    write,
-)
+from airgap.science.fields import RESIDUES, check_field, check_residues
+from airgap.science.grammar import annotate, bare, count_words, tagged, write
+from airgap.science.refusals import PromptError
 
 SAMPLES_LIMIT = 10_000
 STRUCTURE_LIMIT = 12 * 1024 * 1024

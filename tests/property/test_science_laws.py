@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from science_runs import ask, program
 
 from airgap.enclave.channel import ProgramError
-from airgap.science import grammar, results, svg, tasks
+from airgap.science import completions, fields, grammar, results, svg, tasks
 from airgap.science.grammar import TAGS
 from policy.errors import AirgapError
 
@@ -27,7 +27,7 @@ TASK = st.sampled_from(sorted(tasks.TASKS))
 
 SMILES = st.sampled_from(["C", "CCO", "c1ccccc1", "C[C@H](N)C(=O)O", "[NH4+]", "C#N", "C1CC1"])
 NODE = st.sampled_from(["[Zn]", "[O][Zn][Zn]", "[Cu][Cu]"])
-SEQUENCE = st.text(alphabet=grammar.RESIDUES + "JX", min_size=1, max_size=12)
+SEQUENCE = st.text(alphabet=fields.RESIDUES + "JX", min_size=1, max_size=12)
 MANY = st.lists(SMILES, min_size=1, max_size=3).map(tuple)
 
 
@@ -97,7 +97,7 @@ def test_any_text_is_a_prompt_or_refused(text, task):
 
 @given(ANY_TEXT, TASK, st.booleans())
 def test_any_completion_is_read_and_keeps_its_remainder(text, task, stopped):
-    found = grammar.parse_completion(task, text, stopped=stopped)
+    found = completions.parse_completion(task, text, stopped=stopped)
     assert found.remainder in text
     if found.complete:
         assert not found.remainder.strip()
@@ -105,7 +105,7 @@ def test_any_completion_is_read_and_keeps_its_remainder(text, task, stopped):
 
 @given(ANY_TEXT)
 def test_smiles_scanner_loses_nothing(text):
-    assert "".join(piece for _, piece, _ in grammar.scan_smiles(text)) == text
+    assert "".join(piece for _, piece, _ in fields.scan_smiles(text)) == text
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,25 +1,25 @@
 import pytest
 
-from airgap.science import grammar
+from airgap.science import checkpoint, fields, grammar
+from airgap.science.checkpoint import compare_tokens
+from airgap.science.completions import parse_completion
 from airgap.science.grammar import (
     TAGS,
     Chain,
     Complex,
     Material,
     Molecule,
-    PromptError,
     Reaction,
     Retro,
     Search,
     Trans,
     annotate,
     bare,
-    compare_tokens,
-    parse_completion,
     parse_document,
     parse_prompt,
     write,
 )
+from airgap.science.refusals import PromptError
 
 DOCUMENTS = {
     "protein": (bare("MKJ"), 1),
@@ -242,13 +242,13 @@ def test_text_beyond_the_limit_is_refused_before_it_is_read():
         parse_document("<MoleculeS>" + "C" * 1_000_000)
     assert refused.value.code == "prompt.size"
     with pytest.raises(PromptError) as refused:
-        grammar.check_field("C" * 70_000, "product")
+        fields.check_field("C" * 70_000, "product")
     assert refused.value.code == "prompt.size"
 
 
 def test_caret_line_is_ascii_and_points_at_the_character():
     with pytest.raises(PromptError) as refused:
-        grammar.check_residues("MKÄ\u202eA")
+        fields.check_residues("MKÄ\u202eA")
     assert refused.value.offset == 2
     excerpt, line = refused.value.caret.splitlines()
     assert excerpt.isascii()
@@ -258,7 +258,7 @@ def test_caret_line_is_ascii_and_points_at_the_character():
 
 def test_long_text_is_cut_around_the_fault():
     with pytest.raises(PromptError) as refused:
-        grammar.check_residues("M" * 500 + "*" + "M" * 500)
+        fields.check_residues("M" * 500 + "*" + "M" * 500)
     excerpt, line = refused.value.caret.splitlines()
     assert len(excerpt) < 80
     assert excerpt[line.index("^")] == "*"
@@ -277,13 +277,13 @@ def test_long_text_is_cut_around_the_fault():
 )
 def test_each_bad_residue_gets_its_own_fix(letter, word):
     with pytest.raises(PromptError) as refused:
-        grammar.check_residues("M" + letter)
+        fields.check_residues("M" + letter)
     assert word in refused.value.hint
 
 
 def test_rare_residues_warn_and_pass():
-    assert grammar.check_residues("MKA") == []
-    (warning,) = grammar.check_residues("MJJ")
+    assert fields.check_residues("MKA") == []
+    (warning,) = fields.check_residues("MJJ")
     assert "J occurs 2 times" in warning
 
 
@@ -351,7 +351,7 @@ def test_completion_of_an_unknown_task_is_a_mistake_of_the_caller():
 
 def test_token_table_reports_missing_unknown_clash_and_not_special():
     ids = {tag: number for number, tag in enumerate(TAGS)}
-    assert compare_tokens(ids, special=TAGS) == grammar.TokenReport((), (), (), ())
+    assert compare_tokens(ids, special=TAGS) == checkpoint.TokenReport((), (), (), ())
     ids.pop("<Search>")
     ids |= {"<Extra>": 99, "<Trans>": 0, "<eos>": 3, "<unk>": 98}
     report = compare_tokens(ids, special=[tag for tag in TAGS if tag != "<React>"])
@@ -364,8 +364,8 @@ def test_token_table_reports_missing_unknown_clash_and_not_special():
 def test_task_is_refused_on_a_checkpoint_without_its_token():
     ids = {tag: number for number, tag in enumerate(TAGS)}
     needed = ("<MoleculeS>", "<ReverseReact>")
-    grammar.require_tokens(ids, needed, model="m", task="retrosynthesis")
+    checkpoint.require_tokens(ids, needed, model="m", task="retrosynthesis")
     for broken in ({"<MoleculeS>": 1}, {**ids, "<ReverseReact>": ids["<MoleculeS>"]}):
         with pytest.raises(PromptError) as refused:
-            grammar.require_tokens(broken, needed, model="m", task="retrosynthesis")
+            checkpoint.require_tokens(broken, needed, model="m", task="retrosynthesis")
         assert refused.value.code == "prompt.g11"

@@ -18,7 +18,7 @@ from science_runs import (
 )
 
 from airgap.enclave.channel import ProgramError
-from airgap.science import drawing, grammar, molecules, raw, results, svg, tasks, views
+from airgap.science import drawing, fields, molecules, raw, results, svg, tasks, views
 from airgap.science.program import create
 
 
@@ -56,7 +56,7 @@ def test_what_is_no_smiles_is_called_by_its_kind_and_not_looked_up(kind, text):
     "text", ["CC(C", "C1CC", "CCX", "C[Xx]C", "c1cccc1", "Ccc", "Clc1ccccc1Brr", "", "x" * 4_000]
 )
 def test_broken_smiles_is_not_called_a_name(text):
-    assert grammar.lookalike(text) == ""
+    assert fields.lookalike(text) == ""
     assert "looks like" not in refusal("retrosynthesis", smiles=text).hint
 
 

@@ -18,8 +18,9 @@ from science_runs import (
 
 from airgap.enclave.channel import ProgramError
 from airgap.science import assessment, drawing, molecules, results, structures
-from airgap.science.grammar import TAGS, PromptError
+from airgap.science.grammar import TAGS
 from airgap.science.program import _Ticker, create
+from airgap.science.refusals import PromptError
 from policy.errors import FaultError
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from airgap.science import tasks
-from airgap.science.grammar import TAGS, PromptError
+from airgap.science.grammar import TAGS
+from airgap.science.refusals import PromptError
 from airgap.science.tasks import TASKS, Context, Subject
 
 WORDS = Context("tiny", 512, {tag: n for n, tag in enumerate(TAGS)}, vocabulary=150)
