@@ -1,12 +1,13 @@
 """Cutting a bundle into volumes, putting any form together again, and mending a set.
 
 Every chunk is held against the list in the head before it is written: a bad source makes no set.
-The seal is not judged here, so that a draft can be cut before all have signed. FORMAT.md section
-14.
+The seal is not judged here, so that a draft can be cut before all have signed. What a killed run
+wrote is hashed, and stays where it holds. FORMAT.md section 14.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bundle.medium import Medium, overwrite
 from bundle.source import read_exactly
 from bundle.tar import BLOCK
 from bundle.volumes import MAX_COUNT, VolumeFacts, VolumeSet
-from bundle.write import fresh_file, require_space
+from bundle.write import fresh_file, partial_of, require_space
 from policy.errors import AirgapError, RefusedError, UsageError
 from policy.terms import Digest
 
@@ -112,7 +113,15 @@ def split(
     total = facts.count + facts.parity
     names = [folder / f"{medium.path.name}.{number:03}" for number in range(1, total + 1)]
     each = [facts.model_copy(update={"index": number}) for number in range(1, total + 1)]
-    require_space(folder, sum(len(chunks.head) + one.layout(chunks.body).size for one in each))
+    finished = {
+        one.index
+        for one, path in zip(each, names, strict=True)
+        if not parity_count and _is_finished(path, one, chunks)
+    }
+    missing = [one for one in each if one.index not in finished]
+    held = sum(_held(partial_of(path)) for path in names)
+    needed = sum(len(chunks.head) + one.layout(chunks.body).size for one in missing)
+    require_space(folder, max(0, needed - held))
     done = 0
 
     def read(index: int) -> bytes:
@@ -125,9 +134,12 @@ def split(
 
     if not parity_count:
         for one, path in zip(each, names, strict=True):
+            if one.index in finished:
+                done += one.span(chunks.body)[1] - one.span(chunks.body)[0]
+                continue
             with _Volume(path, one, chunks) as volume:
                 for index in volume.indices():
-                    volume.add(read(index))
+                    volume.take(index, read)
         return tuple(names)
     # All at once, column by column: so parity needs one pass and the memory of a few chunks.
     with ExitStack() as stack:
@@ -147,13 +159,20 @@ def join(medium: Medium, out: Path, progress: Progress | None = None) -> Digest:
 
     """
     chunks = Chunks(medium)
-    with fresh_file(out, len(chunks.head) + chunks.body.size) as stream:
+    size = chunks.body.size
+    with fresh_file(out, len(chunks.head) + size, resume=True) as stream:
         stream.write(chunks.head)
+        stream.flush()
         for index in range(len(chunks.leaves)):
-            chunk = chunks.read(index)
-            stream.write(chunk)
+            start = index * CHUNK_SIZE
+            place = len(chunks.head) + start
+            chunk = os.pread(stream.fileno(), min(CHUNK_SIZE, size - start), place)
+            if not chunks.holds(index, chunk):
+                chunk = chunks.read(index)
+                stream.seek(place)
+                stream.write(chunk)
             if progress is not None:
-                progress(index * CHUNK_SIZE + len(chunk), chunks.body.size)
+                progress(start + len(chunk), size)
     return chunks.digest
 
 
@@ -201,19 +220,21 @@ class _Volume:
         self._layout = facts.layout(chunks.body)
         self._leaves: list[bytes] = []
         self._stack = ExitStack()
-        self._file = fresh_file(path, len(chunks.head) + self._layout.size)
+        self._file = fresh_file(path, len(chunks.head) + self._layout.size, resume=True)
 
     def __enter__(self) -> Self:
         self.stream: BinaryIO = self._stack.enter_context(self._file)
         start, layout = len(self._chunks.head), self._layout
         self.stream.write(self._chunks.head + layout.gap(0) + self.facts.to_bytes() + layout.gap(1))
-        self.stream.seek(start + layout.offsets[-1])
+        self.stream.flush()
+        self._next = start + layout.offsets[-1]
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             start, layout = len(self._chunks.head), self._layout
             last = len(layout.files)
+            self.stream.seek(self._next)
             self.stream.write(layout.gap(last))
             if self._leaves:
                 self.stream.seek(start + layout.offsets[1])
@@ -225,14 +246,47 @@ class _Volume:
         first = (self.facts.index - 1) * self.facts.chunks
         return range(first, min(first + self.facts.chunks, len(self._chunks.leaves)))
 
-    def add(self, chunk: bytes) -> None:
-        """Write the next chunk."""
-        self.stream.write(chunk)
+    def take(self, index: int, read: Callable[[int], bytes]) -> bytes:
+        """Return the next chunk, which is number `index`, and write it unless it is there."""
+        size = min(CHUNK_SIZE, self._chunks.body.size - index * CHUNK_SIZE)
+        chunk = os.pread(self.stream.fileno(), size, self._next)
+        if self._chunks.holds(index, chunk):
+            self._next += size
+        else:
+            chunk = read(index)
+            self._write(chunk)
+        return chunk
 
     def add_parity(self, chunk: bytes) -> None:
         """Write the next parity chunk and keep its hash."""
-        self.stream.write(chunk)
+        self._write(chunk)
         self._leaves.append(self._chunks.leaf_of(chunk))
+
+    def _write(self, chunk: bytes) -> None:
+        self.stream.seek(self._next)
+        self.stream.write(chunk)
+        self._next += len(chunk)
+
+
+def _held(path: Path) -> int:
+    """Return how many bytes of the disk a file takes, none when it is not there."""
+    return path.lstat().st_blocks * 512 if path.exists() else 0
+
+
+def _is_finished(path: Path, facts: VolumeFacts, chunks: Chunks) -> bool:
+    """Tell whether a data volume is there already, byte for byte: a killed run wrote it."""
+    layout, start = facts.layout(chunks.body), len(chunks.head)
+    first, end = facts.span(chunks.body)
+    try:
+        with path.open("rb") as stream:
+            frame = chunks.head + layout.gap(0) + facts.to_bytes() + layout.gap(1)
+            whole = stream.read(len(frame)) == frame and len(frame) == start + layout.offsets[-1]
+            for low in range(first, end, CHUNK_SIZE):
+                chunk = stream.read(min(CHUNK_SIZE, end - low)) if whole else b""
+                whole = whole and chunks.holds(low // CHUNK_SIZE, chunk)
+            return whole and stream.read() == layout.gap(len(layout.files))
+    except OSError:
+        return False
 
 
 def _write_columns(
@@ -251,11 +305,9 @@ def _write_columns(
             index = place * facts.chunks + column
             if index >= len(chunks.leaves) or not (rows or place in wanted):
                 continue
-            chunk = read(index)
-            sums.add(place, chunk)
             volume = volumes[place]
-            if volume is not None:
-                volume.add(chunk)
+            chunk = read(index) if volume is None else volume.take(index, read)
+            sums.add(place, chunk)
         for number, row in enumerate(rows):
             parity_volume = volumes[facts.count + row]
             if parity_volume is not None:

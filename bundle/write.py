@@ -205,7 +205,7 @@ def fresh_file(
         FaultError: `host.space`, `host.io`; `host.state`, another run writes it.
 
     """
-    place = partial or out.with_name(f".{out.name}.partial")
+    place = partial or partial_of(out)
     resume = resume or partial is not None
     try:
         with open(place, "r+b", opener=_open_own) as stream:
@@ -227,6 +227,11 @@ def fresh_file(
                 raise
     except OSError as error:
         raise full_disk(error, out) from error
+
+
+def partial_of(out: Path) -> Path:
+    """Return where the unfinished file of `out` lies."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def _open_own(path: str, _: int) -> int:

@@ -1,7 +1,9 @@
 """Volumes: any of them is a tar and names its set; a lost or bad one is named; parity mends it."""
 
 import itertools
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -636,3 +638,96 @@ def test_an_install_repairs_on_its_way(spared, root, full):
     flip(name(spared, 4), -70_000)
     done = bring_in(spared, root)
     assert done.bundle.digest == verify(full).digest
+
+
+# -- a run that was killed --------------------------------------------------------------------
+
+
+def killed_at(number, call):
+    """Run in a child that dies when its progress has been told `number` times."""
+    child = os.fork()
+    if child == 0:
+        told = 0
+
+        def tell(_done, _total):
+            nonlocal told
+            told += 1
+            if told == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            call(tell)
+        finally:
+            os._exit(77)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def cut_counting(path, folder, spare, progress=None):
+    """Cut a set; return the numbers of the chunks that were read from the bundle."""
+    medium = open_medium(path)
+    reads = []
+    medium.read_into, plain = (
+        lambda at, part: (reads.append(at // CHUNK), plain(at, part)),
+        (medium.read_into),
+    )
+    size = medium.head.body_start + 2 * CHUNK + 64 * 1024
+    split(medium, folder, volume_size=size, parity_count=spare, progress=progress)
+    medium.close()
+    return reads
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+@pytest.mark.parametrize("number", [1, 3, 4, 6])
+def test_a_killed_split_is_gone_on_with(full, tmp_path, spare, number):
+    whole, folder = tmp_path / "whole", tmp_path / "set"
+    whole.mkdir()
+    folder.mkdir()
+    assert sorted(cut_counting(full, whole, spare)) == list(range(COUNT))
+    killed_at(number, lambda tell: cut_counting(full, folder, spare, tell))
+    for path in folder.glob("tiny.agb.*"):  # what bears its final name is whole
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    again = cut_counting(full, folder, spare)
+    assert len(again) == COUNT - (number - 1)  # the chunk that it died with is read again
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
+@pytest.mark.parametrize("number", [1, 4, 6])
+def test_a_killed_join_is_gone_on_with(full, plain_set, tmp_path, number):
+    out = tmp_path / "tiny.agb"
+
+    def run(tell=None):
+        medium = open_medium(plain_set)
+        try:
+            join(medium, out, tell)
+        finally:
+            medium.close()
+
+    killed_at(number, run)
+    assert not out.exists()
+    left = next(tmp_path.iterdir())
+    raw = bytearray(left.read_bytes())
+    raw[-1] ^= 1  # what is there is hashed, not believed
+    left.write_bytes(raw)
+    run()
+    assert out.read_bytes() == full.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_left_of_another_set_is_not_taken(full, plain_set, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    bundles.make_bundle(other / "tiny.agb", version="2.0")
+    medium = open_medium(other / "tiny.agb")
+    size = medium.head.body_start + CHUNK + 64 * 1024
+    split(medium, other, volume_size=size)
+    medium.close()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for path in other.glob("tiny.agb.*"):
+        shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(path, folder / f".{path.name}.partial")
+    cut(full, folder)
+    for path in plain_set.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
