@@ -145,6 +145,7 @@ def verify(envelope: Envelope, root: RootDocument) -> Ruling:
         people=tuple(each.person for each in people),
         expires=about.expires,
         digest=Digest.of(envelope.payload),
+        issued=about.issued,
     )
 
 

@@ -196,15 +196,23 @@ def signers_of(envelope: Envelope, root: RootDocument, *, at: datetime) -> tuple
     )
 
 
-def load_approvals(root: Path, trust: RootDocument) -> Approvals:
+def load_approvals(
+    root: Path, trust: RootDocument, *, known_at: datetime | None = None
+) -> Approvals:
     """Read and verify every file of `<root>/policy/approvals`.
+
+    What was taken back after `known_at` still counted then.
 
     Raises:
         RefusedError: A file is not a signed approval; better loud than silently without effect.
 
     """
     found = [verify_approval(each, trust) for each in read_folder(root / FOLDER)]
-    revoked = {each.about for each in load_notes(root, trust) if each.kind == "revocation"}
+    revoked = {
+        each.about
+        for each in load_notes(root, trust)
+        if each.kind == "revocation" and (known_at is None or each.issued <= known_at)
+    }
     return Approvals(tuple(each for each in found if each.digest not in revoked))
 
 

@@ -78,6 +78,16 @@ class Rules:
     packs: Packs
     lists: Snapshots
     registry: Registry
+    sources: tuple[Source, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file of which rules were made; `own` is one of the site."""
+
+    name: str
+    content: bytes
+    own: bool
 
 
 def load_rules(root: Path | None, *, drafts: Sequence[Path] = ()) -> Rules:
@@ -91,16 +101,43 @@ def load_rules(root: Path | None, *, drafts: Sequence[Path] = ()) -> Rules:
             column; `trust.*`, there are files of the site and no trust root to judge them by.
 
     """
-    shipped = _shipped()
     folder = None if root is None else root / "policy"
     paths = [] if folder is None or not folder.is_dir() else sorted(folder.glob("*.yaml"))
     require_few(paths)
-    own = _parse_files([(str(path), content) for path, content in _signed(root, paths)])
+    signed = list(_signed(root, paths))
+    own = _parse_files([(str(path), content) for path, content in signed])
     unsigned = _parse_files([(str(path), _read(path)) for path in drafts])
+    sources = [Source(name, content, own=False) for name, content in shipped_files().items()]
+    sources += [Source(path.name, content, own=True) for path, content in signed]
+    return _united(_shipped(), own, _rulings(root), unsigned=unsigned, sources=tuple(sources))
+
+
+def rules_of(sources: Sequence[Source], rulings: Iterable[Ruling]) -> Rules:
+    """The rules of these very files, whatever is loaded today.
+
+    Raises:
+        RefusedError: `pack.*`, this release does not read them.
+
+    """
+    shipped = _parse_files([(each.name, each.content) for each in sources if not each.own])
+    own = _parse_files([(each.name, each.content) for each in sources if each.own])
+    return _united(shipped, own, rulings, sources=tuple(sources))
+
+
+def _united(
+    shipped: _Files,
+    own: _Files,
+    rulings: Iterable[Ruling],
+    *,
+    unsigned: _Files | None = None,
+    sources: tuple[Source, ...] = (),
+) -> Rules:
+    further = unsigned or _Files()
     return Rules(
-        packs=combine(shipped.packs, (*own.packs, *unsigned.packs)),
-        lists=snapshots.complete(shipped.lists, (*own.lists, *unsigned.lists)),
-        registry=unite((*shipped.lineage, *own.lineage, *unsigned.lineage), _rulings(root)),
+        packs=combine(shipped.packs, (*own.packs, *further.packs)),
+        lists=snapshots.complete(shipped.lists, (*own.lists, *further.lists)),
+        registry=unite((*shipped.lineage, *own.lineage, *further.lineage), rulings),
+        sources=sources,
     )
 
 

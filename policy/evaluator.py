@@ -102,7 +102,7 @@ class Evaluator:
             raise RefusedError("policy.request", f"no path starts at {min(strange)!r:.60}")
         self.request = request
         self.packs = packs
-        self.lineage = lineage
+        self.lineage = lineage.known_by(known_at)
         self.approvals = approvals
         self.known_at = known_at
         self.program: Program = packs.programs[request.scope]
@@ -110,7 +110,7 @@ class Evaluator:
         self.held: dict[str, ListSnapshot | None] = dict(held)
         self.facts = complete_facts(request.facts, self.program.fact_names, packs)
         self.starts = _starts(request)
-        self._finder = path_finder(lineage, held)
+        self._finder = path_finder(self.lineage, held)
         self._fixed = [F] * len(self.program.leaves)
         for at, leaf in self.program.still:
             self._fixed[at] = compare(leaf, self.facts[leaf.fact])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -188,6 +189,7 @@ class Ruling:
     people: tuple[str, ...]
     expires: date | None
     digest: Digest
+    issued: datetime | None = None  # of a signed one; that of a file is as old as its file
 
 
 class Step(NamedTuple):
@@ -234,6 +236,11 @@ class Registry:
             and (each.expires is None or day < each.expires)
         ]
         return max(found, key=lambda each: each.same, default=None)
+
+    def known_by(self, moment: datetime) -> Registry:
+        """The registry without the adjudications that were signed after `moment`."""
+        later = any(each.issued is not None and each.issued > moment for each in self.rulings)
+        return _known_by(self, moment) if later else self
 
     def party_of(self, name: str) -> str | None:
         """Resolve a party id, a name or a handle exactly; None when nobody is called so."""
@@ -313,6 +320,14 @@ def unite(files: Iterable[LineageFile], rulings: Iterable[Ruling] = ()) -> Regis
         by_name=MappingProxyType(_invert(keys, "party name")),
         by_source=MappingProxyType(_invert(sources, "model source")),
         rulings=(*(each for part in parts for each in _reviewed(part)), *signed),
+    )
+
+
+@lru_cache(maxsize=64)
+def _known_by(registry: Registry, moment: datetime) -> Registry:
+    signed = [each for each in registry.rulings if each.expires is not None]
+    return unite(
+        registry.files, [each for each in signed if each.issued is None or each.issued <= moment]
     )
 
 

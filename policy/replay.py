@@ -19,8 +19,13 @@ from policy.terms import FACTS, Digest, Fact, Kind, Known, Scope, Unknown, Value
 _FORMAT = "airgap/decision/1"
 
 
-def request_of_record(document: Mapping[str, Any]) -> Request:
+def request_of_record(
+    document: Mapping[str, Any], *, leads: frozenset[str] = frozenset()
+) -> Request:
     """The question that a record answers.
+
+    `leads` are the principal investigators, whom a record does not name; they only bear on
+    approvals.
 
     Raises:
         RefusedError: `policy.record`, it is no whole decision record of this format.
@@ -33,7 +38,7 @@ def request_of_record(document: Mapping[str, Any]) -> Request:
             hint="a record without `facts_digest` is the public part of a hazard decision",
         )
     try:
-        return _request(document)
+        return _request(document, leads)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError("policy.record", f"the record is malformed: {error!s:.120}") from error
 
@@ -47,7 +52,7 @@ def times_of_record(document: Mapping[str, Any]) -> tuple[date, datetime]:
         raise RefusedError("policy.record", f"the record is malformed: {error!s:.120}") from error
 
 
-def _request(document: Mapping[str, Any]) -> Request:
+def _request(document: Mapping[str, Any], leads: frozenset[str]) -> Request:
     asked = document["request"]
     return Request(
         scope=Scope(document["scope"]),
@@ -55,7 +60,7 @@ def _request(document: Mapping[str, Any]) -> Request:
         project=asked["project"],
         task=asked["task"],
         submitter=asked["person"],
-        leads=frozenset(),  # not in the record; they only bear on approvals
+        leads=leads,
         facts={
             each["name"]: _fact(each)
             for each in document["facts"]

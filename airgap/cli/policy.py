@@ -7,17 +7,18 @@ import os
 import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli import approve, rules
+from airgap.cli import approve, replay, rules
 from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
-from policy.errors import RefusedError
+from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from airgap.gate import Rules
     from policy.approvals import Approvals
     from policy.engine import Decision
     from policy.record import Idle
@@ -49,6 +50,14 @@ AsOf = Annotated[
     datetime | None,
     typer.Option("--as-of", formats=["%Y-%m-%d"], help="Day whose law applies. Default: today."),
 ]
+KnownAt = Annotated[
+    str,
+    typer.Option(
+        "--known-at",
+        help="Ask with the rules, lists and approvals that this host had loaded by then: a day or"
+        " an instant such as 2026-11-25T10:00:00Z.",
+    ),
+]
 TaskName = Annotated[str, typer.Option("--task", help="Task, as `airgap run` calls it.")]
 Action = Annotated[str, typer.Option("--action", help="What is done with the model.")]
 Drafts = Annotated[
@@ -68,6 +77,7 @@ def register(app: typer.Typer) -> None:
     policy.command(name="explain")(explain)
     policy.command(name="check")(check)
     rules.register(policy)
+    replay.register(policy)
     app.add_typer(policy, name="policy")
     site = typer.Typer(help="What this site says about itself.", no_args_is_help=True)
     site.command(name="init")(init)
@@ -84,6 +94,7 @@ def explain(
     task: TaskName = "",
     action: Action = "infer",
     as_of: AsOf = None,
+    known_at: KnownAt = "",
     assume: Assume = None,
     draft: Drafts = None,
     root: Root = None,
@@ -96,7 +107,9 @@ def explain(
     from airgap.cli.explanation import show_view, view
     from policy import report
 
-    asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
+    asked = Asked(
+        bundle, model, project, person, scope, task, action, as_of, known_at, assume or []
+    )
     answer = decide(asked, root_folder(root), what_if=True, drafts=draft or [])
     if json:
         document = report.public_document(answer.decision, hazard_role=answer.hazard_role)
@@ -118,6 +131,7 @@ def check(
     task: TaskName = "",
     action: Action = "infer",
     as_of: AsOf = None,
+    known_at: KnownAt = "",
     assume: Assume = None,
     root: Root = None,
     json: Json = False,
@@ -128,7 +142,9 @@ def check(
     """
     from policy import report
 
-    asked = Asked(bundle, model, project, person, scope, task, action, as_of, assume or [])
+    asked = Asked(
+        bundle, model, project, person, scope, task, action, as_of, known_at, assume or []
+    )
     answer = decide(asked, root_folder(root), what_if=False)
     decision = answer.decision
     reviews = approve.owed(root_folder(root))
@@ -169,6 +185,7 @@ class Asked:
     task: str
     action: str
     as_of: datetime | None
+    known_at: str
     assume: list[str]
 
 
@@ -221,7 +238,16 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
         site = unnamed_site()
         notes.append(f"there is no site.toml in {root}: every fact of the site is unknown")
     now = datetime.now(UTC)
-    rules = load_rules(root, drafts=drafts)
+    known_at = as_instant(asked.known_at, now) if asked.known_at else None
+    rules = load_rules(root, drafts=drafts) if known_at is None else rules_known_at(root, known_at)
+    if known_at is not None and drafts:
+        raise UsageError(
+            "usage.argument", "--draft is tried with the rules of today: no --known-at"
+        )
+    if known_at is None and asked.as_of is not None and asked.as_of.date() < now.date():
+        notes.append(
+            "the rules are those that are loaded today; --known-at asks with those of then"
+        )
     notes += [f"the rules of {each}, which nobody has signed" for each in drafts]
     reader = inquiry.find_reader(site, asked.person, os.getuid(), account_name())
     subject = inquiry.find_subject(
@@ -239,7 +265,9 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
         assumed = inquiry.what_if(question, subject) | dict(question.assumed)
         question = replace(question, assumed=assumed)
     day = site.legal_day(now, asked.as_of.date() if asked.as_of else None)
-    approvals = site_approvals(root)
+    if known_at is not None:
+        day = replace(day, known_at=known_at)
+    approvals = site_approvals(root, known_at)
     decision = inquiry.ask(question, subject, site, rules, day, approvals=approvals)
     hazard_role = reader is not None and HAZARD_ROLE in reader.roles
     return Answered(
@@ -251,8 +279,47 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
     )
 
 
-def site_approvals(root: Path) -> Approvals:
-    """The signed approvals of this tree; none where it has no folder for them."""
+def as_instant(text: str, now: datetime) -> datetime:
+    """Read `--known-at`; a day means its end in UTC. What is not known yet is refused."""
+    from policy.record import instant
+
+    try:
+        moment = datetime.fromisoformat(text)
+        if len(text) == len("2026-11-25"):
+            moment = datetime.combine(moment.date(), time.max)
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+    except ValueError:
+        raise UsageError(
+            "usage.argument",
+            f"--known-at {text!r:.40}: expected a day or an instant",
+            hint="such as 2026-11-25 or 2026-11-25T10:00:00Z",
+        ) from None
+    if moment.date() == now.date() and len(text) == len("2026-11-25"):
+        return now
+    if moment > now:
+        raise UsageError(
+            "usage.argument",
+            f"--known-at {text!r:.40}: it is {instant(now)}, and what will be known is not known",
+        )
+    return moment
+
+
+def rules_known_at(root: Path, moment: datetime) -> Rules:
+    """The rules that this host had loaded by then, from its log after the log was verified."""
+    from airgap.audit import load_vkey
+    from airgap.dossier.usage import judge
+    from airgap.rule_history import History
+
+    key = root / "keys" / "audit.vkey"
+    log = judge(root / "audit", load_vkey(key) if key.is_file() else None)
+    return History.of(root / "audit", log).rules_at(moment)
+
+
+def site_approvals(root: Path, known_at: datetime | None = None) -> Approvals:
+    """The signed approvals of this tree; none where it has no folder for them.
+
+    What was taken back after `known_at` still counted then.
+    """
     from policy.approvals import Approvals
 
     if not (root / "policy" / "approvals").is_dir():
@@ -260,7 +327,7 @@ def site_approvals(root: Path) -> Approvals:
     from airgap.approvals import load_approvals
     from bundle.trust import load_trust
 
-    return load_approvals(root, load_trust(root / "trust").standing)
+    return load_approvals(root, load_trust(root / "trust").standing, known_at=known_at)
 
 
 def account_name() -> str:

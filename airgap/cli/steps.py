@@ -29,6 +29,7 @@ _BY_CODE = {
     "host.state": "wait until the other command has ended, then run it again",
     "policy.adjudication": "airgap policy adjudicate --help",
     "policy.list": "compare the notice with its printed edition; airgap policy load-list --help",
+    "policy.known_at": "airgap audit show --kind policy.load",
     "policy.record": "give a whole record: airgap audit show --kind policy.decision",
     "policy.signature": "have it signed: airgap policy sign FILE --key KEY",
     "scan.graphs": "build the bundle again with `airgap build`",

@@ -207,13 +207,14 @@ def signed_records(folder: Path, log: LogFacts) -> Iterator[Record]:
 
 
 def read_object(folder: Path, digest: str) -> dict[str, Any]:
-    """Return a JSON object that records cite; RefusedError `audit.object` if it is another one."""
+    """Return a JSON object that records cite; RefusedError `audit.object` for none or another."""
     from policy.terms import Digest  # noqa: PLC0415 - only where an object is read
 
     wanted = Digest.parse(digest)
-    raw = read_limited(
-        Layout(folder).object(wanted.hex), OBJECT_LIMIT, code="audit.object", what="the object"
-    )
+    path = Layout(folder).object(wanted.hex)
+    if not path.exists():
+        raise RefusedError("audit.object", f"object {digest} is no longer in the log")
+    raw = read_limited(path, OBJECT_LIMIT, code="audit.object", what="the object")
     if Digest.of(raw) != wanted:
         raise RefusedError("audit.object", f"the file of object {digest} is another one")
     value = json.loads(raw)
