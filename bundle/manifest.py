@@ -58,6 +58,7 @@ Role = Literal[
     "onnx",
     "external-data",
     "wheel",
+    "installer",
     "document",
 ]
 # In the order in which the groups stand in the body; within a group, bytewise by path.
@@ -227,7 +228,7 @@ class Release(Document):
     expires: Instant
     epoch: Count
     base: Base | None = None
-    models: tuple[ModelEntry, ...] = Field(min_length=1, max_length=64)
+    models: tuple[ModelEntry, ...] = Field(default=(), max_length=64)
     runtimes: tuple[Runtime, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     parity: tuple[Parity, ...] = ()
@@ -439,6 +440,8 @@ def _model_problem(manifest: Manifest) -> str:
     ids = [model.id for model in manifest.models]
     if len({model_id.casefold() for model_id in ids}) != len(ids) or "wheels" in ids:
         return "a model id stands twice, or is the reserved `wheels`"
+    if not ids and not manifest.runtimes:
+        return "it holds neither a model nor a runtime"
     folders = {
         entry.path.split("/")[1] for entry in manifest.files if entry.path.startswith("payload/")
     }

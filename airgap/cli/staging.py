@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from airgap.cli import wheels
 from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
 from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
-from policy.errors import FaultError, RefusedError, UsageError
+from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from bundle.evidence.levels import Kind
@@ -86,6 +87,8 @@ _LABELS = {
     "convert": "convert to ONNX, sealed",
     "parity": "prove parity, sealed",
     "describe": "describe the release",
+    "resolve": "resolve and fetch wheels",
+    "wheels": "check every wheel",
     "seal": "write and sign",
 }
 
@@ -133,7 +136,7 @@ def inspect(
         from airgap.cli.evidence import show_attested
 
         return show_attested(source, json=json)
-    with _staging():
+    with wheels.staging():
         from bundle.staging.inspect import inspect_source
         from bundle.staging.output import output_problem
         from bundle.staging.views import report_page, report_view, write_page
@@ -182,7 +185,7 @@ def inspect(
 
 
 def build(
-    source: Source,
+    source: wheels.Snapshot = None,
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write, NAME.agb.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model and of the release.")],
@@ -236,18 +239,41 @@ def build(
         typer.Option("--created", help="2026-01-31T12:00:00Z; default SOURCE_DATE_EPOCH, or now."),
     ] = None,
     valid_days: Annotated[int, typer.Option("--valid-days", min=1, max=3650)] = 365,
+    target: wheels.Targets = None,
+    accelerator: wheels.Accelerators = "cpu",
+    no_wheels: wheels.NoWheels = False,
+    airgap_source: wheels.AirgapSource = None,
+    wheels_from: wheels.WheelsFrom = None,
     root: Root = None,
     json: Json = False,
 ) -> int:
     """Convert a snapshot and write a signed draft.
 
     Inspects it, asks the policy, converts it to ONNX in a process without a network, proves that
-    the graph answers like its source, and signs the draft with the builder's key.
+    the graph answers like its source, and signs the draft with the builder's key. With --target
+    the wheels of such hosts travel along; without SOURCE they travel alone.
     """
     from airgap.extras import require_extras
 
-    require_extras("cpu", "staging")
-    with _staging():
+    wanted = wheels.Wanted(tuple(target or ()), accelerator, airgap_source, wheels_from)
+    wanted.require(no_wheels=no_wheels, alone=source is None)
+    require_extras(*(("staging",) if source is None else ("cpu", "staging")))
+    if source is None:
+        moment = _created(created)
+        return wheels.build_alone(
+            wanted,
+            out,
+            name=name,
+            version=version,
+            created=moment,
+            expires=_expires(moment, valid_days),
+            epoch=int(moment.timestamp()) if epoch is None else epoch,
+            root=root_folder(root),
+            signers=open_keys(key, root, passphrase_file, pin_file),
+            bars=_bars,
+            json=json,
+        )
+    with wheels.staging():
         from bundle.staging.pipeline import Facts
         from bundle.staging.pipeline import build as build_draft
         from bundle.staging.views import built_document, built_view
@@ -286,7 +312,10 @@ def build(
         modalities=tuple(modality or ()),
         base=None if base is None else _base(base),
     )
-    with _bars() as progress:
+    with (
+        _bars() as progress,
+        wanted.gathered(progress) as wheelhouse,
+    ):
         built = build_draft(
             source,
             out,
@@ -297,6 +326,7 @@ def build(
             admit=_admission(folder, project, moment),
             pins=pin,
             upstream=upstream,
+            wheelhouse=wheelhouse,
             progress=progress,
         )
     show(built_document(built), built_view(built), json=json)
@@ -325,7 +355,7 @@ def sign(
     names, takes the model's name as the confirmation, and adds the signature in place. The builder
     of a draft never approves it.
     """
-    with _staging():
+    with wheels.staging():
         from bundle.staging import sign as signing
         from bundle.staging.views import draft_view, tally_document, tally_view
     from airgap.cli.bundle import bar
@@ -361,7 +391,7 @@ def unpickle(
     from airgap.extras import require_extras
 
     require_extras("staging")
-    with _staging():
+    with wheels.staging():
         from bundle.staging.unpickle import unpickle as make
     record = make(source, out, run_sealed=_runner())
     document = {**record.model_dump(mode="json"), "folder": str(out)}
@@ -390,7 +420,7 @@ def sign_model(
     Writes what `model_signing verify key` checks. It is no seal: no lab of this program believes
     it in the place of one.
     """
-    with _staging():
+    with wheels.staging():
         from bundle.staging.model_signature import write_signature
     from bundle.keys import load_signer, read_passphrase
 
@@ -406,7 +436,7 @@ def _upstream(
     evidence: dict[Kind, list[Path] | None], publishers: Path | None, **options: Any
 ) -> Upstream:
     """Return the evidence of the publisher that the options name, and whom to believe."""
-    with _staging():
+    with wheels.staging():
         from bundle.evidence.anchors import load_anchors
         from bundle.staging.upstream import Upstream, anchors_of, read_items
     anchors = anchors_of(**options)
@@ -512,19 +542,6 @@ def _expires(moment: datetime, valid_days: int) -> datetime:
 
 
 @contextlib.contextmanager
-def _staging() -> Iterator[None]:
-    """Turn a missing library of the staging side into a fault that says what to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise FaultError(
-            "host.extra",
-            f"this command needs {error.name!r:.60}, which is not installed",
-            hint="install the extra `staging` on the connected side: pip install 'airgap[staging]'",
-        ) from error
-
-
-@contextlib.contextmanager
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """Show one bar a stage on standard error; bytes where it hashes or writes."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -554,4 +571,4 @@ def _amount(stage: str, done: int, total: int) -> str:
 
     if stage in {"hash", "seal"}:
         return f"{size_text(done)} / {size_text(total)}"
-    return f"{done} / {total} files" if stage == "scan" else ""
+    return f"{done} / {total} files" if stage in {"scan", "wheels"} else ""

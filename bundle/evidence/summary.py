@@ -97,7 +97,7 @@ def require_summary(view: Callable[[str], memoryview], manifest: Manifest) -> No
         RefusedError: `evidence.summary .subject .level`.
 
     """
-    levels = sorted(model.provenance_level for model in manifest.models)
+    levels = sorted(model.provenance_level for model in manifest.models) or ["L0"]
     level = levels[0]  # of the bundle: the lowest of its models
     if manifest.find(PATH) is None:
         if levels[-1] in {"L0", "L1"}:

@@ -22,6 +22,7 @@ from bundle.scan.strict import open_view, parse_text
 from bundle.scan.template import lint_template
 from bundle.scan.tokenizer import Tokenizer, parse_tokenizer
 from bundle.scan.wheel import check_wheel
+from bundle.scan.wheelhouse import require_wheelhouse
 from policy.errors import RefusedError
 
 DOCUMENT_LIMIT = 4 * 1024 * 1024
@@ -75,6 +76,7 @@ def scan_payload(source: Path | Reader, manifest: Manifest) -> ScanReport:
     for entry in manifest.files:
         if entry.role == "sbom":
             require_bom(read(entry.path), manifest)
+    require_wheelhouse(manifest, read)
     return ScanReport(files, tuple(findings))
 
 
@@ -136,7 +138,7 @@ def scan_file(data: memoryview, role: Role, what: str) -> tuple[str, ...]:
         return check_wheel(data, what.rpartition("/")[2])
     elif role is Role.EXTERNAL_DATA and what.endswith(".safetensors"):
         parse_safetensors(data, what)
-    elif role in {Role.DOCUMENT, Role.LICENCE, Role.CARD}:
+    elif role in {Role.DOCUMENT, Role.LICENCE, Role.CARD, Role.INSTALLER}:
         parse_text(data, code="scan.text", what=what, limit=DOCUMENT_LIMIT)
     return ()
 

@@ -23,6 +23,7 @@ class Role(StrEnum):
     ONNX = "onnx"
     EXTERNAL_DATA = "external-data"
     WHEEL = "wheel"
+    INSTALLER = "installer"
     DOCUMENT = "document"
     # Below: only in a snapshot on the staging side.
     WEIGHTS = "weights"
@@ -128,6 +129,8 @@ def payload_role(path: str) -> Role:
     lower = name.lower()
     if len(parts) == _DEPTH and parts[1] == "wheels" and lower.endswith(".whl"):
         return Role.WHEEL
+    if path == "payload/wheels/install.sh":
+        return Role.INSTALLER
     if len(parts) == _DEPTH:
         if name == "graphs.json":
             return Role.GRAPHS

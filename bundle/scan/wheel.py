@@ -23,6 +23,7 @@ CODE = "scan.wheel"
 MAX_MEMBERS = 50_000
 MAX_UNPACKED = 4 * 1024**3  # bytes
 MAX_RATIO = 200
+MAX_HOLLOW = 16 * 1024**2  # bytes; libraries that were patched hold megabytes of zeros
 MAX_RECORD = 16 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_.]+-[A-Za-z0-9_.!+]+(-\d\w*)?-[\w.]+-[\w.]+-[\w.]+\.whl")
 _BLOCK = 1 << 20
@@ -37,6 +38,8 @@ _TELEMETRY = (
 )
 _OVERLAP = max(map(len, _TELEMETRY)) - 1
 _NATIVE = re.compile(r"\.(so(\.\d+)*|dylib|dll|pyd|exe)$", re.IGNORECASE)
+# Starters for Windows that pip carries along; they are told like any native code.
+_LAUNCHER = re.compile(r"pip/_vendor/distlib/[tw](32|64)(-arm)?\.exe")
 _COLUMNS = 3  # of RECORD: path, digest, size
 
 
@@ -77,11 +80,12 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
             ("sitecustomize.py", "usercustomize.py")
         ):
             raise _no(name, f"{path!r:.80} would run whenever Python starts")
-        if pure and _NATIVE.search(path):
+        if pure and _NATIVE.search(path) and not _LAUNCHER.fullmatch(path):
             raise _no(name, f"its tag says pure Python, but {path!r:.80} is native code")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise _no(name, f"{path!r:.80} is a link")
-        if member.file_size > MAX_RATIO * max(member.compress_size, 1024) or total > MAX_UNPACKED:
+        dense = MAX_RATIO * max(member.compress_size, MAX_HOLLOW // MAX_RATIO)
+        if member.file_size > dense or total > MAX_UNPACKED:
             raise _no(name, f"{path!r:.80} unpacks to far more than it holds")
 
 

@@ -7,10 +7,11 @@ the schema of CycloneDX before it is sealed, and against the files again on the 
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bundle.canonical import canonical_json
 from bundle.evidence.levels import UNPICKLED
@@ -21,6 +22,9 @@ from bundle.staging.inspect import InspectReport
 from bundle.staging.parity import Parity
 from policy.errors import FaultError, RefusedError
 from policy.terms import URI_BASE, Digest
+
+if TYPE_CHECKING:
+    from bundle.staging.wheelhouse import Wheelhouse
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, URI_BASE)
 
@@ -34,6 +38,7 @@ def bill_of_materials(
     files: Sequence[tuple[str, str, int]],
     tools: Mapping[str, str],
     created: datetime,
+    wheelhouse: Wheelhouse | None = None,
 ) -> bytes:
     """Return the canonical bytes of the document, checked against the schema.
 
@@ -45,6 +50,7 @@ def bill_of_materials(
         files: Path, SHA-256 and size of every file below `payload/`.
         tools: Name and version of what took part in the conversion.
         created: Of the release.
+        wheelhouse: The wheels that travel along.
 
     Raises:
         RefusedError: `build.bom`.
@@ -53,34 +59,108 @@ def bill_of_materials(
     """
     weights = [file for file in report.weights() if file.path.endswith(".safetensors")]
     source = {file.path: report.digests[file.path].sha256 for file in weights}
-    document: dict[str, Any] = {
+    own = [_model(model, version, report, parity, files=files, source=source)]
+    wheels = [] if wheelhouse is None else _wheels(wheelhouse)
+    raw = canonical_json(
+        _document(
+            model.id, version, [*own, *wheels],
+            identity=_identity(model, version, files), tools=tools, created=created,
+        )
+    )  # fmt: skip
+    require_schema(raw)
+    return raw
+
+
+def wheels_document(
+    name: str, version: str, wheelhouse: Wheelhouse, *, created: datetime, identity: str
+) -> bytes:
+    """Return the canonical bytes of the document of a release without a model.
+
+    Args:
+        name: Of the release.
+        version: Of the release.
+        wheelhouse: What it holds.
+        created: Of the release.
+        identity: A text that is the same for the same wheels.
+
+    """
+    return canonical_json(
+        _document(name, version, _wheels(wheelhouse), identity=identity, tools={}, created=created)
+    )
+
+
+def _document(
+    name: str,
+    version: str,
+    components: Sequence[Mapping[str, Any]],
+    *,
+    identity: str,
+    tools: Mapping[str, str],
+    created: datetime,
+) -> dict[str, Any]:
+    return {
         "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.7",
-        "serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, _identity(model, version, files))}",
+        "serialNumber": f"urn:uuid:{uuid.uuid5(_NAMESPACE, identity)}",
         "version": 1,
         "metadata": {
             "timestamp": format_time(created),
             "lifecycles": [{"phase": "build"}],
             "tools": {
                 "components": [
-                    {"type": "library", "name": name, "version": number}
-                    for name, number in sorted(tools.items())
+                    {"type": "library", "name": tool, "version": number}
+                    for tool, number in sorted(tools.items())
                 ]
             },
-            "component": {
-                "type": "data",
-                "bom-ref": "release",
-                "name": model.id,
-                "version": version,
-            },
+            "component": {"type": "data", "bom-ref": "release", "name": name, "version": version},
         },
-        "components": [_model(model, version, report, parity, files=files, source=source)],
-        "dependencies": [{"ref": "release", "dependsOn": [f"model:{model.id}"]}],
+        "components": list(components),
+        "dependencies": [
+            {
+                "ref": "release",
+                "dependsOn": [each["bom-ref"] for each in components if each["type"] != "file"],
+            }
+        ],
     }
-    raw = canonical_json(document)
-    require_schema(raw)
-    return raw
+
+
+def _wheels(wheelhouse: Wheelhouse) -> list[dict[str, Any]]:
+    """Return a library for each wheel with its file inside, then the lists and the installer."""
+    libraries = [
+        {
+            "type": "library",
+            "bom-ref": f"wheel:{wheel.path.name}",
+            "name": wheel.name,
+            "version": wheel.version,
+            "purl": f"pkg:pypi/{wheel.name}@{wheel.version}",
+            "licenses": [{"license": {"name": wheel.licence, "acknowledgement": "declared"}}]
+            if wheel.licence != "NOASSERTION"
+            else [],
+            "properties": [
+                _status("declared"),
+                {"name": "airgap:attestation", "value": wheel.attestation},
+            ],
+            "components": [_file(wheel.member_path, wheel.sha256, wheel.path.stat().st_size)],
+        }
+        for wheel in wheelhouse.wheels
+    ]
+    others = [
+        _file(member.path, hashlib.sha256(member.source).hexdigest(), len(member.source))
+        for member in wheelhouse.members
+        if isinstance(member.source, bytes)
+    ]
+    return [*libraries, *others]
+
+
+def _file(path: str, sha256: str, size: int) -> dict[str, Any]:
+    return {
+        "type": "file",
+        "bom-ref": path,
+        "name": path,
+        "hashes": [{"alg": "SHA-256", "content": sha256}],
+        "properties": [_status("verified"), {"name": "airgap:size", "value": str(size)}],
+    }
 
 
 def require_schema(raw: bytes) -> None:
@@ -198,19 +278,7 @@ def _model(
             {"name": "airgap:scientific_use", "value": str(model.scientific_use).lower()},
             {"name": "airgap:supplier_jurisdiction", "value": model.supplier.jurisdiction},
         ],
-        "components": [
-            {
-                "type": "file",
-                "bom-ref": path,
-                "name": path,
-                "hashes": [{"alg": "SHA-256", "content": digest}],
-                "properties": [
-                    _status("verified"),
-                    {"name": "airgap:size", "value": str(size)},
-                ],
-            }
-            for path, digest, size in sorted(files)
-        ],
+        "components": [_file(path, digest, size) for path, digest, size in sorted(files)],
     }
 
 

@@ -57,6 +57,8 @@ from bundle.staging.attest import (
     source_files,
 )
 from bundle.staging.bom import bill_of_materials
+from bundle.staging.bootstrap import ATTEST as WHEELS
+from bundle.staging.bootstrap import attestation_of
 from bundle.staging.convert import PRECISIONS, Converted, convert, place_inputs
 from bundle.staging.inspect import InspectReport, inspect_source
 from bundle.staging.output import output_problem
@@ -65,6 +67,7 @@ from bundle.staging.resume import work_folder
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Progress
 from bundle.staging.upstream import Upstream
+from bundle.staging.wheelhouse import Wheelhouse
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.trust import BUILDER, Trust, chain_document
 from bundle.vectors import Vectors, canonical_vectors, vectors_path
@@ -141,6 +144,7 @@ def build(
     admit: Admit,
     pins: Path | None = None,
     upstream: Upstream | None = None,
+    wheelhouse: Wheelhouse | None = None,
     precisions: Sequence[str] = ("fp32",),
     reference: bool = True,
     assess: Assess | None = None,
@@ -158,6 +162,7 @@ def build(
         admit: Asks the policy for the admission.
         pins: A file in the form of `sha256sum`.
         upstream: Evidence of the publisher, and whom this site believes.
+        wheelhouse: Wheels that travel along.
         precisions: Which the bundle shall hold; fp32 is always among them.
         reference: Whether it carries the reference graph where there is a fast one.
         assess: Counts valid completions, for the task figures of a precision.
@@ -176,7 +181,7 @@ def build(
         )
     tell = progress or _silent
     builder = require_builder(trust, signer, facts.created)
-    _require_output(out)
+    require_output(out)
     report = inspect_source(
         folder,
         pins=pins,
@@ -222,7 +227,15 @@ def build(
         tell("parity", 1, 1)
         tell("describe", 0, 1)
         draft = describe(
-            report, facts, model, converted, parity, record=record, pins=pins, assess=assess
+            report,
+            facts,
+            model,
+            converted,
+            parity,
+            record=record,
+            pins=pins,
+            assess=assess,
+            wheelhouse=wheelhouse,
         )
         tell("describe", 1, 1)
 
@@ -244,7 +257,15 @@ def build(
         )
     taken = Resumed(tuple(found.resumed), kept.resumed)
     return Built(
-        out, manifest, report, parity, draft.vectors, builder, draft.decision, converted.seal, taken
+        out,
+        manifest,
+        report,
+        parity,
+        draft.vectors,
+        builder,
+        draft.decision,
+        converted.seal,
+        taken,
     )
 
 
@@ -269,6 +290,7 @@ def describe(
     record: bytes,
     pins: Path | None,
     assess: Assess | None = None,
+    wheelhouse: Wheelhouse | None = None,
 ) -> Draft:
     """Make every document of the release; `record` is the decision of the policy."""
     payload = _payload(report, facts, converted)
@@ -294,6 +316,7 @@ def describe(
         files=[(member.path, digests[member.path], _size(member)) for member in payload],
         tools=tools,
         created=facts.created,
+        wheelhouse=wheelhouse,
     )
     evidence, evidence_members = evidence_of(report, facts.model_id, pins)
     pack_digests = _pack_digests(decision)
@@ -323,12 +346,17 @@ def describe(
         (DECISION, record, "policy"),
         *((vectors_path(each.precision), canonical_vectors(each), "vectors") for each in vectors),
     ]
+    if wheelhouse is not None:
+        documents.append((WHEELS, attestation_of(wheelhouse), "attestation"))
     members = [
         *(Member(path, data, role, "application/json") for path, data, role in documents),
         *evidence_members,
         *payload,
+        *(() if wheelhouse is None else wheelhouse.members),
     ]
     release = _release(facts, model, evidence, vectors)
+    if wheelhouse is not None:
+        release = release.model_copy(update={"runtimes": wheelhouse.runtimes})
     return Draft(release, tuple(members), vectors, decision, pack_digests)
 
 
@@ -604,7 +632,8 @@ def _reader(members: Sequence[Member]) -> Callable[[str], memoryview]:
     return read
 
 
-def _require_output(out: Path) -> None:
+def require_output(out: Path) -> None:
+    """Refuse a place where no file can be put: `build.output`, fault `host.io`."""
     parent = out.absolute().parent
     if parent.is_dir() and not os.access(parent, os.W_OK):
         raise FaultError("host.io", f"{str(parent)!r:.160} cannot be written")

@@ -97,10 +97,12 @@ def read_draft(path: Path) -> Draft:
         manifest = parse_manifest(head.manifest)
         require_matches(statement, manifest, head.manifest)
         medium.require_whole(manifest, manifest.digest)
-        documents = [_document(medium, manifest, name) for name in (REPORT, DECISION)]
+        report = _document(medium, manifest, REPORT)
+        # Wheels alone ask no rule about a model.
+        decision = _document(medium, manifest, DECISION) if manifest.models else {}
     finally:
         medium.close()
-    return Draft(path, envelope, statement, manifest, documents[0], documents[1])
+    return Draft(path, envelope, statement, manifest, report, decision)
 
 
 def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally:

@@ -20,6 +20,7 @@ from rich.text import Text
 from bundle.canonical import canonical_json
 from bundle.fields import has_hidden
 from bundle.scan.roles import Role
+from bundle.staging.bootstrap import BuiltWheels
 from bundle.staging.parity import STEPS, Parity
 from bundle.staging.pipeline import Built
 from bundle.staging.sign import Draft, Tally
@@ -191,8 +192,80 @@ def built_view(built: Built) -> RenderableType:
     )  # fmt: skip
 
 
+def wheels_document(built: BuiltWheels) -> dict[str, Any]:
+    """Return what `airgap build --json` prints of a release of wheels."""
+    return {
+        "bundle": str(built.path),
+        "digest": str(built.manifest.digest),
+        "body_root": built.manifest.body.root,
+        "size": built.path.stat().st_size,
+        "builder": built.builder,
+        "name": built.manifest.name,
+        "version": built.manifest.version,
+        "targets": built.report["targets"],
+        "wheels": built.report["wheels"],
+    }
+
+
+def wheels_view(built: BuiltWheels) -> RenderableType:
+    """Show a finished draft of wheels on a terminal."""
+    manifest = built.manifest
+    rows = [
+        ("bundle", f"{built.path} ({size_text(built.path.stat().st_size)})"),
+        ("digest", str(manifest.digest)),
+        *_wheel_facts(built.report),
+        ("builder", f"{built.builder} has signed; approvers sign next"),
+    ]
+    title = Text.assemble(
+        ("✓ ", "bold green"), ("draft built", "bold"), f"  {manifest.name} {manifest.version}"
+    )
+    next_step = Text(f"next step: airgap sign {built.path.name} --key APPROVER.pem", "dim")
+    return Group(title, Text(), _facts(rows), Text(), next_step)
+
+
+def _wheel_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return targets, sizes, licences and what is proved of the origin, for a table of facts."""
+    wheels = report["wheels"]
+    proved = sum(each["attestation"] != "absent" for each in wheels)
+    licences = sorted({each["licence"] for each in wheels})
+    native = sum(any("native libraries" in text for text in each["findings"]) for each in wheels)
+    return [
+        *(
+            ("target", f"{each['target']}, {each['accelerator']}: {each['wheels']} wheels")
+            for each in report["targets"]
+        ),
+        ("wheels", f"{len(wheels)}, {size_text(report['bytes'])}; {native} with native code"),
+        ("licences", "; ".join(licences) + " (declared)"),
+        ("attested", f"{proved} of {len(wheels)} by their publishers; all fixed by digest"),
+    ]
+
+
+def _wheels_draft_view(draft: Draft, tally: Tally) -> RenderableType:
+    """Show an approver a release that holds wheels and no model."""
+    seal = draft.statement.predicate
+    rows = [
+        ("release", f"{draft.manifest.name} {draft.manifest.version}, epoch {seal.epoch}"),
+        ("digest", str(draft.digest)),
+        ("holds", f"{seal.not_before:%Y-%m-%d} to {seal.expires:%Y-%m-%d}"),
+        ("built by", seal.builder),
+        ("profile", f"{seal.profile}, {seal.body_size:,} bytes, {len(draft.manifest.files)} files"),
+        *_wheel_facts(draft.report),
+        ("report", seal.report_digest),
+        ("signed by", _tally_text(tally)),
+    ]
+    parts: list[RenderableType] = [Text("what you are about to approve", "bold"), Text()]
+    parts += [_facts(rows), Text(), Rule("wheels", align="left", style="dim")]
+    parts += [
+        _bullet("-", "dim", f"{each['name']} {each['version']}", f"{each['licence']}")
+        for each in draft.report["wheels"]
+    ]
+    return Group(*parts, Text())
+
+
 def draft_view(draft: Draft, tally: Tally) -> RenderableType:
     """Show an approver what she is about to sign."""
+    if not draft.manifest.models:
+        return _wheels_draft_view(draft, tally)
     seal, report, model = draft.statement.predicate, draft.report, draft.manifest.models[0]
     claims = draft.manifest.parity
     rows = [

@@ -405,7 +405,7 @@ def test_links_and_bombs_in_wheels_are_refused(tmp_path, monkeypatch):
         archive.writestr(link, "/etc/passwd")
     assert "link" in refused(check_wheel, memoryview(path.read_bytes()), NAME).message
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("bomb", bytes(4 << 20))
+        archive.writestr("bomb", bytes(24 << 20))
     assert "unpacks" in refused(check_wheel, memoryview(path.read_bytes()), NAME).message
     monkeypatch.setattr(wheels, "MAX_MEMBERS", 1)
     assert refused(check_wheel, memoryview(wheel(SOUND)), NAME)

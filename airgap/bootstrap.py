@@ -1,0 +1,444 @@
+"""What `install.sh` hands over to: from a fresh runtime to a tree that works, and a record of it.
+
+The shell part has checked the seal with openssl and nothing else of ours. Here the bundle is
+verified completely before anything of it is believed; then trust root, site facts, accounts, units
+and the first admission are brought in, each only where it is not as it must be. A second run finds
+nothing to do and writes nothing. docs/design/bundle.md, 7.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from airgap.audit import Actor, Event, new_ulid
+from airgap.audit.site import open_site_log
+from airgap.config import FILE_NAME, create_site, load_site, parse_site
+from airgap.install import Store
+from airgap.install.record import actor_of, find_submitter, last_record
+from bundle.canonical import canonical_json, parse_canonical
+from bundle.manifest import Manifest
+from bundle.media import Help, open_medium
+from bundle.trust import CHAIN_LIMIT, Trust, follow_chain, import_root, load_trust, save_trust
+from bundle.verify import open_bundle, verify_bundle
+from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
+
+TRANSCRIPT_LIMIT = 1024 * 1024
+_PREFIX, _ROOT = "/opt/airgap", "/var/lib/airgap"  # as the shipped units name them
+_UNITS = ("systemd", "/etc/systemd/system")
+_FOLDERS = (("sysusers.d", "/etc/sysusers.d"), ("sysctl.d", "/etc/sysctl.d"))
+_ACCOUNT = re.compile(r'u (?P<name>[a-z-]+) - "(?P<text>[^"]*)" (?P<home>\S+) (?P<shell>\S+)')
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Runs a program; what it prints as JSON comes back. Replaced in tests of the order."""
+
+    argv: tuple[str, ...] = field(
+        default_factory=lambda: (
+            sys.executable,
+            "-I",
+            str(Path(sys.executable).with_name("airgap")),
+        )
+    )
+
+    def own(self, *words: str) -> tuple[int, dict[str, Any]]:
+        """Run one command of our own."""
+        done = subprocess.run(
+            [*self.argv, *words, "--json"], capture_output=True, text=True, check=False
+        )
+        try:
+            return done.returncode, json.loads(done.stdout)
+        except ValueError:
+            return done.returncode, {"error": done.stderr.strip()[-400:]}
+
+    def foreign(self, *argv: str) -> None:
+        """Run a tool of the system; FaultError `host.io` with its words when it fails."""
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FaultError(
+                "host.io", f"{argv[0]} ended with {done.returncode}: {done.stderr.strip():.300}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things go. `host` stands before every absolute path of the system; `/` but in tests."""
+
+    prefix: Path
+    root: Path
+    system: bool = False
+    host: Path = Path("/")
+
+    def on_host(self, path: str) -> Path:
+        """Return a path of the system."""
+        return self.host / path.lstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the person asked for."""
+
+    bundle: Path
+    fingerprint: Digest
+    volumes: tuple[Path, ...] = ()
+    site: Path | None = None
+    model: Path | None = None
+    project: str | None = None
+    transcript: str = ""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was done. `record` is the number of the audit record, None where nothing changed."""
+
+    lines: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    record: int | None = None
+    transcript: Digest | None = None
+    refusal: RefusedError | None = None  # of the admission; all else was done
+
+    def as_document(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "format": "airgap/bootstrap/1",
+            "changed": list(self.changed),
+            "lines": list(self.lines),
+            "record": self.record,
+            "transcript": None if self.transcript is None else str(self.transcript),
+            "refused": "" if self.refusal is None else self.refusal.code,
+        }
+
+
+def bootstrap(
+    wish: Wish,
+    places: Places,
+    *,
+    now: datetime,
+    more: Help,
+    program: Program | None = None,
+    say: Say = lambda _: None,
+) -> Outcome:
+    """Verify the bundle, and bring the host to what it asks for.
+
+    Args:
+        wish: The bundle and the options.
+        places: Where things go.
+        now: UTC.
+        more: What it takes to open volumes.
+        program: How commands are run.
+        say: Told each line of the transcript.
+
+    A refused admission is told in the outcome: everything else stands, and all is on record.
+
+    Raises:
+        RefusedError: A code of the verification, before anything changed; `site.exists`.
+        FaultError: `host.*`, the log's own.
+
+    """
+    outcome, program = Outcome(), program or Program()
+
+    def tell(text: str) -> None:
+        outcome.lines.append(text)
+        say(text)
+
+    before, trust = _verified(wish, places, now, more, tell)
+    admitted = _to_admit(wish, places, trust, now, more)
+    site = _site_bytes(wish, places)
+    # Every check held: from here on the host changes.
+    for done, text in _changes(places, trust, before, site, program):
+        outcome.changed += [text] if done else []
+        tell(text if done else f"{text}: as it was")
+    if admitted is not None:
+        outcome.refusal = _admit(*admitted, wish, places, program, outcome=outcome, tell=tell)
+    if outcome.changed:
+        _examine(places, program, tell)
+        _record(wish, places, outcome)
+    return outcome
+
+
+def packaged() -> Path:
+    """Return the folder of units and profiles: inside the package, or in the checkout."""
+    inside = Path(str(resources.files("airgap"))) / "packaging"
+    return inside if inside.is_dir() else inside.parents[1] / "packaging"
+
+
+# -- before anything changes ----------------------------------------------------------------------
+
+
+def _verified(
+    wish: Wish, places: Places, now: datetime, more: Help, tell: Say
+) -> tuple[Trust | None, Trust]:
+    """Return the trust that the host holds and the one to keep; the bundle holds completely."""
+    folder = places.root / "trust"
+    held = load_trust(folder) if any(folder.glob("*.root.json")) else None
+    trust = held or _anchor(wish.bundle, wish.fingerprint, more)
+    floors = Store(places.root / "store").floors(last_record(places.root))
+    report = verify_bundle(wish.bundle, trust, now=now, floors=floors, more=more)
+    tell(f"verified: {report.digest}, approved by {', '.join(report.seal.approvers)}")
+    for text in report.alarms:
+        tell(f"alarm: {text}")
+    return held, report.trust
+
+
+def _anchor(bundle: Path, fingerprint: Digest, more: Help) -> Trust:
+    """Begin with the root of that fingerprint, which a person typed, and follow the newer ones."""
+    medium = open_medium(bundle, more)
+    try:
+        raw = medium.head.trust
+    finally:
+        medium.close()
+    value = parse_canonical(raw, code="trust.chain", what="META/trust.json", limit=CHAIN_LIMIT)
+    roots = value.get("roots") if isinstance(value, dict) else None
+    for entry in roots if isinstance(roots, list) else []:
+        with suppress(RefusedError):
+            return follow_chain(import_root(canonical_json(entry), fingerprint), raw)
+    raise RefusedError(
+        "trust.fingerprint",
+        f"no trust root of the bundle has the fingerprint {fingerprint}",
+        hint="compare it with what `airgap trust show` prints on the staging host",
+    )
+
+
+def _to_admit(
+    wish: Wish, places: Places, trust: Trust, now: datetime, more: Help
+) -> tuple[Path, Manifest] | None:
+    """Return the bundle with a model that is to be current, None when it is, or there is none."""
+    path = wish.model or wish.bundle
+    store = Store(places.root / "store")
+    floors = store.floors(last_record(places.root))
+    with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
+        manifest, digest = sealed.manifest, sealed.digest
+    if wish.model is not None and not manifest.models:
+        raise RefusedError(
+            "store.missing", f"{path.name!r:.100} holds no model", hint="leave --model away"
+        )
+    current = store.find_current()
+    return None if not manifest.models or current == digest else (path, manifest)
+
+
+def _site_bytes(wish: Wish, places: Places) -> bytes | None:
+    """Return the site facts to write, None where they stand; another file is never replaced."""
+    place = places.root / FILE_NAME
+    if wish.site is None:
+        if place.is_file():
+            load_site(places.root)
+            return None
+        return b""
+    try:
+        raw = wish.site.read_bytes()
+    except OSError as error:
+        raise FaultError("host.io", f"{wish.site} cannot be read: {error.strerror}") from error
+    parse_site(raw, wish.site.name)
+    if not place.exists():
+        return raw
+    if place.read_bytes() != raw:
+        raise RefusedError(
+            "site.exists",
+            f"{place} is another file than {wish.site}",
+            hint="leave --site away, or edit the file that is there",
+        )
+    return None
+
+
+# -- what changes ---------------------------------------------------------------------------------
+
+
+def _changes(
+    places: Places, trust: Trust, before: Trust | None, site: bytes | None, program: Program
+) -> Iterator[tuple[bool, str]]:
+    """Bring one thing after another to its state; yield whether it changed, and what it is."""
+    places.root.mkdir(mode=0o755 if places.system else 0o700, parents=True, exist_ok=True)
+    fresh = before is None or before != trust
+    if fresh:
+        save_trust(trust, places.root / "trust")
+    yield fresh, f"trust root {trust.version}, {trust.fingerprint}"
+    if site == b"":
+        create_site(places.root)
+        yield True, f"{places.root / FILE_NAME}, a form to fill in"
+    else:
+        if site is not None:
+            _place(places.root / FILE_NAME, site)
+        yield site is not None, f"{places.root / FILE_NAME}"
+    if places.system:
+        yield from _system(places, program)
+
+
+def _system(places: Places, program: Program) -> Iterator[tuple[bool, str]]:
+    """Accounts, units and profile, each where the host has a place for it."""
+    source = packaged()
+    yield from _accounts(places, source / "sysusers.d" / "airgap.conf", program)
+    units = [
+        path
+        for path in sorted((source / _UNITS[0]).iterdir())
+        if path.suffix in {".service", ".socket", ".timer"}
+    ]
+    pairs = [(path, places.on_host(_UNITS[1]) / path.name) for path in units]
+    pairs += [
+        (path, places.on_host(folder) / path.name)
+        for name, folder in _FOLDERS
+        for path in sorted((source / name).glob("*.conf"))
+    ]
+    if places.on_host("/etc/apparmor.d").is_dir():
+        pairs.append((source / "apparmor" / "airgap", places.on_host("/etc/apparmor.d/airgap")))
+    changed = [target for path, target in pairs if _install_file(path, target, places)]
+    for _, target in pairs:
+        yield target in changed, str(target)
+    if changed and places.on_host("/run/systemd/system").is_dir():
+        program.foreign("systemctl", "daemon-reload")
+    profile = places.on_host("/etc/apparmor.d/airgap")
+    loaded = places.on_host("/sys/kernel/security/apparmor").is_dir()
+    if profile in changed and loaded and shutil.which("apparmor_parser"):
+        program.foreign("apparmor_parser", "-r", str(profile))
+
+
+def _accounts(places: Places, listed: Path, program: Program) -> Iterator[tuple[bool, str]]:
+    """Make the accounts of the list that are missing."""
+    for found in map(_ACCOUNT.fullmatch, listed.read_text().splitlines()):
+        if found is None:
+            continue
+        missing = places.host == Path("/") and not _has_account(found["name"])
+        if missing:
+            with suppress(FaultError):  # it may be there from an earlier package
+                program.foreign("groupadd", "--system", "airgap")
+            words = ["--system", "--gid", "airgap", "--no-create-home", "--comment", found["text"]]
+            words += ["--home-dir", str(places.root), "--shell", found["shell"]]
+            program.foreign("useradd", *words, found["name"])
+        yield missing, f"account {found['name']}"
+
+
+def _has_account(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _install_file(source: Path, target: Path, places: Places) -> bool:
+    """Write a shipped file with the true places in it; tell whether it changed."""
+    text = source.read_text("utf-8")
+    runtimes = f"{places.prefix}/runtimes/*/bin"  # a profile attaches to the real file
+    text = text.replace(f"profile airgap {_PREFIX}/bin", f"profile airgap {runtimes}")
+    text = text.replace(_PREFIX, str(places.prefix)).replace(_ROOT, str(places.root))
+    raw = text.encode()
+    if target.is_file() and target.read_bytes() == raw:
+        return False
+    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _place(target, raw, mode=0o644)
+    return True
+
+
+def _place(target: Path, raw: bytes, mode: int = 0o600) -> None:
+    """Write beside, sync, rename."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(raw)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.chmod(mode)
+        fresh.replace(target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _admit(
+    path: Path,
+    manifest: Manifest,
+    wish: Wish,
+    places: Places,
+    program: Program,
+    *,
+    outcome: Outcome,
+    tell: Say,
+) -> RefusedError | None:
+    """Install the model as anybody would; a refusal is on record and comes back."""
+    words = ["install", str(path), "--root", str(places.root)]
+    words += [word for place in wish.volumes for word in ("--volume", str(place))]
+    words += ["--project", wish.project] if wish.project is not None else []
+    status, document = program.own(*words)
+    name = f"{manifest.name} {manifest.version}"
+    if status == 0:
+        outcome.changed.append(f"admitted {name}")
+        tell(f"admitted: {name}, decision {document.get('decision', '')}")
+        return None
+    code, reason = str(document.get("code", "host.internal")), str(document.get("error", ""))
+    tell(f"not admitted: {name}, {code}: {reason}")
+    outcome.changed.append(f"asked for {name}")
+    with suppress(KeyError):
+        return RefusedError(code, f"{name} is not admitted: {reason:.600}", hint=_hint(document))
+    raise FaultError("host.internal", f"airgap install ended with {status}: {reason:.300}")
+
+
+def _hint(document: dict[str, Any]) -> str:
+    return str(document.get("hint", "")) or "airgap policy explain; then airgap install"
+
+
+def _examine(places: Places, program: Program, tell: Say) -> None:
+    """Say which rung this host reaches."""
+    status, document = program.own("doctor", "--root", str(places.root))
+    reached = document.get("reached") or document.get("rung")
+    if status == 0:
+        tell(f"doctor: this host reaches rung {_text(reached)}")
+    else:
+        tell(f"doctor: no sealed worker starts here yet ({_text(document.get('code', status))})")
+
+
+def _record(wish: Wish, places: Places, outcome: Outcome) -> None:
+    """Put the transcript into the log, and an act that cites it."""
+    site = load_site(places.root)
+    person = find_submitter(site, os.getuid(), _account())
+    actor: Actor | None = None if person is None else actor_of(person)
+    text = f"{wish.transcript.rstrip()}\n" + "".join(f"{line}\n" for line in outcome.lines)
+    facts: dict[str, str] = {"object": _printable(wish.bundle.name)}
+    request, refusal = new_ulid(), outcome.refusal
+    with open_site_log(places.root, site) as log:
+        log.append(Event("admin.bootstrap", "intent", req=request, actor=actor, data=facts))
+        outcome.transcript = log.put_object(text.encode()[:TRANSCRIPT_LIMIT])
+        facts |= {"evidence": str(outcome.transcript)}
+        facts |= {"result": "complete" if refusal is None else "refused"}
+        receipt = log.append(
+            Event(
+                "admin.bootstrap",
+                "outcome",
+                req=request,
+                actor=actor,
+                err="" if refusal is None else refusal.code,
+                data=facts,
+            )
+        )
+    outcome.record = receipt.seq
+
+
+def _account() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""
+
+
+def _printable(text: str) -> str:
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:256]
+
+
+def _text(value: object) -> str:
+    found: Sequence[Any] | object = value
+    return str(found.get("name", found)) if isinstance(found, dict) else str(found)

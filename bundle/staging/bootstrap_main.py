@@ -1,0 +1,882 @@
+"""The Python part of `install.sh`: the standard library and openssl, before any wheel is believed.
+
+It runs from inside the shell script on a host that has nothing of ours. It decides whether a bundle
+on a medium is sealed by the people of the trust root whose fingerprint a person typed, takes the
+wheels for this host out of it, makes an environment of its own from them, and hands over to
+`airgap bootstrap`, which verifies everything once more and completely. Until all checks hold it
+writes nothing outside of a temporary folder; FORMAT.md sections 8 to 10, 14 and 22.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+HEAD = ("META/envelope.dsse.json", "META/trust.json", "META/manifest.json", "META/chunks.bin")
+LIMITS = (131_072, 2 << 20, 4 << 20, 16 << 20)
+BLOCK, ALIGN, CHUNK = 512, 4096, 4 << 20
+ROOT_TYPE = "application/vnd.airgap.root+json"
+SEAL_TYPE = "application/vnd.in-toto+json"
+SEAL_PREDICATE = "https://airgap.invalid/seal/v1"
+OFFICES = {"root", "builder", "policy", "revocation"}
+# What stands before the raw key in a SubjectPublicKeyInfo.
+PREFIX = {
+    "ed25519": "302a300506032b6570032100",
+    "ecdsa-p384": "3076301006072a8648ce3d020106052b81040022036200",
+    "ml-dsa-87": "30820a32300b060960864801650304031303820a2100",
+}
+FOLDER = "payload/wheels"
+UNPACKED = 6  # times the bytes of the wheels, compiled code included
+MARGIN = 64 << 20
+NUMBERED = re.compile(r"(?P<stem>.+\.agb)\.(?P<number>[0-9]{3})")
+LINE = re.compile(r"([a-z0-9-]+)==([A-Za-z0-9.+!_-]+) --hash=sha256:([0-9a-f]{64})")
+NATIVE = ("numpy", "onnxruntime", "tokenizers", "llguidance", "rdkit", "gemmi", "airgap", "bundle")
+DONE = "airgap-runtime.json"
+
+
+class Stop(Exception):  # noqa: N818 - it is a refusal or a fault, as its status says
+    """Nothing was changed; `status` is 1 for a refusal and 3 for a fault."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.hint = status, code, message, hint
+
+
+def refuse(code: str, message: str, hint: str = "") -> Stop:
+    """Return a refusal: understood, and the answer is no."""
+    return Stop(1, code, message, hint)
+
+
+def fault(code: str, message: str, hint: str = "") -> Stop:
+    """Return a fault: it could not be found out."""
+    return Stop(3, code, message, hint)
+
+
+@dataclass
+class Transcript:
+    """What was said, with the time of each line; it becomes an object of the audit log."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it."""
+        shown = "".join(c if c.isprintable() else "?" for c in text)
+        self.lines.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {shown}")
+        sys.stdout.write(shown + "\n")
+        sys.stdout.flush()
+
+
+# -- the medium -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some bytes of a file."""
+
+    start: int
+    size: int
+
+
+def read_member(stream: BinaryIO, at: int, limit: int) -> tuple[str, Span, int]:
+    """Return name and span of the tar member whose headers begin at `at`, and where it ends."""
+    stream.seek(at)
+    block, size = stream.read(BLOCK), None
+    if block[156:157] == b"x" and len(block) == BLOCK:
+        length = _octal(block[124:136])
+        records = stream.read(-(-length // BLOCK) * BLOCK)[:length]
+        found = re.search(rb"(?:^|\n)\d+ size=(\d{1,15})\n", records)
+        size = int(found[1]) if found else None
+        at += BLOCK + -(-length // BLOCK) * BLOCK
+        block = stream.read(BLOCK)
+    plain = block[156:157] == b"0" and block[257:263] == b"ustar\0"
+    total = sum(block[:148]) + sum(block[156:]) + 8 * 32
+    if len(block) != BLOCK or not plain or _octal(block[148:155]) != total:
+        raise refuse("archive.header", f"byte {at:,} is no header of a bundle")
+    size = _octal(block[124:136]) if size is None else size
+    if size > limit:
+        raise refuse("archive.limit", f"a member of {size:,} bytes, where {limit:,} are allowed")
+    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
+    return name, Span(at + BLOCK, size), at + BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def read_head(path: Path) -> tuple[dict[str, bytes], int]:
+    """Return the four members of the head of a bundle or volume, and where the head ends."""
+    found: dict[str, bytes] = {}
+    with open_plain(path) as stream:
+        at = 0
+        for wanted, limit in zip(HEAD, LIMITS, strict=True):
+            name, span, at = read_member(stream, at, limit)
+            if name != wanted:
+                raise refuse("archive.order", f"{path}: {name!r:.80} stands for {wanted}")
+            stream.seek(span.start)
+            found[name] = stream.read(span.size)
+            if len(found[name]) != span.size:
+                raise refuse("archive.truncated", f"{path} ends within {name}")
+    return found, -(-at // ALIGN) * ALIGN
+
+
+@contextlib.contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain file; a pipe or device is refused."""
+    try:
+        with path.open("rb", buffering=0) as stream:
+            if not path.is_file():
+                raise refuse("archive.type", f"{path} is not a plain file")
+            yield stream
+    except OSError as error:
+        raise fault("host.io", f"{path} cannot be read: {error.strerror}") from error
+
+
+@dataclass
+class Medium:
+    """A bundle where it lies: one file, or a set of volumes."""
+
+    head: dict[str, bytes]
+    pieces: list[tuple[Path, Span]]  # in order; spans of the body
+    per_piece: int  # bytes of the body in a full piece
+
+    def read(self, offset: int, size: int) -> Iterator[bytes]:
+        """Yield bytes of the body."""
+        while size > 0:
+            number, within = divmod(offset, self.per_piece)
+            if number >= len(self.pieces):
+                raise refuse("archive.truncated", "the body ends too early")
+            path, span = self.pieces[number]
+            take = min(size, span.size - within, 1 << 20)
+            with open_plain(path) as stream:
+                stream.seek(span.start + within)
+                part = stream.read(max(take, 0))
+            if not part:
+                raise refuse("archive.truncated", f"{path} ends too early", "copy it again")
+            offset, size = offset + len(part), size - len(part)
+            yield part
+
+
+def open_medium(path: Path, places: Iterable[Path]) -> Medium:
+    """Open a bundle, a volume or a folder with volumes.
+
+    Raises:
+        Stop: `volume.missing`, `volume.set`, `archive.*`, `host.io`.
+
+    """
+    if path.suffix == ".enc":
+        raise refuse(
+            "transit.key",
+            f"{path.name} is encrypted, and this host has no key yet",
+            "carry the installer as a plain bundle: it holds public programs only",
+        )
+    if path.is_dir():
+        names = sorted(each.name for each in path.iterdir() if NUMBERED.fullmatch(each.name))
+        stems = {NUMBERED.fullmatch(name)["stem"] for name in names}  # type: ignore[index]
+        plain = sorted(path.glob("*.agb"))
+        if len(stems) + len(plain) != 1:
+            raise refuse(
+                "volume.missing", f"{path} holds {len(stems) + len(plain)} bundles, not one",
+                "name the bundle, or any of its volumes",
+            )  # fmt: skip
+        path = plain[0] if plain else path / names[0]
+    named = NUMBERED.fullmatch(path.name)
+    if named is None:
+        head, start = read_head(path)
+        size = path.stat().st_size - start
+        return Medium(head, [(path, Span(start, size))], max(size, 1))
+    return _open_set(named["stem"], [path.parent, *places])
+
+
+def _open_set(stem: str, places: Iterable[Path]) -> Medium:
+    """Find the data volumes of a set and check that they have one head."""
+    found: dict[int, Path] = {}
+    for place in places:
+        for path in sorted(place.glob(f"{glob_escape(stem)}.[0-9][0-9][0-9]")):
+            found.setdefault(int(path.suffix[1:]), path)
+    first: dict[str, bytes] = {}
+    facts: dict[str, int] = {}
+    pieces: dict[int, tuple[Path, Span]] = {}
+    for number, path in sorted(found.items()):
+        head, start = read_head(path)
+        with open_plain(path) as stream:
+            name, span, at = read_member(stream, start, ALIGN)
+            stream.seek(span.start)
+            told = parse(stream.read(span.size), "META/volume.json")
+            if number > told["count"]:
+                continue  # parity: the program itself can use it, this part cannot
+            body, span, _ = read_member(stream, at, 1 << 62)
+        first, facts = first or head, facts or told
+        same = {k: told[k] for k in ("set", "count", "chunks")}
+        wanted = {k: facts[k] for k in same}
+        odd = name != "META/volume.json" or body != f"VOLUME/body.{number:03}"
+        if odd or head != first or same != wanted or told["index"] != number:
+            raise refuse("volume.set", f"{path} is of another set than {found[min(found)]}")
+        pieces[number] = (path, span)
+    count = facts.get("count", 1)
+    missing = [f"{stem}.{n:03}" for n in range(1, count + 1) if n not in pieces]
+    if missing:
+        raise refuse(
+            "volume.missing",
+            f"of {count} volumes {len(missing)} are missing: {', '.join(missing)[:200]}",
+            "bring them, or name further places with --volume DIR",
+        )
+    return Medium(first, [pieces[n] for n in range(1, count + 1)], facts["chunks"] * CHUNK)
+
+
+# -- who signed -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Verifies signatures with openssl, in a folder of its own."""
+
+    openssl: str
+    work: Path
+
+    @property
+    def knows_mldsa(self) -> bool:
+        """Whether this openssl verifies ML-DSA: 3.5 and later do."""
+        done = subprocess.run(
+            [self.openssl, "list", "-signature-algorithms"], capture_output=True, check=False
+        )
+        return b"ML-DSA-87" in done.stdout
+
+    def signers(self, envelope: Mapping[str, Any], root: Mapping[str, Any], kind: str) -> set[str]:
+        """Return the key ids of `root` whose signatures over the envelope hold."""
+        payload = decode(envelope["payload"])
+        if envelope["payloadType"] != kind:
+            raise refuse("seal.type", f"a document of type {envelope['payloadType']!r:.80}")
+        head = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode()
+        (self.work / "message").write_bytes(head + payload)
+        found = set()
+        for item in envelope["signatures"][:64]:
+            key = root["keys"].get(item["keyid"])
+            if key is not None and self._holds(item["keyid"], key, decode(item["sig"])):
+                found.add(item["keyid"])
+        return found
+
+    def _holds(self, keyid: str, key: Mapping[str, str], signature: bytes) -> bool:
+        scheme = key["scheme"]
+        der = bytes.fromhex(PREFIX.get(scheme, "")) + decode(key["public"])
+        if scheme not in PREFIX or hashlib.sha256(der).hexdigest() != keyid:
+            return False
+        (self.work / "key").write_bytes(der)
+        (self.work / "signature").write_bytes(signature)
+        key_words = ["-pubin", "-inkey", "key", "-keyform", "DER"]
+        if scheme == "ecdsa-p384":
+            argv = ["dgst", "-sha384", "-verify", "key", "-keyform", "DER"]
+            argv += ["-signature", "signature", "message"]
+        else:
+            argv = ["pkeyutl", "-verify", *key_words, "-rawin", "-in", "message"]
+            argv += ["-sigfile", "signature"]
+        done = subprocess.run(
+            [self.openssl, *argv], cwd=self.work, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+
+def people_of(root: Mapping[str, Any], keyids: set[str], at: str, *, mldsa: bool) -> set[str]:
+    """Return the enrolled people who signed, as the profile of the root counts.
+
+    In `cnsa2` both of a person's signatures count as one; where this openssl does not know ML-DSA
+    the P-384 one stands here, and the program checks the other before it believes anything.
+    """
+    wanted = [{"ed25519", "ecdsa-p384"}]
+    if root["profile"] == "cnsa2":
+        wanted = [{"ecdsa-p384"}, {"ml-dsa-87"}] if mldsa else [{"ecdsa-p384"}]
+    found = set()
+    for who, person in root["people"].items():
+        schemes = {root["keys"][keyid]["scheme"] for keyid in person["keys"] if keyid in keyids}
+        until = person.get("valid_to")
+        enrolled = person["valid_from"] <= at and (until is None or at < until)
+        if enrolled and all(schemes & each for each in wanted):
+            found.add(who)
+    return found
+
+
+def follow_roots(chain: Mapping[str, Any], anchor: str, judge: Judge) -> dict[str, Any]:
+    """Return the newest root, which the one with the fingerprint `anchor` leads to.
+
+    Raises:
+        Stop: `trust.fingerprint`, `trust.chain`.
+
+    """
+    roots = chain["roots"]
+    payloads = [decode(each["payload"]) for each in roots]
+    prints = [hashlib.sha256(payload).hexdigest() for payload in payloads]
+    if anchor not in prints:
+        raise refuse(
+            "trust.fingerprint",
+            f"no trust root of this bundle has the fingerprint sha256:{anchor}",
+            "compare it with what `airgap trust show` prints on the staging host",
+        )
+    mldsa = judge.knows_mldsa
+    held: dict[str, Any] | None = None
+    for envelope, payload in list(zip(roots, payloads, strict=True))[prints.index(anchor) :]:
+        new = parse(payload, "the trust root")
+        for judging in ([] if held is None else [held]) + [new]:
+            keyids = judge.signers(envelope, judging, ROOT_TYPE)
+            signed = people_of(judging, keyids, new["issued"], mldsa=mldsa)
+            people = {who for who in signed if "root" in judging["people"][who]["roles"]}
+            if len(people) < judging["thresholds"]["root"]["people"]:
+                raise refuse("trust.chain", f"root {new['version']} lacks signatures")
+        if held is not None and (
+            new["version"] != held["version"] + 1
+            or new["issued"] < held["issued"]
+            or (held["profile"] == "cnsa2" and new["profile"] != "cnsa2")
+        ):
+            raise refuse("trust.chain", f"root {new['version']} does not follow the one before it")
+        held = new
+    if held is None:
+        raise refuse("trust.chain", "the bundle carries no trust root")
+    return held
+
+
+def verify_seal(
+    head: Mapping[str, bytes], root: Mapping[str, Any], judge: Judge
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the manifest that enough people approved, and who they are.
+
+    Raises:
+        Stop: `seal.*`, `trust.revoked`, `manifest.*`.
+
+    """
+    envelope = parse(head[HEAD[0]].rstrip(b" "), HEAD[0])
+    keyids = judge.signers(envelope, root, SEAL_TYPE)
+    statement = parse(decode(envelope["payload"]), "the seal")
+    if statement.get("predicateType") != SEAL_PREDICATE:
+        raise refuse("seal.type", "the signed document is no seal")
+    seal, subject = statement["predicate"], statement["subject"][0]["digest"]["sha256"]
+    if seal["profile"] != root["profile"]:
+        raise refuse("seal.profile", f"{seal['profile']}, where {root['profile']} is demanded")
+    if hashlib.sha256(head[HEAD[2]]).hexdigest() != subject:
+        raise refuse("seal.subject", "the manifest is not the one that was signed")
+    manifest = parse(head[HEAD[2]], HEAD[2])
+    revoked = listed_as_revoked(head)
+    keyids -= revoked
+    signed = people_of(root, keyids, seal["created"], mldsa=judge.knows_mldsa) - revoked
+    roles = {who: set(root["people"][who]["roles"]) for who in signed}
+    builder = seal["builder"]
+    approvers = sorted(who for who in signed - {builder} if roles[who] - OFFICES)
+    rule = root["thresholds"]["seal"]
+    if len(approvers) < rule["people"]:
+        raise refuse(
+            "seal.threshold",
+            f"{len(approvers)} of {rule['people']} required approvers' signatures hold",
+            "have the release signed on the staging host",
+        )
+    lacking = set(rule["required_roles"]) - set().union(*(roles[who] for who in approvers))
+    if lacking or "builder" not in roles.get(builder, set()):
+        raise refuse("seal.role", f"{', '.join(sorted(lacking)) or 'the builder'} did not sign")
+    files = {entry["sha256"] for entry in manifest["files"]}
+    if revoked & (files | {f"sha256:{subject}"}):
+        raise refuse("trust.revoked", "the bundle, or a file in it, is on its own revocation list")
+    return manifest, approvers
+
+
+def listed_as_revoked(head: Mapping[str, bytes]) -> set[str]:
+    """Return all identifiers of the revocation list that the bundle carries.
+
+    Nobody has verified it here, and it needs no belief: it can only make this part refuse more.
+    """
+    entry = parse(head[HEAD[1]], HEAD[1]).get("revocations")
+    if entry is None:
+        return set()
+    document = parse(decode(entry["payload"]), "the revocation list")
+    kinds = ("keys", "people", "bundles", "files", "wheels")
+    return {name for kind in kinds for name in document.get(kind, {})}
+
+
+def require_time(now: str, root: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Refuse a clock before what has happened, and a root or release that is not in force."""
+    floor = max(root["issued"], manifest["created"])
+    if now < floor:
+        raise refuse(
+            "trust.clock",
+            f"the clock of this host says {now}, but {floor} has been",
+            "set the clock of this host, then run it again",
+        )
+    if now >= root["expires"]:
+        raise refuse("trust.root", f"the trust root expired at {root['expires']}")
+    if now < manifest["not_before"]:
+        raise refuse("trust.time", f"the release holds from {manifest['not_before']} on")
+    if now >= manifest["expires"]:
+        raise refuse(
+            "trust.expired", f"the release expired at {manifest['expires']}",
+            "carry a newer release here",
+        )  # fmt: skip
+
+
+# -- what this host takes -------------------------------------------------------------------------
+
+
+def choose_runtime(manifest: Mapping[str, Any], accelerator: str | None) -> dict[str, Any]:
+    """Return the runtime of the manifest that this interpreter on this machine can run.
+
+    Raises:
+        Stop: `install.target`.
+
+    """
+    arch, python = platform.machine(), f"{sys.version_info.major}.{sys.version_info.minor}"
+    libc = platform.libc_ver()
+    glibc = int(libc[1].split(".")[1]) if libc[0] == "glibc" else 0
+    offered = manifest.get("runtimes", [])
+    fitting = []
+    for each in offered:
+        needs = re.search(r"-glibc2\.(\d+)$", each["target"])
+        new_enough = glibc >= int(needs[1] if needs else 31)
+        same = each["os"] == "linux" and each["arch"] == arch and each["python"] == python
+        if same and new_enough and accelerator in {None, each["accelerator"]}:
+            fitting.append(each)
+    if len(fitting) == 1:
+        return dict(fitting[0])
+    if fitting:
+        fitting.sort(key=lambda each: each["target"])
+        if len({each["accelerator"] for each in fitting}) == 1:
+            return dict(fitting[-1])
+        raise refuse("install.target", "wheels for cpu and cuda: say which with --accelerator")
+    known = ", ".join(f"{e['target']} ({e['accelerator']})" for e in offered) or "none"
+    raise refuse(
+        "install.target",
+        f"this host is {arch} with Python {python} and {libc[0] or 'no glibc'} {libc[1]}; the "
+        f"bundle has wheels for: {known}",
+        "name another interpreter with --python, or have a bundle built for this --target",
+    )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The wheels of a runtime: entries of the manifest by distribution name."""
+
+    lines: dict[str, tuple[str, str]]
+    entries: dict[str, dict[str, Any]]
+    digest: str  # of the list
+
+    @property
+    def size(self) -> int:
+        """Bytes of all wheels."""
+        return sum(entry["size"] for entry in self.entries.values())
+
+
+def wanted_wheels(
+    medium: Medium, manifest: Mapping[str, Any], runtime: Mapping[str, Any]
+) -> Wanted:
+    """Return the wheels that the list of the runtime names; each must be a listed file.
+
+    Raises:
+        Stop: `install.wheel`.
+
+    """
+    files = {entry["path"]: entry for entry in manifest["files"]}
+    path = f"{FOLDER}/{runtime['target']}-{runtime['accelerator']}.txt"
+    entry = files.get(path)
+    if entry is None:
+        raise refuse("install.wheel", f"{path} is missing")
+    raw = b"".join(medium.read(entry["offset"], entry["size"]))
+    if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+        raise refuse("install.wheel", f"{path} is not the sealed one", "copy the bundle again")
+    wheels = {e["sha256"]: e for p, e in files.items() if p.startswith(f"{FOLDER}/")}
+    lines, entries = {}, {}
+    for line in raw.decode("ascii").splitlines()[1:]:
+        found = LINE.fullmatch(line)
+        if found is None or found[3] not in wheels:
+            raise refuse("install.wheel", f"{line!r:.120} names no wheel of the bundle")
+        lines[found[1]] = (found[2], found[3])
+        entries[found[1]] = wheels[found[3]]
+    if {name: version for name, (version, _) in lines.items()} != runtime["packages"]:
+        raise refuse("install.wheel", f"{path} and the manifest name other packages")
+    return Wanted(lines, entries, entry["sha256"])
+
+
+def copy_wheel(medium: Medium, entry: Mapping[str, Any], folder: Path) -> Path:
+    """Copy a wheel out of the medium; it stays only if it is the sealed one."""
+    name = entry["path"].rpartition("/")[2]
+    target, hasher = folder / name, hashlib.sha256()
+    with target.open("xb") as stream:
+        for part in medium.read(entry["offset"], entry["size"]):
+            hasher.update(part)
+            stream.write(part)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if hasher.hexdigest() != entry["sha256"]:
+        target.unlink()
+        raise refuse(
+            "install.wheel",
+            f"{name!r:.120} on the medium is not the sealed one",
+            "copy the bundle again; if it stays, the medium or its source is damaged",
+        )
+    return target
+
+
+# -- the runtime ----------------------------------------------------------------------------------
+
+
+def require_place(folder: Path, needed: int) -> None:
+    """Check that a folder can be made or written, and that its disk has room.
+
+    Raises:
+        Stop: faults `host.io` and `host.space`.
+
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        why = "its disk is mounted read-only" if read_only else "it is no folder or denied to you"
+        raise fault(
+            "host.io",
+            f"{place} cannot be written: {why}",
+            "choose another place with --prefix and --root, or mend the permissions",
+        )
+    found = os.statvfs(place)
+    free = found.f_bavail * found.f_frsize
+    if free < needed:
+        raise fault(
+            "host.space",
+            f"{place} has {free:,} bytes free, about {needed:,} are needed",
+            "free space there, or choose another place with --prefix and --root",
+        )
+
+
+@contextlib.contextmanager
+def held(prefix: Path) -> Iterator[None]:
+    """Hold the prefix for one installer; fault `host.state` while another one has it."""
+    descriptor = os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise fault(
+                "host.state", f"another installer works in {prefix}",
+                "wait for it, or stop it, then run it again",
+            ) from error  # fmt: skip
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_runtime(target: Path, medium: Medium, wanted: Wanted, out: Transcript) -> None:
+    """Make the environment at `target`: wheels by digest, pip from its own wheel, no network."""
+    try:
+        import venv
+    except ImportError as error:
+        raise fault(
+            "host.self",
+            f"this Python lacks its own module {error.name}",
+            "take the whole Python of the distribution (Debian: python3, not python3-minimal)",
+        ) from error
+
+    wheels = target / "wheels"
+    if target.exists():
+        shutil.rmtree(target)  # of an installer that was killed
+    target.mkdir(parents=True, mode=0o755)
+    wheels.mkdir()
+    found = {name: copy_wheel(medium, e, wheels) for name, e in sorted(wanted.entries.items())}
+    out.say(f"wheels: {len(found)} taken from the medium, each with its sealed digest")
+    lines = [
+        f"{name}=={version} --hash=sha256:{sha256}"
+        for name, (version, sha256) in sorted(wanted.lines.items())
+        if name != "pip"
+    ]
+    listed = wheels / "lock.txt"
+    listed.write_text("\n".join(lines) + "\n")
+    venv.EnvBuilder(with_pip=False, symlinks=False).create(target)
+    python = target / "bin" / "python"
+    argv = [str(python), "-I", f"{found['pip']}/pip", "--isolated", "install", "--no-index"]
+    argv += ["--find-links", str(wheels), "--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    argv += ["--no-cache-dir", "--no-compile", "--disable-pip-version-check", "--no-input"]
+    argv += ["--quiet", "--root-user-action", "ignore", "-r", str(listed)]
+    run(argv, target)
+    shutil.rmtree(wheels)
+    packages = next((target / "lib").glob("python3*")) / "site-packages"
+    there = [str(packages / name) for name in NATIVE if (packages / name).is_dir()]
+    # A sealed start can write nothing, and would compile these each time.
+    run([str(python), "-I", "-m", "compileall", "-q", "-j", "0", *there], target)
+    out.say(f"runtime: {len(lines)} packages in {target}")
+
+
+def run(argv: list[str], folder: Path) -> None:
+    """Run a program with a bare environment; its last words are the reason of a fault."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TMPDIR": str(folder)}
+    environment |= {"LC_ALL": "C.UTF-8", "PIP_CONFIG_FILE": os.devnull}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()[-3:]
+        code = "host.space" if "No space left" in " ".join(words) else "install.wheel"
+        raise fault(code, f"{Path(argv[2]).name}: {' '.join(words):.400}")
+
+
+def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
+    """Hold an environment against the sealed wheels, file by file: refusal `install.digest`."""
+    packages = next((target / "lib").glob("python3*")) / "site-packages"
+    with tempfile.TemporaryDirectory(prefix="airgap-") as name:
+        for distribution, entry in sorted(wanted.entries.items()):
+            if distribution == "pip":
+                continue
+            path = copy_wheel(medium, entry, Path(name))
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    if member.is_dir() or ".data/" in member.filename:
+                        continue
+                    place = packages / member.filename
+                    own = member.filename.endswith(".dist-info/RECORD")
+                    if not own and (
+                        not place.is_file() or place.read_bytes() != archive.read(member)
+                    ):
+                        raise refuse(
+                            "install.digest",
+                            f"{place} is not the file of the sealed wheel",
+                            f"find out who changed it, then remove {target} and run it again",
+                        )
+            path.unlink()
+
+
+def switch(link: Path, target: Path) -> None:
+    """Point `link` to `target` by a rename."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, link.parent))
+    fresh.replace(link)
+
+
+# -- the road -------------------------------------------------------------------------------------
+
+
+def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
+    """Check everything, then make the runtime, hand over, and switch; return the exit status."""
+    out.say(f"installer: {' '.join(sys.argv[1:])}")
+    medium = open_medium(options.bundle, options.volume)
+    with tempfile.TemporaryDirectory(prefix="airgap-") as name:
+        judge = Judge(options.openssl, Path(name))
+        chain = parse(medium.head[HEAD[1]], HEAD[1])
+        anchor = options.fingerprint or held_fingerprint(options.root) or ask_fingerprint()
+        root = follow_roots(chain, anchor, judge)
+        out.say(f"trust root: version {root['version']}, from the fingerprint sha256:{anchor}")
+        manifest, approvers = verify_seal(medium.head, root, judge)
+        if root["profile"] == "cnsa2" and not judge.knows_mldsa:
+            out.say("note: this openssl knows no ML-DSA; P-384 was checked, the rest comes after")
+    digest = hashlib.sha256(medium.head[HEAD[2]]).hexdigest()
+    out.say(f"bundle: {manifest['name']} {manifest['version']}, sha256:{digest}")
+    out.say(f"approved by: {', '.join(approvers)}")
+    require_time(f"{now:%Y-%m-%dT%H:%M:%SZ}", root, manifest)
+    runtime = choose_runtime(manifest, options.accelerator)
+    wanted = wanted_wheels(medium, manifest, runtime)
+    out.say(f"for this host: {runtime['target']}, {runtime['accelerator']}")
+    target = options.prefix / "runtimes" / wanted.digest[:16]
+    ready = (target / DONE).is_file()
+    if ready:
+        require_untouched(target, medium, wanted)
+        out.say(f"runtime: {target} is there, and every file is that of its sealed wheel")
+    body = sum(entry["size"] for entry in manifest["files"]) if manifest["models"] else 0
+    made = [place for place in (options.prefix, options.prefix / "runtimes") if not place.exists()]
+    require_place(options.prefix, (0 if ready else UNPACKED * wanted.size) + MARGIN)
+    require_place(options.root, body + MARGIN)
+    try:
+        options.prefix.mkdir(parents=True, exist_ok=True, mode=0o755)
+        with held(options.prefix):
+            return _work(options, out, medium, wanted, target=target, anchor=anchor, ready=ready)
+    except (Stop, OSError, KeyboardInterrupt):
+        for place in reversed(made):
+            with contextlib.suppress(OSError):
+                place.rmdir()  # only if nothing is left in it
+        raise
+
+
+def _work(
+    options: argparse.Namespace,
+    out: Transcript,
+    medium: Medium,
+    wanted: Wanted,
+    *,
+    target: Path,
+    anchor: str,
+    ready: bool,
+) -> int:
+    """Do what changes the host; a model that is not admitted leaves the rest in place."""
+    link = options.prefix / "bin"
+    try:
+        if not ready:
+            make_runtime(target, medium, wanted, out)
+        status, changed = hand_over(options, out, target, anchor)
+        if not ready:
+            (target / DONE).write_text(json.dumps({"list": wanted.digest}) + "\n")
+    except BaseException:
+        if not ready:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    if not link.is_symlink() or link.resolve() != target / "bin":
+        switch(link, target / "bin")
+        out.say(f"active: {link} -> {target / 'bin'}")
+    elif not changed:
+        out.say("nothing to do: this host is as this bundle makes it")
+    return status
+
+
+def hand_over(
+    options: argparse.Namespace, out: Transcript, target: Path, anchor: str
+) -> tuple[int, bool]:
+    """Let the installed program verify it all again, and set up the tree.
+
+    Returns its status and whether it changed anything. What it refuses it has said itself; a
+    refusal without a result changed nothing, one with a result is that of the model alone.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="airgap-") as folder,
+        (Path(folder) / "transcript.txt").open("w", encoding="utf-8") as transcript,
+    ):
+        told = Path(folder) / "result.json"
+        transcript.write("\n".join(out.lines) + "\n")
+        transcript.flush()
+        argv = [str(target / "bin" / "python"), "-I", str(target / "bin" / "airgap"), "bootstrap"]
+        argv += [str(options.bundle), "--fingerprint", f"sha256:{anchor}"]
+        argv += ["--prefix", str(options.prefix), "--root", str(options.root)]
+        argv += ["--transcript", transcript.name, "--result", str(told)]
+        argv += [word for place in options.volume for word in ("--volume", str(place))]
+        argv += ["--system"] if options.system else []
+        for word in ("site", "model", "project"):
+            value = getattr(options, word)
+            argv += [f"--{word}", str(value)] if value is not None else []
+        status = subprocess.run(argv, check=False).returncode
+        if not told.is_file():
+            raise Stop(status or 3, "", "")
+        return status, bool(json.loads(told.read_bytes())["changed"])
+
+
+def held_fingerprint(root: Path) -> str | None:
+    """Return the fingerprint of the oldest trust root that this host holds already."""
+    for path in sorted((root / "trust").glob("[1-9]*.root.json"), key=lambda p: int(p.name[:-10])):
+        payload = decode(parse(path.read_bytes().strip(), str(path))["payload"])
+        return hashlib.sha256(payload).hexdigest()
+    return None
+
+
+def ask_fingerprint() -> str:
+    """Read the fingerprint from the terminal, or from standard input."""
+    sys.stderr.write("Type the fingerprint of the trust root, as it was told you (sha256:...): ")
+    sys.stderr.flush()
+    return fingerprint(sys.stdin.readline())
+
+
+def fingerprint(text: str) -> str:
+    """Return the digits of a fingerprint, typed with spaces or not; a file holds it as well."""
+    found = "".join(text.split()).lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        raise refuse(
+            "trust.fingerprint", f"{text.strip()!r:.90} is no fingerprint: sha256:<64 hex>"
+        )
+    return found
+
+
+def parse(raw: bytes, what: str) -> dict[str, Any]:
+    """Return a JSON object; a duplicate key or another form is refused."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise refuse("seal.malformed", f"{what}: {error!s:.120}") from error
+    if not isinstance(value, dict):
+        raise refuse("seal.malformed", f"{what} is no object")
+    return value
+
+
+def decode(text: object) -> bytes:
+    """Return the bytes of base64 of the one allowed form."""
+    try:
+        return base64.b64decode(str(text), validate=True)
+    except ValueError as error:
+        raise refuse("seal.malformed", "base64 with another form") from error
+
+
+def glob_escape(text: str) -> str:
+    """Return text without a meaning for glob."""
+    return re.sub(r"([*?[])", r"[\1]", text)
+
+
+def _octal(field_: bytes) -> int:
+    digits = field_.rstrip(b"\0 ")
+    if not re.fullmatch(b"[0-7]{1,12}", digits):
+        raise refuse("archive.header", "a number of a header is none")
+    return int(digits, 8)
+
+
+def read_options(words: list[str]) -> argparse.Namespace:
+    """Parse the command line and fill in the places of each mode."""
+    parser = argparse.ArgumentParser(prog="install.sh", description="Install airgap from a bundle.")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle, volume, or its folder")
+    parser.add_argument("--volume", type=Path, action="append", default=[], help="further places")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--user", action="store_true", help="for this account alone (default)")
+    mode.add_argument(
+        "--system", action="store_true", help="for the host: accounts, units, profile"
+    )
+    parser.add_argument("--prefix", type=Path, help="where the program goes")
+    parser.add_argument("--root", type=Path, help="where trust, store, log and keys go")
+    parser.add_argument("--fingerprint", help="of the trust root, or a file that holds it")
+    parser.add_argument("--site", type=Path, help="site.toml of this lab")
+    parser.add_argument("--model", type=Path, help="another bundle to admit, with a model")
+    parser.add_argument("--project", help="project of site.toml that the model is for")
+    parser.add_argument("--accelerator", choices=["cpu", "cuda"])
+    parser.add_argument("--openssl", default="openssl", help="the program that checks signatures")
+    options = parser.parse_args(words)
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    prefix = Path("/opt/airgap") if options.system else home / "airgap-program"
+    root = Path("/var/lib/airgap") if options.system else home / "airgap"
+    options.prefix = (options.prefix or prefix).absolute()
+    options.root = (options.root or root).absolute()
+    options.bundle = options.bundle.absolute()
+    options.volume = [place.absolute() for place in options.volume]
+    if options.fingerprint is not None:
+        path = Path(options.fingerprint)
+        text = path.read_text() if "/" in options.fingerprint else options.fingerprint
+        options.fingerprint = fingerprint(text)
+    if options.system and os.geteuid() != 0:
+        raise refuse("host.io", "--system makes accounts and units, which root alone may do")
+    return options
+
+
+def main(words: list[str], now: datetime | None = None) -> int:
+    """Run the installer and return its exit status: 0 done, 1 refused, 2 usage, 3 fault."""
+    out = Transcript()
+    os.umask(0o022)
+    try:
+        return install(read_options(words), out, now or datetime.now(UTC))
+    except Stop as stop:
+        problem = stop
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except (OSError, subprocess.SubprocessError) as error:
+        code = "host.space" if getattr(error, "errno", 0) in {28, 122} else "host.io"
+        problem = fault(code, f"{error!s:.300}", "mend it, then run it again")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        problem = refuse("manifest.schema", f"a document of the bundle lacks {error!s:.120}")
+    if problem.code:
+        word = "refused" if problem.status == 1 else "fault"
+        sys.stderr.write(f"{word} {problem.code}\n{problem.message}\n")
+        if problem.hint:
+            sys.stderr.write(f"next step: {problem.hint}\n")
+        sys.stderr.write("nothing was changed\n")
+    return problem.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

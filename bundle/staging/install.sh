@@ -1,0 +1,56 @@
+#!/bin/sh
+# install.sh: bring airgap from a bundle on a medium to a host that has no network.
+#
+#   sh install.sh --bundle NAME.agb [--user | --system] [--prefix DIR] [--root DIR]
+#                 [--fingerprint sha256:... | FILE] [--site site.toml] [--model MODEL.agb]
+#
+# Needs Python 3.11 or newer, openssl 3.0 or newer, and nothing else. Before you run it, check it:
+#
+#   openssl pkeyutl -verify -pubin -inkey ALICE.pem -rawin -in SHA256SUMS -sigfile SHA256SUMS.alice.sig
+#   sha256sum -c SHA256SUMS
+#
+# It asks for the fingerprint of the trust root, which came to you by another way than the medium,
+# verifies the seal of the bundle with openssl, and only then takes wheels out of it. The program
+# that it installs verifies the bundle again, completely. `--python PROGRAM`, given first, names
+# another interpreter. Ends with 0 done, 1 refused, 2 usage, 3 fault; a refusal changes nothing.
+set -eu
+umask 022
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+LC_ALL=C.UTF-8
+export PATH LC_ALL
+unset PYTHONPATH PYTHONHOME PYTHONSTARTUP OPENSSL_CONF 2>/dev/null || :
+
+stop() {
+  printf '%s\n' "$@" 'nothing was changed' >&2
+  exit 3
+}
+
+python=''
+if [ "${1:-}" = --python ] && [ "$#" -ge 2 ]; then
+  python=$2
+  shift 2
+else
+  for name in python3 python3.13 python3.12 python3.11; do
+    if command -v "$name" >/dev/null 2>&1 &&
+      "$name" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python=$name
+      break
+    fi
+  done
+fi
+[ -n "$python" ] || stop 'fault install.target' 'no Python of 3.11 or newer was found' \
+  'next step: name it, sh install.sh --python /path/to/python3.11 --bundle ...'
+"$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+  stop 'fault install.target' "$python is no Python of 3.11 or newer"
+command -v openssl >/dev/null 2>&1 ||
+  stop 'fault host.self' 'openssl was not found; nothing else here can check a signature'
+
+# The program comes by descriptor 3, so that standard input stays yours.
+exec "$python" -I -B -c '
+import os
+with os.fdopen(3, encoding="utf-8") as stream:
+    program = stream.read()
+exec(compile(program, "install.sh", "exec"))
+' "$@" 3<<'END_OF_PROGRAM'
+@PROGRAM@
+END_OF_PROGRAM
