@@ -154,7 +154,7 @@ class _Rule(NamedTuple):
 _EVENT_ONLY: Final = ("event",)
 _TWO: Final = ("intent", "outcome")
 _ACT: Final[dict[str, type]] = {"object": str, "old": str, "new": str, "result": str}
-# `evidence` cites what the act was about: approval of a rollback, inventory of a backup, transcript.
+# `evidence` cites what the act was about: approval of a rollback, inventory of a backup, ...
 _KEPT_ACT: Final = _ACT | {"evidence": str}
 _RANGE: Final[dict[str, type]] = {
     "first": int, "last": int, "root": str, "manifest": str, "format": str,
@@ -164,7 +164,8 @@ _RANGE: Final[dict[str, type]] = {
 RULES: Final[dict[str, _Rule]] = {
     "boot": _Rule(_EVENT_ONLY, {
         "version": str, "software": str, "vkey": str, "crypto": str, "mode": str,
-        "seal_keys": list, "previous": str,
+        "seal_keys": list,
+        "previous": str, "evidence": str, "reason": str, "person_1": str, "person_2": str,
     }),
     "shutdown": _Rule(_EVENT_ONLY, {"reason": str, "state": str}),
     "halt": _Rule(_EVENT_ONLY, {"reason": str, "state": str}),
@@ -213,7 +214,9 @@ RULES: Final[dict[str, _Rule]] = {
     for act in ("install", "update", "trust", "approval", "hold", "policy", "keys", "remove")
 } | {
     f"admin.{act}": _Rule(_TWO, _KEPT_ACT, person=True)
-    for act in ("rollback", "backup", "restore", "bootstrap")
+    for act in ("rollback", "bootstrap")
+} | {  # the log is closed between what begins these and what ends them: no intent stays open
+    f"admin.{act}": _Rule(_EVENT_ONLY, _KEPT_ACT, person=True) for act in ("backup", "restore")
 }  # fmt: skip
 
 # `data` keys that cite a file of `objects/`, beside `decision.id`.
@@ -408,6 +411,11 @@ def new_ulid(wall_ns: int | None = None, random: bytes | None = None) -> str:
     tail = int.from_bytes(os.urandom(10) if random is None else random)
     number = (max(0, milliseconds) % 2**48) << 80 | tail
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def printable(text: str) -> str:
+    """Return text as `data` takes it: other characters than printable ASCII as question marks."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)[:256]
 
 
 def timestamp(wall_ns: int) -> str:

@@ -42,6 +42,7 @@ _BY_CODE = {
 _BY_ROOM = {
     "archive": "copy the bundle from its medium again; if it stays so, ask the staging host",
     "audit": "keep the log as it is and run `airgap audit verify` on it",
+    "backup": "take another copy of the backup; airgap restore --help says what it needs",
     "build": "airgap build --help",
     "chunk": "copy the bundle from its medium again; if it stays so, ask the staging host",
     "convert": "read the message above; `airgap inspect DIR` tells what is in the snapshot",

@@ -48,7 +48,6 @@ HEAD: Final = "META/backup.json"
 INVENTORY: Final = "META/inventory.json"
 HEAD_LIMIT: Final = 256 << 20
 _PART: Final = 4 << 20
-_LINKS: Final = ("store/current",)
 # What another host would not take over: locks, results of probes there, and installs half done.
 _LEFT_OUT: Final = ("enclave/", "store/quarantine/", "store/verify/", "store/lock")
 _LOG_LEFT_OUT: Final = (".lock", "reserve")
@@ -179,13 +178,13 @@ def back_up(
     inventory = _take_inventory(root, now, releases=releases, progress=progress)
     digest, request = Digest.of(inventory.to_bytes()), new_ulid()
 
-    def event(phase: str, log: AuditLog, **data: str) -> Receipt:
+    def record(log: AuditLog, **data: str) -> Receipt:
         evidence = str(log.put_object(inventory.to_bytes()))
         facts = {"object": str(digest), "evidence": evidence, **data}
-        return log.append(Event("admin.backup", phase, req=request, actor=actor, data=facts))
+        return log.append(Event("admin.backup", req=request, actor=actor, data=facts))
 
     with open_log(root) as log:
-        event("intent", log)
+        record(log)
     try:
         # Closed, it stands still: what is copied now is what the next writer will find.
         with _frozen(root / "audit") as files:
@@ -201,10 +200,10 @@ def back_up(
             header = encrypt_file(source, out, recipients, progress=second)
     except BaseException:
         with suppress(AirgapError), open_log(root) as log:  # the first reason is the one to tell
-            event("outcome", log, result="failed")
+            record(log, result="failed")
         raise
     with open_log(root) as log:
-        receipt = event("outcome", log, result="complete", new=f"sha256:{header.id}")
+        receipt = record(log, result="complete", new=f"sha256:{header.id}")
     return BackedUp(header, note, head.records, len(inventory.files), source.size, digest, receipt)
 
 
@@ -245,7 +244,12 @@ class TreeSource:
 def _take_inventory(
     root: Path, now: datetime, *, releases: bool, progress: Progress | None
 ) -> Inventory:
-    places = list(_walk(root, releases=releases))
+    places, links = [], dict[str, str]()
+    for path in _walk(root, releases=releases):
+        if path.is_symlink():
+            links[path.relative_to(root).as_posix()] = os.fspath(path.readlink())
+        else:
+            places.append(path)
     total = sum(path.stat().st_size for path in places)
     done, items = 0, []
     for path in places:
@@ -264,18 +268,13 @@ def _take_inventory(
                 sha256=hasher.hexdigest(),
             )
         )
-    links = {
-        name: os.fspath((root / name).readlink())
-        for name in _LINKS
-        if releases and (root / name).is_symlink()
-    }
     created = now.replace(microsecond=0)
     return Inventory(created=created, releases=releases, files=tuple(items), links=links)
 
 
 def _walk(root: Path, *, releases: bool) -> Iterator[Path]:
-    """Yield the plain files of a tree beside its log, in order."""
-    left_out = (*_LEFT_OUT, *(() if releases else ("store/installed/",)))
+    """Yield the plain files of a tree beside its log, and links that stay beside their targets."""
+    left_out = (*_LEFT_OUT, *(() if releases else ("store/installed/", "store/current")))
     for place, folders, names in os.walk(root):
         folder = Path(place)
         if folder == root:
@@ -284,17 +283,22 @@ def _walk(root: Path, *, releases: bool) -> Iterator[Path]:
         for name in [*folders, *sorted(names)]:
             path = folder / name
             relative = path.relative_to(root).as_posix()
-            if relative.startswith(left_out) or relative in _LINKS:
+            if relative.startswith(left_out):
                 continue
             kind = path.lstat().st_mode
-            if stat.S_ISREG(kind):
+            if stat.S_ISREG(kind) or (stat.S_ISLNK(kind) and _stays(os.fspath(path.readlink()))):
                 yield path
             elif not stat.S_ISDIR(kind) and not stat.S_ISSOCK(kind):
                 raise RefusedError(
                     "backup.tree",
-                    f"{relative!r:.160} is a link or a device; a backup holds plain files",
+                    f"{relative!r:.160} is a device, a pipe, or a link that leads away",
                     hint="put the file itself there, or move it out of the tree",
                 )
+
+
+def _stays(target: str) -> bool:
+    """Tell whether a link leads to something beside or below it."""
+    return not target.startswith("/") and ".." not in target.split("/")
 
 
 @contextmanager
@@ -395,7 +399,7 @@ def restore(
         with open_log(partial) as log:
             evidence = str(log.put_object(inventory.to_bytes()))
             facts["evidence"] = evidence
-            log.append(Event("admin.restore", "intent", req=request, actor=actor, data=facts))
+            log.append(Event("admin.restore", req=request, actor=actor, data=facts))
         _protect_releases(partial)
         if root.exists():
             root.rmdir()
@@ -413,9 +417,7 @@ def restore(
             delete_tree(partial)
     with open_log(root) as log:
         facts["result"] = "complete"
-        receipt = log.append(
-            Event("admin.restore", "outcome", req=request, actor=actor, data=facts)
-        )
+        receipt = log.append(Event("admin.restore", req=request, actor=actor, data=facts))
     return Restored(head.origin, head.records, len(head.files), verdict, inventory.created, receipt)
 
 
@@ -429,7 +431,6 @@ def _read_heads(source: Source) -> tuple[Head, Inventory]:
             hint="airgap backup makes one; a bundle is taken by airgap install",
         ) from error
     head = _parse(Head, raw)
-    _require_names(head)
     layout = head.layout()
     if source.size != layout.size:
         raise RefusedError(CODE, f"the backup has {source.size:,} bytes, not {layout.size:,}")
@@ -439,8 +440,9 @@ def _read_heads(source: Source) -> tuple[Head, Inventory]:
         raise RefusedError(CODE, "the inventory is not the one that the backup names")
     inventory = _parse(Inventory, bytes(buffer))
     listed = tuple(LogFile(path=i.path, size=i.size, mode=i.mode) for i in inventory.files)
-    if listed != head.files or not set(inventory.links) <= set(_LINKS):
+    if listed != head.files:
         raise RefusedError(CODE, "the backup and its inventory list other files")
+    _require_names(head, inventory)
     return head, inventory
 
 
@@ -455,16 +457,20 @@ def _parse(kind: type[Any], raw: bytes) -> Any:
     return found
 
 
-def _require_names(head: Head) -> None:
+def _require_names(head: Head, inventory: Inventory) -> None:
     """Let no name of the backup leave the tree, or pass for the log."""
+    names = [*(item.path for item in head.files), *inventory.links]
     try:
-        require_paths([item.path for item in head.files])
+        require_paths(names)
         require_paths([f"audit/{item.path}" for item in head.log])
     except RefusedError as error:
         raise RefusedError(CODE, f"the backup: {error.message}") from error
-    for item in head.files:
-        if item.path.startswith(("audit/", *_LEFT_OUT)) or item.path in {"audit", *_LINKS}:
-            raise RefusedError(CODE, f"the backup: {item.path!r:.100} has no place in a tree")
+    for name in names:
+        if name.startswith(("audit/", *_LEFT_OUT)) or name == "audit":
+            raise RefusedError(CODE, f"the backup: {name!r:.100} has no place in a tree")
+    for name, target in inventory.links.items():
+        if not _stays(target):
+            raise RefusedError(CODE, f"the backup: the link {name!r:.100} leads away")
 
 
 def _write_files(
@@ -489,8 +495,7 @@ def _write_files(
         if progress is not None:
             progress(layout.offsets[index] + size, layout.size)
     for name, target in inventory.links.items():
-        if not target.startswith("installed/") or "/" in target.removeprefix("installed/"):
-            raise RefusedError(CODE, f"the backup: the link {name} leads out of the store")
+        (partial / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         (partial / name).symlink_to(target)
 
 
@@ -525,7 +530,7 @@ def _require_log(
     for index in segment_range(LogLayout(folder)):
         for line in read_lines(LogLayout(folder).segment(index)):
             record = parse_line(line.removesuffix(b"\n"))
-            if record["kind"] == "admin.backup" and record["phase"] == "intent":
+            if record["kind"] == "admin.backup" and "result" not in record["data"]:
                 last = dict(record)
     named = last.get("data", {}).get("object")
     if named != str(Digest.of(inventory.to_bytes())) or named != head.inventory:
