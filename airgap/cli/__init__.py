@@ -1,6 +1,7 @@
 """The command line: one module a group, each command parses, calls one function and prints.
 
-Exit status: 0 done, 1 refused, 2 usage, 3 fault, 130 interrupted (docs/design/architecture.md, 7).
+Exit status: 0 done, 1 refused, 2 usage, 3 fault, 130 interrupted (docs/design/architecture.md, 7);
+4 refused or usage, and the document that `--json` asked for could not be written.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from airgap.cli.common import show_error, stderr
-from airgap.cli.streams import PIPE_CLOSED
+from airgap.cli.streams import PIPE_CLOSED, lost, told
 from policy.errors import AirgapError, FaultError, UsageError
 
 # Each module defines `register(app)`. The order is that of `airgap --help`.
@@ -96,7 +96,13 @@ def configure_log() -> None:
 
 
 def dispatch(argv: list[str]) -> int:
-    """Run `argv` and return its exit status; the only broad `except` of the project is here."""
+    """Run `argv` and return its exit status."""
+    lost.clear()
+    return told(_dispatch(argv))
+
+
+def _dispatch(argv: list[str]) -> int:
+    """Do so; the only broad `except` of the project is here."""
     configure_log()
     try:
         require_text(argv)
@@ -114,7 +120,7 @@ def dispatch(argv: list[str]) -> int:
         raise
     except Exception as error:  # noqa: BLE001 - a defect must end as a fault, not as a traceback
         ours = as_error(error)
-        with contextlib.suppress(OSError):  # a full disk under the output, say: the status remains
+        with contextlib.suppress(OSError):  # no standard error either: the status remains
             show_error(ours, json="--json" in argv)
         return ours.exit_status
     if outcome == INTERRUPTED:  # typer turns Ctrl-C into a status, without a word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json as jsonlib
 import os
 import re
@@ -13,8 +14,8 @@ import typer
 from rich.text import Text
 
 from airgap.cli.steps import next_step
-from airgap.cli.streams import Screen, is_utf8
-from policy.errors import AirgapError
+from airgap.cli.streams import Screen, is_utf8, lost
+from policy.errors import AirgapError, FaultError
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -51,19 +52,53 @@ def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
         stdout.print(visible(text) if isinstance(text, str) else text)
 
 
-def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> None:
-    """Write one document to standard output, in ASCII where that is not UTF-8."""
+def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> bool:
+    """Write one document to standard output, in ASCII where that is not UTF-8.
+
+    Where it cannot be written, standard error says so, the exit status becomes another one
+    (`streams.told`), and False is returned.
+
+    Raises:
+        BrokenPipeError: The reader has gone away.
+
+    """
     text = jsonlib.dumps(
         document, indent=1, ensure_ascii=not is_utf8(sys.stdout), sort_keys=sort_keys
     )
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        lost.append(error)
+        code = document.get("code")
+        of = f" (code {code})" if isinstance(code, str) and code else ""
+        _print_words(
+            FaultError(
+                "host.space" if error.errno == errno.ENOSPC else "host.io",
+                f"the document{of} could not be written to standard output: {error.strerror}",
+                hint="send standard output to a place that takes it, then run the command again",
+            )
+        )
+        return False
+    return True
 
 
 def show_error(error: AirgapError, *, json: bool) -> None:
-    """Print a refusal or fault: to standard output as JSON, else to standard error in words."""
-    if json:
-        write_json(error_document(error))
-        return
+    """Print a refusal or fault: to standard output as JSON, else to standard error in words.
+
+    A document that cannot be written is told in words as well: a code is never lost.
+    """
+    try:
+        if json and write_json(error_document(error)):
+            return
+    except BrokenPipeError as gone:
+        lost.append(gone)
+    _print_words(error)
+
+
+def _print_words(error: AirgapError) -> None:
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
     head = Text.assemble((word, "bold red"), " ", (error.code, "bold"))
     stderr.print(head, soft_wrap=True)

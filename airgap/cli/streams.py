@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 FAULT = 3
+UNTOLD = 4
 PIPE_CLOSED = 141
 _NAMES = ("stdin", "stdout", "stderr")
 
@@ -52,6 +53,20 @@ def set_errors(stream: Any) -> None:
 def is_utf8(stream: TextIO) -> bool:
     """Whether a stream takes every character as it is."""
     return (stream.encoding or "utf-8").lower().replace("-", "").replace("_", "") == "utf8"
+
+
+# Why a document could not be written, one entry each; `told` turns them into an exit status.
+lost: list[OSError] = []
+
+
+def told(status: int) -> int:
+    """Return the exit status of a command whose documents may have been lost.
+
+    A caller that reads documents would take "no" for "yes" or for nothing: each has its own status.
+    """
+    if not lost or status not in {0, 1, 2}:
+        return status
+    return UNTOLD if status else FAULT
 
 
 def finish(status: int) -> int:

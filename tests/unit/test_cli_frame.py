@@ -1,6 +1,7 @@
 """The command-line frame: every outcome becomes one exit status and one document."""
 
 import ast
+import contextlib
 import errno
 import json
 import re
@@ -14,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from airgap import cli
+from airgap.cli import streams
 from airgap.cli.app import as_error, build
 from airgap.cli.common import show, show_error
 from policy.errors import CODES, FaultError, RefusedError, UsageError
@@ -155,7 +157,12 @@ def command(line):
         ("A run nope --json >&-", 1),
         ("A run nope 2>&-", 1),
         ("A run nope >&- 2>&- <&-", 1),
-        ("A run nope --json >/dev/full", 1),
+        ("A run nope --json >/dev/full", 4),
+        ("A run nope --json >/dev/full 2>/dev/full", 4),
+        ("A run nope --json | true; exit ${PIPESTATUS[0]}", 4),
+        ("A run nope --unknown --json >/dev/full", 4),
+        ("A enclave profiles --json >/dev/full", 3),
+        ("A enclave show --root /nowhere --json >/dev/full", 3),
         ("A run nope 2>/dev/full", 1),
         ("A --help >/dev/full", 3),
         ("A doctor --help >&-", 0),
@@ -170,6 +177,41 @@ def test_no_state_of_the_streams_ends_in_a_traceback(line, status):
     assert b"Traceback" not in said
     assert b"Exception ignored" not in said
     assert b"host.internal" not in said
+
+
+def test_no_command_loses_a_code_with_its_document(monkeypatch, capsys):
+    """A command of each group tells a refusal in words where its document has no room."""
+    groups = typer.main.get_command(build()).commands
+    for name, group in sorted(groups.items()):
+        words = [name, *sorted(getattr(group, "commands", {}))[:1]]
+        with Path("/dev/full").open("w", encoding="utf-8") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            status = cli.invoke([*words, "--json", "--no-such-option"])
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                full.close()
+        said = capsys.readouterr().err
+        assert status == 4, (words, said)
+        assert "usage usage.argument" in said, words
+        assert "host.space" in said, words
+
+
+def test_documents_are_written_in_one_place():
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if path.name not in {"common.py", "streams.py"}:
+            assert "sys.stdout.write" not in text, path.name
+            assert "print_json" not in text, path.name
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(0, 3), (1, 4), (2, 4), (3, 3), (130, 130), (141, 141)]
+)
+def test_a_document_that_is_lost_changes_yes_and_no_alone(status, code, monkeypatch):
+    monkeypatch.setattr(streams, "lost", [])
+    assert streams.told(status) == status
+    streams.lost.append(OSError(28, "full"))
+    assert streams.told(status) == code
 
 
 def test_json_is_one_document_in_every_encoding():
