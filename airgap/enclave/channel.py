@@ -21,12 +21,15 @@ HEAD = struct.Struct(">IcI")
 
 # from the broker
 PLAN, PROGRAM, SEAL, REQUEST = b"P", b"L", b"S", b"Q"
+# from the broker, of a request under way: to a program that takes several at once
+CANCEL, CREDIT = b"C", b"K"
 # from the launcher
 ALIVE, REFUSED = b"p", b"n"
 # from the worker
 LOADED, READY, PART, REPLY, ERROR, FAULT = b"l", b"r", b"e", b"a", b"f", b"x"
 
 _CHUNK = 1 << 16
+_BYTES = struct.Struct(">I")  # payload of a CREDIT frame
 ERROR_TEXT_LIMIT = 4000  # characters of a message or hint that a program may send
 
 
@@ -70,6 +73,11 @@ class Frame:
 def encode(kind: bytes, payload: bytes, request: int = 0) -> bytes:
     """Return the bytes of one frame."""
     return HEAD.pack(len(payload), kind, request) + payload
+
+
+def encode_credit(count: int, request: int) -> bytes:
+    """Return the bytes of the frame that lets a request send `count` more bytes of parts."""
+    return encode(CREDIT, _BYTES.pack(count), request)
 
 
 class Reader:
@@ -174,6 +182,57 @@ def send(descriptor: int, kind: bytes, payload: bytes, request: int = 0) -> None
     rest = memoryview(encode(kind, payload, request))
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+class Inbox:
+    """Frames of the broker for a worker that goes on computing while one is on its way."""
+
+    def __init__(self, descriptor: int, cap: int) -> None:
+        self._descriptor = descriptor
+        self._cap = cap
+        self._held = bytearray()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+
+    def frames(self, wait_ms: int | None) -> list[Frame]:
+        """Return every whole frame that has come.
+
+        Args:
+            wait_ms: How long to wait for a byte where no whole frame is there; None for ever.
+
+        Raises:
+            EOFError: The broker has closed the channel.
+            ValueError: A frame is larger than the cap.
+
+        """
+        found = self._whole()
+        while not found and self._poll.poll(wait_ms):
+            part = os.read(self._descriptor, _CHUNK)
+            if not part:
+                raise EOFError
+            self._held += part
+            found = self._whole()
+            if wait_ms is not None and not found:
+                wait_ms = 0
+        return found
+
+    def _whole(self) -> list[Frame]:
+        found = []
+        while len(self._held) >= HEAD.size:
+            length, kind, request = HEAD.unpack_from(self._held)
+            if length > self._cap:
+                raise ValueError(f"a frame of {length} bytes came, the cap is {self._cap}")
+            end = HEAD.size + length
+            if len(self._held) < end:
+                break
+            found.append(Frame(kind, request, bytes(self._held[HEAD.size : end])))
+            del self._held[:end]
+        return found
+
+
+def decode_credit(payload: bytes) -> int:
+    """Return the bytes that a CREDIT frame gives."""
+    return int(_BYTES.unpack(payload)[0])
 
 
 def _all(descriptor: int, length: int) -> bytes:

@@ -6,6 +6,7 @@ no variable that makes it return anything else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any, Self, TypeVar
 
 from airgap.enclave import channel, evidence, filters, host, twin
 from airgap.enclave import plan as plans
+from airgap.enclave.calls import Calls
 from airgap.enclave.channel import ChannelError, Frame
 from airgap.enclave.denials import LAST_DOOR, Denials
 from airgap.enclave.evidence import Finding
@@ -164,6 +166,7 @@ def start(
             "program": spec.program,
             "config": spec.config,
             "request_cap": spec.caps.request_bytes,
+            "window": spec.caps.frame_bytes if spec.caps.in_flight > 1 else 0,
             "stage2": plan["last"],
             "cuda": spec.driver.library if plan["last"] == "stage2_gpu" else None,
         }
@@ -265,7 +268,10 @@ def _self_test(payload: bytes, plan: Plan) -> dict[str, str]:
 
 
 class Enclave:
-    """A sealed, proven, running program. Requests go one at a time."""
+    """A sealed, proven, running program.
+
+    Requests go one at a time, or `Caps.in_flight` at once at a program that takes several.
+    """
 
     def __init__(
         self,
@@ -293,6 +299,7 @@ class Enclave:
         self._incident: Finding | None = None
         self._closing = threading.Event()
         weakref.finalize(self, process.kill)  # forgotten or not, it ends with this object
+        self._calls = Calls(process, spec.caps) if spec.caps.in_flight > 1 else None
         if spec.reverify_s > 0:
             watched = weakref.ref(self), self._closing, spec.reverify_s
             start_thread(_watch, "enclave-watch", watched)
@@ -346,7 +353,8 @@ class Enclave:
     ) -> Iterator[Frame]:
         """Send one request and yield its frames: parts (`is_part`), then the reply. See `request`.
 
-        A caller that stops before the reply ends the worker: it cannot be told to be silent.
+        A caller that stops before the reply cancels the request at a program that takes several,
+        and ends any other: it cannot be told to be silent.
         """
         if len(payload) > self._spec.caps.request_bytes:
             raise RefusedError(
@@ -354,6 +362,9 @@ class Enclave:
                 f"the request has {len(payload)} bytes, the cap is {self._spec.caps.request_bytes}",
                 hint="send less at a time",
             )
+        if self._calls is not None:
+            yield from self._together(self._calls, payload, timeout, total_s)
+            return
         with self._lock:
             self._require(self._glance())
             done = False
@@ -368,6 +379,21 @@ class Enclave:
             finally:
                 if not done:
                     self._end(kill=True)
+
+    def _together(
+        self, calls: Calls, payload: bytes, timeout: float, total_s: float | None
+    ) -> Iterator[Frame]:
+        """Send one request beside others; the lock covers the look alone."""
+        with self._lock:
+            self._require(self._glance())
+        try:
+            with contextlib.closing(calls.stream(payload, timeout, total_s)) as frames:
+                for frame in frames:
+                    if frame.kind in (channel.ERROR, channel.FAULT):
+                        raise program_error(frame, self._process.words())
+                    yield frame
+        except ChannelError as error:
+            raise self._broken(error) from error
 
     def _exchange(self, payload: bytes, timeout: float, total_s: float | None) -> Iterator[Frame]:
         self._request = number = (self._request + 1) & 0xFFFFFFFF
@@ -537,6 +563,11 @@ class Enclave:
 
     def _exit_record(self, *, kill: bool) -> dict[str, Any]:
         self._closing.set()
+        if self._calls is not None:
+            if kill:
+                self._process.stop()
+            self._calls.close()
+            self._request = self._calls.count
         end = self._process.kill() if kill else self._process.finish()
         incident = None if self._incident is None else self._incident.message
         if incident is None and end["signal"] == signal.SIGSYS:

@@ -20,6 +20,7 @@ class Caps:
     memory_mb: int = 0  # 0: 4 GiB and three times the inputs
     threads: int = 2
     descriptors: int = 256
+    in_flight: int = 1  # requests at once; above 1 for a program that takes several
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import traceback
+from collections import deque
 
 from airgap.enclave import channel, filters, linux, tables
 from airgap.enclave.channel import ProgramError
@@ -25,7 +26,7 @@ TYPE_CHECKING = False  # the worker has no use for the `typing` module; type che
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
-    from typing import Any, Protocol
+    from typing import Any, NoReturn, Protocol
 
     class Program(Protocol):
         """What runs inside the seal."""
@@ -36,6 +37,36 @@ if TYPE_CHECKING:
 
         def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
             """Answer one request; `emit` sends a part on the way. No file may be opened."""
+            ...
+
+    class Concurrent(Program, Protocol):
+        """A program that takes several requests at once; it has `begin`, and is asked to `step`."""
+
+        @property
+        def runnable(self) -> bool:
+            """Whether `step` has work that need not wait for the broker."""
+            ...
+
+        def begin(
+            self,
+            number: int,
+            payload: bytes,
+            emit: Callable[[bytes], None],
+            finish: Callable[[bytes | ProgramError], None],
+        ) -> None:
+            """Take a request; `finish` gets its reply or refusal, once, now or in a later step."""
+            ...
+
+        def cancel(self, number: int) -> None:
+            """Let go of a request; `finish` is not called any more."""
+            ...
+
+        def pause(self, number: int, paused: bool) -> None:
+            """Do no work for a request whose parts nobody takes, until told otherwise."""
+            ...
+
+        def step(self) -> None:
+            """Do one round of work for all."""
             ...
 
 
@@ -57,7 +88,7 @@ def main() -> None:
         fault(error)
         os._exit(LOAD_STATUS)
     try:
-        serve(program, wanted["request_cap"])
+        serve(program, wanted["request_cap"], wanted.get("window", 0))
     except EOFError:
         os._exit(0)
     except BaseException as error:  # noqa: BLE001 - the channel itself is broken
@@ -115,8 +146,15 @@ def seal(name: str) -> None:
     channel.send(CHANNEL_OUT, channel.READY, json.dumps({"self_test": result}).encode())
 
 
-def serve(program: Program, cap: int) -> None:
-    """Answer requests one at a time until the broker closes the channel."""
+def serve(program: Program, cap: int, window: int = 0) -> None:
+    """Answer requests until the broker closes the channel.
+
+    One at a time, or several at once where the program can and the broker gives a `window`: bytes
+    of parts that a request may send before the broker has taken them.
+    """
+    if window and hasattr(program, "begin"):
+        several: Any = program
+        Desk(several, window).serve(channel.Inbox(CHANNEL_IN, cap))
     while True:
         frame = channel.receive(CHANNEL_IN, cap)
         if frame.kind != channel.REQUEST:
@@ -135,7 +173,127 @@ def answer(program: Program, frame: channel.Frame) -> tuple[bytes, bytes]:
     except ProgramError as error:
         return channel.ERROR, error_payload(error.code, error.message, error.hint)
     except Exception as error:  # noqa: BLE001 - one request failed; the next may work
-        return channel.FAULT, error_payload("", f"{type(error).__name__}: {error}", "")
+        return channel.FAULT, fault_payload(error)
+
+
+class Desk:
+    """Requests under way: each one gets every frame of the broker, its parts, and one last frame.
+
+    A part leaves only within the credit of its request. What exceeds it waits here, and the request
+    is paused: one that nobody reads costs the others nothing.
+    """
+
+    PAUSED_MS = 200  # how often deadlines are looked at while nothing can be done
+
+    def __init__(self, program: Concurrent, window: int) -> None:
+        self._program = program
+        self._window = window
+        self._open: dict[int, _Open] = {}
+
+    def serve(self, inbox: channel.Inbox) -> NoReturn:
+        """Take requests and work on them; EOFError when the broker has closed the channel."""
+        while True:
+            runnable = self._program.runnable
+            wait = 0 if runnable else self.PAUSED_MS if self._open else None
+            for frame in inbox.frames(wait):
+                self._take(frame)
+            if self._open:
+                self._step()
+
+    def _step(self) -> None:
+        try:
+            self._program.step()
+        except Exception as error:  # noqa: BLE001 - nobody's state can be trusted; the next may work
+            for number in list(self._open):
+                self._program.cancel(number)
+                self._finish(number, channel.FAULT, fault_payload(error))
+
+    def _take(self, frame: channel.Frame) -> None:
+        if frame.kind == channel.REQUEST and frame.request not in self._open:
+            self._begin(frame.request, frame.payload)
+        elif frame.kind == channel.CANCEL:
+            self._cancel(frame.request)
+        elif frame.kind == channel.CREDIT:
+            self._credit(frame.request, channel.decode_credit(frame.payload))
+        else:
+            raise ValueError(f"unknown frame {frame.kind!r} for request {frame.request}")
+
+    def _begin(self, number: int, payload: bytes) -> None:
+        self._open[number] = _Open(self._window)
+
+        def emit(part: bytes) -> None:
+            self._emit(number, part)
+
+        def finish(outcome: bytes | ProgramError) -> None:
+            if isinstance(outcome, ProgramError):
+                refusal = error_payload(outcome.code, outcome.message, outcome.hint)
+                self._finish(number, channel.ERROR, refusal)
+            else:
+                self._finish(number, channel.REPLY, outcome)
+
+        try:
+            self._program.begin(number, payload, emit, finish)
+        except ProgramError as error:
+            finish(error)
+        except Exception as error:  # noqa: BLE001 - one request failed; the others go on
+            self._program.cancel(number)
+            self._finish(number, channel.FAULT, fault_payload(error))
+
+    def _cancel(self, number: int) -> None:
+        """Let go of a request; one that has just ended is gone already."""
+        request = self._open.get(number)
+        if request is not None:
+            self._program.cancel(number)
+            request.waiting.clear()
+            words = error_payload("request.cancelled", "the request was cancelled", "")
+            self._finish(number, channel.ERROR, words)
+
+    def _credit(self, number: int, count: int) -> None:
+        request = self._open.get(number)
+        if request is not None:
+            request.credit += count
+            self._flush(number, request)
+
+    def _emit(self, number: int, part: bytes) -> None:
+        request = self._open[number]
+        request.waiting.append(part)
+        self._flush(number, request)
+
+    def _finish(self, number: int, kind: bytes, payload: bytes) -> None:
+        request = self._open[number]
+        request.last = kind, payload
+        self._flush(number, request)
+
+    def _flush(self, number: int, request: _Open) -> None:
+        """Send what the credit covers; a part above the whole window is for the broker to judge."""
+        waiting = request.waiting
+        while waiting and (len(waiting[0]) <= request.credit or len(waiting[0]) > self._window):
+            part = waiting.popleft()
+            request.credit -= len(part)
+            channel.send(CHANNEL_OUT, channel.PART, part, number)
+        if not waiting and request.last is not None:
+            del self._open[number]
+            channel.send(CHANNEL_OUT, *request.last, number)
+        elif request.last is None and request.paused != bool(waiting):
+            request.paused = bool(waiting)
+            self._program.pause(number, request.paused)
+
+
+class _Open:
+    """A request of the desk: what it may still send, what waits, and its last frame."""
+
+    __slots__ = ("credit", "last", "paused", "waiting")
+
+    def __init__(self, credit: int) -> None:
+        self.credit = credit
+        self.waiting: deque[bytes] = deque()
+        self.last: tuple[bytes, bytes] | None = None
+        self.paused = False
+
+
+def fault_payload(error: Exception) -> bytes:
+    """Return what is told of a failure that is no refusal."""
+    return error_payload("", f"{type(error).__name__}: {error}", "")
 
 
 def error_payload(code: str, message: str, hint: str) -> bytes:
