@@ -225,6 +225,18 @@ def test_a_held_request_is_released_by_two_and_answered_with_the_same_seed(road,
     assert "HAZ-" not in page.read_text()
 
 
+def test_the_decisions_of_the_log_come_out_the_same(road, capsys):
+    done = call(capsys, "policy", "replay", "--root", road.lab)
+    assert done.status == 0, done.text
+    found = done.document
+    assert (found["differs"], found["not_possible"]) == (0, 0)
+    assert found["same"] > 0
+    install = next(
+        each for each in found["decisions"] if each["decision"] == road.installed["decision"]
+    )
+    assert install["replay"] == "same"
+
+
 def test_no_prompt_and_no_output_is_in_the_log(road, capsys):
     canary = "CC(=O)Oc1ccccc1C(=O)O"
     done = call(

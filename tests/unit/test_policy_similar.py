@@ -16,6 +16,7 @@ from airgap.gate import Rules, load_rules
 from bundle import trust
 from policy import Origin, Snapshots, Start, parse_lists
 from policy.errors import RefusedError
+from policy.lineage import unite
 from policy.similar import find_alike, look_alike
 from policy.snapshots import normal_name
 from policy.terms import URI_BASE, Outcome
@@ -90,7 +91,7 @@ def rules(*listed: str, rulings=()) -> Rules:
         ],
     }
     snapshots = (*RULES.lists.snapshots, *parse_lists(json.dumps(document).encode()))
-    registry = replace(RULES.registry, rulings=tuple(rulings))
+    registry = unite(RULES.registry.files, rulings)
     return Rules(RULES.packs, Snapshots(snapshots), registry)
 
 
@@ -159,6 +160,17 @@ def test_an_answer_is_remembered_for_this_edition_until_its_day():
     both = rules(listed, rulings=[ruling(), ruling(same=True)])
     assert of("mistral-ai", both)[0] == "fired", "of two answers the stricter counts"
     assert date(2027, 6, 1) in decision.evaluator.boundaries()
+
+
+def test_an_answer_that_was_given_later_was_not_known():
+    listed = "Mistral Technologies Co., Ltd."
+    later = ruling(issued=datetime(2026, 11, 23, 13, tzinfo=UTC), name="Somebody Else")
+    both = rules(listed, rulings=[ruling(), later])
+    state, decision = of("mistral-ai", both)  # asked at noon of the 23rd
+    assert state == "not_fired"
+    before = of("mistral-ai", rules(listed, rulings=[ruling()]))[1]
+    assert decision.canonical == before.canonical, "what came later leaves no trace"
+    assert of("mistral-ai", rules(listed, rulings=[ruling(issued=later.issued)]))[0] == "unknown"
 
 
 @pytest.mark.parametrize(
