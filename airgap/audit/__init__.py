@@ -13,7 +13,8 @@ from airgap.audit.checkpoint import (
 from airgap.audit.chunks import Streamed
 from airgap.audit.clock import Clock, Peer
 from airgap.audit.findings import Finding, Verdict
-from airgap.audit.log import AuditLog, open_log
+from airgap.audit.identity import open_log
+from airgap.audit.log import AuditLog
 from airgap.audit.receipt import Receipt, parse_receipt, verify_receipt
 from airgap.audit.record import Actor, Commit, DecisionRef, Event, Record, commitment, new_ulid
 from airgap.audit.verify import verify_log

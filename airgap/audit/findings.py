@@ -109,6 +109,7 @@ class Verdict:
     anchors: int  # how many agree
     root: str
     findings: tuple[Finding, ...]
+    previous: str = ""  # the log that this one continues, as its first record names it
     opened: Opened | None = None  # payloads, where the holder's key was given
 
     @property
@@ -129,6 +130,7 @@ class Verdict:
             "code": self.code,
             "exit": self.exit,
             "origin": self.origin,
+            "previous": self.previous,
             "size": self.size,
             "records": self.records,
             "first": self.first,

@@ -13,7 +13,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,7 +23,7 @@ import cryptography
 import structlog
 
 from airgap.audit.capacity import RESERVE, Capacity, Health, LastExport, State
-from airgap.audit.checkpoint import LogKey, Ring, Vkey, create_log_key, site_name
+from airgap.audit.checkpoint import LogKey, Ring, Vkey
 from airgap.audit.clock import Clock, Peer
 from airgap.audit.disk import Disk
 from airgap.audit.epochs import KeyFiles
@@ -39,6 +40,7 @@ from airgap.audit.record import (
     Commit,
     Event,
     Record,
+    Value,
     commitment,
     encode,
 )
@@ -49,7 +51,7 @@ from airgap.audit.writer import MAX_BATCH, Pending, Writer
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
-__all__ = ["MAX_BATCH", "MAX_OBJECT", "AuditLog", "Capacity", "Clock", "Peer", "State", "open_log"]
+__all__ = ["MAX_BATCH", "MAX_OBJECT", "AuditLog", "Beginning", "Capacity", "Clock", "Peer", "State"]
 
 PATIENCE_S: Final = 10.0
 HEARTBEAT_RECORDS: Final = 1_000
@@ -64,6 +66,14 @@ _DRAIN: Final = frozenset({
 })  # fmt: skip
 
 operator = structlog.get_logger("airgap.audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What the first record of a log says beside the usual, and the object that it cites."""
+
+    data: Mapping[str, Value]
+    evidence: bytes
 
 
 class AuditLog:
@@ -119,6 +129,7 @@ class AuditLog:
         capacity: Capacity | None = None,
         payload_key: PayloadKey | None = None,
         patience_s: float = PATIENCE_S,
+        beginning: Beginning | None = None,
     ) -> Self:
         """Lock the log in `folder`, check it against its signed heads, and take it into service.
 
@@ -135,6 +146,7 @@ class AuditLog:
             capacity: Quota and export limits of the site; `reserve_bytes` is read from it then.
             payload_key: To whom payloads are sealed; without it none is kept.
             patience_s: How long `append` waits before it reports `audit.timeout`.
+            beginning: What a new log's first record says of the one before; see `identity`.
 
         Raises:
             RefusedError: `audit.locked`, `audit.history`, `audit.note`, `audit.epoch`,
@@ -167,7 +179,7 @@ class AuditLog:
             raise
         try:
             log._require_origin(origin)
-            log._take_into_service(before)
+            log._take_into_service(before, beginning)
         except BaseException as error:
             if isinstance(error, OSError):
                 log._halt(error)
@@ -339,13 +351,15 @@ class AuditLog:
                 "audit.key", f"the key belongs to {self.origin!r:.90}, not {origin!r:.90}"
             )
 
-    def _take_into_service(self, before: str) -> None:
+    def _take_into_service(self, before: str, beginning: Beginning | None) -> None:
         layout = self._layout
         if layout.log.is_dir():
             self._reopen(before, unclean=before not in {"", "closed"})
         else:
             self._keys.abandon()
-            self._writer.begin(self._own("boot", data=self._boot_data()))
+            data = self._boot_data() | dict(beginning.data if beginning else {})
+            objects = (beginning.evidence,) if beginning else ()
+            self._writer.begin(self._own("boot", data=data), objects)
         reserved = self._health.begin(self._now())
         self._lock.mark("open")
         self.state = self._level()
@@ -579,58 +593,6 @@ class AuditLog:
     def _release(self) -> None:
         self._writer.release()
         self._lock.release()
-
-
-def open_log(
-    root: Path,
-    *,
-    site: str,
-    host: str = "",
-    mode: str = "embedded",
-    capacity: Capacity | None = None,
-    payload_key: PayloadKey | None = None,
-) -> AuditLog:
-    """Open the log of a tree (`audit/`, key in `keys/`), making both when they are missing.
-
-    `site` is the institution's name; it becomes part of a new log's origin.
-
-    Raises:
-        RefusedError: `audit.history`; this key has signed a log, and the log is gone.
-        FaultError: `audit.key`; there is a log and no key.
-
-    """
-    key = root / "keys" / "audit.pem"
-    # Beside the key and not beside the log: whoever empties `audit/` does not take it along.
-    begun = key.with_suffix(".begun")
-    if not key.exists() and not KeyFiles(key).following.exists():
-        if (root / "audit" / "log").is_dir():
-            raise FaultError(
-                "audit.key",
-                f"there is a log in {root / 'audit'} but no key at {key}",
-                hint="bring the key back from its backup; a new key is a new log",
-            )
-        create_log_key(key, site=site_name(site))
-    elif begun.exists() and not (root / "audit" / "log").is_dir():
-        raise RefusedError(
-            "audit.history",
-            f"the key {key} has signed a log, and there is none in {root / 'audit'}",
-            hint="bring the log back from its backup; for a new log move both keys/audit.* aside",
-        )
-    log = AuditLog.open(
-        root / "audit",
-        key=key,
-        host=host,
-        mode=mode,
-        capacity=capacity,
-        payload_key=payload_key,
-    )
-    try:
-        if not begun.exists():
-            Disk().put(begun, b"")
-    except BaseException:
-        log.close()
-        raise
-    return log
 
 
 def _locked() -> threading.Lock:

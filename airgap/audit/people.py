@@ -29,11 +29,15 @@ NEEDED: Final = 2
 _MAX_ACT: Final = 65_536
 
 
+# `origin size root`, as one writes it down
+_Head = Annotated[str, Field(pattern="^[!-~]{1,200} [0-9]{1,16} [A-Za-z0-9+/]{43}=$")]
+
+
 class Act(Document):
     """What two people sign."""
 
     format: Literal["airgap-audit-act/1"] = "airgap-audit-act/1"
-    act: Literal["prune", "spill.purge"]
+    act: Literal["prune", "spill.purge", "new-log"]
     origin: Annotated[str, Field(max_length=200)]
     issued: Instant
     reason: Text
@@ -42,6 +46,7 @@ class Act(Document):
     manifest: DigestText | None = None  # prune: the export that holds what goes
     record: Count | None = None  # purge: a record that names the payload
     payload: DigestText | None = None  # purge: the payload
+    previous: _Head | None = None  # new-log: the last known head of the log before, if any is known
 
     def to_bytes(self) -> bytes:
         """Return the canonical form: what is signed."""
@@ -73,7 +78,7 @@ def require_two(
 
     Args:
         envelope: Parsed and untrusted.
-        kind: `prune` or `spill.purge`.
+        kind: `prune`, `spill.purge` or `new-log`.
         origin: The log that it must be about.
         root: The people of this site.
         now: UTC.

@@ -23,6 +23,7 @@ from airgap.audit.grammar import Line, read_line
 from airgap.audit.layout import Layout, read_kept, read_lines, segment_range
 from airgap.audit.payloads import MAX_BLOB, SIDES, HolderKey
 from airgap.audit.people import Act, require_two
+from airgap.audit.previous import NAMES_ONE
 from airgap.audit.quorum import load_policy
 from airgap.audit.record import (
     Actor,
@@ -30,6 +31,7 @@ from airgap.audit.record import (
     Record,
     new_ulid,
     parse_line,
+    printable,
     sealed_payloads,
 )
 from airgap.audit.steward import OwnLog
@@ -182,7 +184,7 @@ def purge(
     path = layout.payload(act.payload.removeprefix("sha256:"))
     if not path.is_file():
         raise RefusedError("audit.payload", f"payload {act.payload} is not there; purged before?")
-    people = {"reason": _ascii(act.reason), "person_1": first, "person_2": second}
+    people = {"reason": printable(act.reason), "person_1": first, "person_2": second}
     for seq, payload in _states(layout, record, act.payload):
         path = layout.payload(payload.removeprefix("sha256:"))
         if path.is_file():
@@ -286,9 +288,11 @@ def _drop(layout: Layout, segments: range, intent: int, disk: Disk) -> None:
     kept[intent] = find_line(layout, intent)
     gone: set[bytes] = set()
     for line, found in _lines(layout, segments):
-        gone.update(found.cited, found.sealed)
-        if found.kind in _KEPT:
+        begins = found.seq == 0 and NAMES_ONE in line  # in place of a log before
+        if found.kind in _KEPT or begins:
             kept[found.seq] = line
+        if not begins:
+            gone.update(found.cited, found.sealed)
     there = segment_range(layout)
     for _, found in _lines(layout, range(segments.stop, there.stop)):
         gone.difference_update(found.cited, found.sealed)
@@ -336,10 +340,6 @@ def export_digest(path: Path) -> str:
     """Return the digest of an export's manifest, as an act of pruning cites it."""
     with open_plain(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-
-
-def _ascii(text: str) -> str:
-    return "".join(c if " " <= c <= "~" else "?" for c in text)[:256]
 
 
 def _refused(message: str) -> RefusedError:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final
 
 from airgap.audit.capacity import Capacity
-from airgap.audit.log import AuditLog, open_log
+from airgap.audit.identity import open_log
+from airgap.audit.log import AuditLog
 from airgap.audit.payloads import PayloadKey, load_payload_key
 from airgap.audit.retention import PROFILES, Profile, site_profile
 from airgap.audit.service import Log, RemoteLog

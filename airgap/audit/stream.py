@@ -24,6 +24,7 @@ from airgap.audit.epochs import Rotation, find_rotation
 from airgap.audit.findings import NOTE, TAMPERED, UNKNOWN, Findings
 from airgap.audit.grammar import Line, read_line
 from airgap.audit.layout import Layout, pruned_leaves, read_kept, read_lines, segment_range
+from airgap.audit.previous import NAMES_ONE, Previous, find_previous
 from airgap.audit.record import FIRST_PREV, MAX_LINE, Record
 from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles
 from policy.errors import RefusedError
@@ -60,6 +61,8 @@ class Collected:
     prunings: list[Record] = field(default_factory=list)  # intents
     purged: set[bytes] = field(default_factory=set)
     sealed: dict[bytes, int] = field(default_factory=dict)  # digest -> first record that names it
+    previous: Previous | None = None  # the log that this one continues under another name
+    beginning: Record = field(default_factory=dict)  # the first record of such a log
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,17 @@ class Stream:
             self.found.sealed.setdefault(digest, seq)
         if line.record is not None:
             self._obey(line.record)
+        if seq == 0 and NAMES_ONE in raw:
+            self._continues(raw)
+
+    def _continues(self, raw: bytes) -> None:
+        """Note what the first record says of a log before."""
+        record = orjson.loads(raw)
+        try:
+            self.found.previous = find_previous(record)
+        except RefusedError as error:
+            self.findings.add(TAMPERED, "log before", self._place, 0, found=error.message)
+        self.found.beginning = record
 
     def _bad_line(self, what: str, line: bytes, seq: int, *, last: bool) -> bool:
         """Report a line that is no record; False when nothing after it can be read."""
@@ -248,8 +262,11 @@ class Stream:
                 TAMPERED, "record", "log/kept.jsonl", seq, expected=leaf.hex(),
                 found="a line with another leaf hash",
             )  # fmt: skip
-        elif found.record is not None:
+            return
+        if found.record is not None:
             self._obey(found.record)
+        if seq == 0 and NAMES_ONE in line:
+            self._continues(line)
 
     def _obey(self, record: Record) -> None:
         """Note what a record changes for verification itself."""

@@ -36,6 +36,7 @@ from airgap.audit.findings import GOOD, NOTE, TAMPERED, UNKNOWN, Finding, Findin
 from airgap.audit.layout import Layout, last_checkpoint, parse_journal_line
 from airgap.audit.opening import open_payloads
 from airgap.audit.payloads import HolderKey
+from airgap.audit.previous import judge_earlier
 from airgap.audit.quorum import Policy
 from airgap.audit.stream import SIGNER_PREFIX, Collected, Progress, Question, Stream
 from policy.errors import RefusedError
@@ -100,6 +101,7 @@ def verify_log(
         head = judge.heads(heads)
         matched = judge.anchors(kept)
         judge.beginning()
+        judge.previous()
         judge.payloads()
         opened = None
         if holder is not None:
@@ -155,7 +157,7 @@ def _verdict(
         word = TAMPERED
     elif findings.has(UNKNOWN) or not matched:
         word = UNKNOWN
-        if not kept:
+        if not kept or not findings.has(UNKNOWN):
             findings.add(
                 UNKNOWN, "anchor", "--anchors", found="no outside head to compare this log with"
             )
@@ -171,6 +173,7 @@ def _verdict(
         anchors=len(matched),
         root=base64.b64encode(head.root).decode() if head else "",
         findings=findings.in_order(),
+        previous=str(found.previous) if found.previous else "",
     )
 
 
@@ -375,6 +378,10 @@ class _Judge:
 
     def _agrees(self, anchor: Anchor, keys: Ring) -> bool:
         place, size = f"anchor {anchor.name}", self._found.size
+        before = self._found.previous
+        if before is not None and anchor.checkpoint.origin == before.origin != keys.name:
+            self._findings.keep(judge_earlier(before, anchor))
+            return False
         try:
             head = anchor.verify(keys, self._policy)
             if not anchor.written:
@@ -420,6 +427,16 @@ class _Judge:
             self._findings.add(
                 TAMPERED, "segment", "log/seg", expected="record 0, or a pruning on record",
                 found=f"a log that begins with record {first}",
+            )  # fmt: skip
+
+    def previous(self) -> None:
+        """A log that was begun in place of another says so, and who began it."""
+        if self._found.previous is not None:
+            data = self._found.beginning["data"]
+            self._findings.add(
+                NOTE, "log before", "log/seg", 0,
+                found=f"begun by {data.get('person_1', '?')} and {data.get('person_2', '?')} in "
+                f"place of {self._found.previous}",
             )  # fmt: skip
 
     def payloads(self) -> None:

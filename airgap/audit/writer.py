@@ -87,10 +87,11 @@ class Writer:
 
     # -- beginning and end ---------------------------------------------------------------------
 
-    def begin(self, first: Pending) -> None:
+    def begin(self, first: Pending, objects: Sequence[bytes] = ()) -> None:
         """Start a log beside and rename it into place once its first head is durable.
 
-        So a folder `log` without any signed head is never the debris of a crash.
+        So a folder `log` without any signed head is never the debris of a crash. `objects` are what
+        the first record cites.
         """
         target, disk = self.layout, self._disk
         new = Layout(target.folder, "log.new")
@@ -99,6 +100,10 @@ class Writer:
         self.layout = new
         for name in ("seg", "tile", "frontier", "objects", "anchors"):
             disk.make_folder(new.log / name)
+        for content in objects:
+            path = new.object(hashlib.sha256(content).hexdigest())
+            disk.make_folder(path.parent)
+            disk.put(path, content)
         self.open_journal()
         self.commit_all([first])
         self.publish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,7 @@ def register(group: typer.Typer) -> None:
     group.command(name="countersign")(countersign)
     group.command(name="prune")(prune)
     group.command(name="purge")(purge)
+    group.command(name="new-log")(new_log)
     group.command(name="serve")(serve)
     witness = typer.Typer(no_args_is_help=True, help="Let a second person's machine cosign heads.")
     witness.command(name="init")(witness_init)
@@ -126,7 +128,7 @@ def open_payload(
 
 
 def act(
-    kind: Annotated[str, typer.Argument(help="prune or purge.")],
+    kind: Annotated[str, typer.Argument(help="prune, purge or new-log.")],
     *,
     key: Key,
     reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
@@ -141,11 +143,15 @@ def act(
         int | None, typer.Option("--record", help="purge: a record that names the payload.")
     ] = None,
     side: Annotated[str, typer.Option("--side", help="purge: in or out.")] = "",
+    heads: Annotated[
+        list[Path] | None,
+        typer.Option("--head", help="new-log: a head of the old log, kept outside; repeatable."),
+    ] = None,
     passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Write down a pruning or a purge and sign it as its first person."""
+    """Write down a pruning, a purge or a new log identity, and sign it as its first person."""
     from airgap.audit.people import PAYLOAD_TYPE
     from bundle.envelope import sign_statement
 
@@ -154,9 +160,13 @@ def act(
         statement = _prune_act(tree, last, manifest, reason)
     elif kind == "purge" and record is not None:
         statement = _purge_act(tree, record, side, reason)
+    elif kind == "new-log":
+        statement = _new_log_act(tree, heads or (), reason)
     else:
         raise UsageError(
-            "usage.argument", f"{kind!r:.40}", hint="act prune, or act purge --record SEQ"
+            "usage.argument",
+            f"{kind!r:.40}",
+            hint="act prune, act purge --record SEQ, or act new-log",
         )
     signer = _signer(key, passphrase_file, tree)
     envelope = sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
@@ -243,6 +253,37 @@ def purge(
         )  # fmt: skip
     text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"
     show(_act_document(done, statement), text, json=json)
+
+
+def new_log(
+    statement: Annotated[Path, typer.Argument(help="The act, signed by two people.")],
+    *,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Begin a new log where the old one or its key is lost; what is left of it is put aside."""
+    from airgap.audit.identity import begin_again
+    from airgap.audit.people import read_act
+    from airgap.audit.site import capacity
+    from bundle.trust import load_trust
+
+    tree = root_folder(root)
+    site = _site(tree)
+    found = begin_again(
+        tree, read_act(statement), site=site.institution.name, now=datetime.now(UTC),
+        trust=load_trust(tree / "trust").standing, capacity=capacity(site.audit),
+    )  # fmt: skip
+    text = (
+        f"{found.origin}\nbegun by {' and '.join(found.people)} in place of {found.previous}\n"
+        f"its verifier key, for everyone who verifies: {found.vkey}\n"
+        f"what is left of the old log: {', '.join(found.aside) or 'nothing'}\n"
+        "export the old one, if it can be: airgap audit export FOLDER --out OUT"
+    )
+    document = {
+        "origin": found.origin, "vkey": found.vkey, "previous": found.previous,
+        "people": list(found.people), "aside": list(found.aside),
+    }  # fmt: skip
+    show(document, text, json=json)
 
 
 # -- witnesses -------------------------------------------------------------------------------------
@@ -482,7 +523,22 @@ def _purge_act(tree: Path, record: int, side: str, reason: str) -> Act:
     )  # fmt: skip
 
 
+def _new_log_act(tree: Path, heads: Sequence[Path], reason: str) -> Act:
+    from airgap.audit.identity import last_known
+    from airgap.audit.people import Act
+
+    known = last_known(tree, heads)
+    return Act(
+        act="new-log", origin=known.origin, reason=reason,
+        issued=datetime.now(UTC).replace(microsecond=0),
+        previous=str(known) if known.size else None,
+    )  # fmt: skip
+
+
 def _act_words(found: Act) -> str:
+    if found.act == "new-log":
+        known = f"its last known head: {found.previous}" if found.previous else "no head is known"
+        return f"begin a new log in place of {found.origin}; {known}: {found.reason}"
     what = (
         f"prune {found.origin} up to record {found.last} ({found.profile})"
         if found.act == "prune"

@@ -17,7 +17,10 @@ from airgap.audit.disk import Disk, open_plain
 from airgap.audit.export.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from airgap.audit.export.sign import FILE, MAX_FILE, ExportPublic
 from airgap.audit.findings import TAMPERED, UNKNOWN, Finding, Findings, Verdict
+from airgap.audit.layout import Layout, read_lines
+from airgap.audit.previous import find_previous
 from airgap.audit.quorum import Policy
+from airgap.audit.record import parse_line
 from airgap.audit.stream import Progress
 from airgap.audit.verify import verify_log
 from policy.errors import FaultError, RefusedError
@@ -109,7 +112,7 @@ def import_export(
     verdict = verify_log(
         folder,
         vkey=vkey,
-        anchors=[*anchors, *own],
+        anchors=[*anchors, *own, *_of_log_before(folder, memory)],
         policy=policy,
         export_keys=export_keys,
         progress=progress,
@@ -120,11 +123,33 @@ def import_export(
     return Imported(verdict, manifest.number, before, remembered=remember)
 
 
+def _of_log_before(folder: Path, memory: Path) -> list[Path]:
+    """Return the remembered head of the log that this one says it continues.
+
+    What it says is not verified yet; it only chooses what `verify_log` compares.
+    """
+    layout = Layout(folder)
+    for path in (layout.segment(0), layout.kept):
+        try:
+            line = next(read_lines(path), b"")
+            previous = find_previous(parse_line(line.removesuffix(b"\n")))
+        except (OSError, RefusedError):
+            continue
+        if previous is not None:
+            head = Memory(memory, previous.origin).head
+            return [head] if head.exists() else []
+    return []
+
+
 def _sound(verdict: Verdict, own: Sequence[Path], anchors: Sequence[Path]) -> bool:
-    """Whether nothing speaks against the export but that no anchor was given at all."""
-    doubts = [each for each in verdict.findings if each.level == UNKNOWN]
-    first = not own and not anchors and [each.check for each in doubts] == ["anchor"]
-    return verdict.exit == 0 or (verdict.verdict == UNKNOWN and first)
+    """Whether nothing speaks against the export but that no anchor was given at all.
+
+    That the log before has lost records is said each time; it is no reason to forget this one.
+    """
+    doubts = [each.check for each in verdict.findings if each.level == UNKNOWN]
+    doubts = [check for check in doubts if check != "lost records"]
+    first = not own and not anchors and doubts == ["anchor"]
+    return verdict.verdict != TAMPERED and (not doubts or first)
 
 
 def _refused(check: str, what: str) -> Verdict:

@@ -43,6 +43,7 @@ from airgap.audit.layout import (
     read_lines,
     segment_range,
 )
+from airgap.audit.previous import NAMES_ONE
 from airgap.audit.record import citations, parse_line, sealed_payloads
 from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles, tile_name
 from airgap.audit.tree import StoredTree
@@ -240,10 +241,13 @@ class _Export:
             if index in there:
                 lines = read_lines(self.source.segment(index))
                 for number, line in enumerate(lines):
-                    if any(word in line for word in _STEERING):
+                    begins = not index and not number and NAMES_ONE in line
+                    if begins or any(word in line for word in _STEERING):
                         kept[index * SEGMENT + number] = line[:-1]
         wanted = {seq: line for seq, line in kept.items() if seq < first}
         if wanted:
+            for line in wanted.values():
+                self.cited.update(citations(parse_line(line)))
             content = b"".join(wanted[seq] + b"\n" for seq in sorted(wanted))
             self.target.kept.write_bytes(content)
 

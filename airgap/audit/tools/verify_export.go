@@ -692,6 +692,8 @@ type pass struct {
 	next          *head
 	last          *head
 	derived       *bufio.Reader
+	previous      *previous
+	notes         []string
 }
 
 func (p *pass) root() tlog.Hash {
@@ -812,6 +814,11 @@ func (p *pass) obey(record map[string]interface{}) {
 		} else {
 			p.rotations = append(p.rotations, epoch{number(record) + 1, vkey, key})
 		}
+	}
+	if said := text(record, "data", "previous"); kind == "boot" && number(record) == 0 && said != "" {
+		p.previous = parsePrevious(said)
+		p.notes = append(p.notes, fmt.Sprintf("log before: begun by %s and %s in place of %s",
+			text(record, "data", "person_1"), text(record, "data", "person_2"), said))
 	}
 	if kind == "spill.purge" && phase == "intent" {
 		p.purged[text(record, "data", "payload")] = true
@@ -1088,8 +1095,51 @@ func parseAnchor(content []byte, name string) (a anchor, err error) {
 	return a, err
 }
 
+// previous is what a log says of the one before: `origin size root`, or an origin without a head.
+type previous struct {
+	origin string
+	size   int64
+	root   tlog.Hash
+}
+
+func parsePrevious(said string) *previous {
+	found, parts := previous{origin: said}, strings.Split(said, " ")
+	if len(parts) == 3 {
+		size, err := strconv.ParseInt(parts[1], 10, 64)
+		root, err2 := tlog.ParseHash(parts[2])
+		if err != nil || err2 != nil || size < 0 {
+			bad("log before", "record 0", "%.80q", said)
+		}
+		found = previous{parts[0], size, root}
+	} else if len(parts) != 1 {
+		bad("log before", "record 0", "%.80q", said)
+	}
+	return &found
+}
+
+// earlier holds a head of the log before against what this one says of it.
+func (a anchor) earlier(p *pass, r *result) {
+	place := "anchor " + a.name
+	if a.head.size > p.previous.size {
+		r.unknown("lost records: %s covers %d records of the log before, which is said to end at %d", place, a.head.size, p.previous.size)
+	} else if a.head.size == p.previous.size && a.head.root != p.previous.root {
+		bad("root", place, "another root of the log before at size %d", a.head.size)
+	} else {
+		p.notes = append(p.notes, "log before: "+place+" is judged with that log")
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 func (a anchor) agrees(p *pass, e epochs, r *result) bool {
 	place := "anchor " + a.name
+	if p.previous != nil && a.head.origin == p.previous.origin && p.previous.origin != p.m.Origin {
+		a.earlier(p, r)
+		return false
+	}
 	if a.head.origin != p.m.Origin {
 		r.unknown("%s: of another log", place)
 		return false
@@ -1233,7 +1283,7 @@ func judge(folder string, ring []string, exportKey []byte, paths []string, memor
 				bad("replay", "manifest.json", "export %d after %d", m.Number, n)
 			}
 		}
-		if _, err := os.Stat(base + ".head"); err == nil {
+		if exists(base + ".head") {
 			anchors = append(anchors, readAnchors([]string{base + ".head"}, r)...)
 		}
 	}
@@ -1272,6 +1322,12 @@ func judge(folder string, ring []string, exportKey []byte, paths []string, memor
 	}
 	e := align(ring, p.rotations)
 	checkHeads(p, e, h)
+	if p.previous != nil && memory != "" && p.previous.origin != m.Origin {
+		sum := sha256.Sum256([]byte(p.previous.origin))
+		if path := filepath.Join(memory, hex.EncodeToString(sum[:8])) + ".head"; exists(path) {
+			anchors = append(anchors, readAnchors([]string{path}, r)...)
+		}
+	}
 	for _, a := range anchors {
 		if a.agrees(p, e, r) {
 			r.Anchors++
@@ -1281,7 +1337,14 @@ func judge(folder string, ring []string, exportKey []byte, paths []string, memor
 		}
 	}
 	r.Root = m.Root
-	if memory != "" && len(r.Unknown) == 0 && exportKey != nil {
+	r.Notes = append(r.Notes, p.notes...)
+	doubts := 0
+	for _, each := range r.Unknown {
+		if !strings.HasPrefix(each, "lost records") {
+			doubts++
+		}
+	}
+	if memory != "" && doubts == 0 && exportKey != nil {
 		if err := store(base, m); err != nil {
 			panic(err)
 		}

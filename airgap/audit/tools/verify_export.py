@@ -413,6 +413,7 @@ class Lines:
         self.log = os.path.join(folder, "log")
         self.tree = Tree(os.path.join(self.log, "tile"))
         self.roots, self.leaves, self.rotations, self.closing = {}, {}, [], {}
+        self.previous, self.notes = None, []  # the log before, if this one was begun in its place
         self.parts = {}  # by request: number, bytes and commitment of its newest chunk
         self.open, self.cited, self.sealed, self.purged = {}, set(), {}, set()
         self.prev, self.bundle, self.bundles = "0" * 64, [], set()
@@ -514,6 +515,10 @@ class Lines:
             self.rotations.append((record["seq"] + 1, key))
         if record["kind"] == "spill.purge" and record["phase"] == "intent":
             self.purged.add(data.get("payload"))
+        if record["kind"] == "boot" and record["seq"] == 0 and "previous" in data:
+            self.previous = Previous(data["previous"])
+            who = f"{data.get('person_1', '?')} and {data.get('person_2', '?')}"
+            self.notes.append(f"log before: begun by {who} in place of {data['previous']}")
         self.cited |= {data[k] for k in ("evidence", "screen", "settings") if k in data}
         self.cited |= {record["decision"]["id"]} if "decision" in record else set()
         for side in ("in", "out"):
@@ -621,6 +626,16 @@ class Lines:
 # -- anchors and memory ----------------------------------------------------------------------
 
 
+class Previous:
+    """What a log says of the one before: `origin size root`, or an origin without a head."""
+
+    def __init__(self, text):
+        self.origin, size, root = (text.split(" ") + ["0", ""])[:3] if text else ("", "", "")
+        if text not in (self.origin, f"{self.origin} {size} {root}") or not size.isdecimal():
+            bad("log before", "record 0", f"{text!r:.80}")
+        self.size, self.root = int(size), unbase64(root, 32) if root else None
+
+
 class Anchor:
     """A head from outside: a receipt, a signed note, or a line `origin size root`."""
 
@@ -645,7 +660,10 @@ class Anchor:
 
     def agrees(self, lines, epochs):
         """Whether it was compared and holds; Tampered, or Unknown where it says nothing."""
-        place = f"anchor {self.name}"
+        place, before = f"anchor {self.name}", lines.previous
+        if before is not None and self.origin == before.origin != epochs.keys[0].name:
+            self._earlier(before, lines, place)
+            return False
         if self.origin != epochs.keys[0].name:
             raise Unknown(f"{place}: of another log")
         if self.note is not None:
@@ -665,6 +683,17 @@ class Anchor:
         if self.index is not None and lines.leaves.get(self.index) != self.leaf:
             bad("receipt", place, f"record {self.index} is another one")
         return self.size > 0
+
+    def _earlier(self, before, lines, place):
+        """Hold a head of the log before against what this one says of it."""
+        if self.size > before.size:
+            raise Unknown(
+                f"lost records: {place} covers {self.size} records of the log before, which is said"
+                f" to end at {before.size}"
+            )
+        if self.size == before.size and self.root != before.root:
+            bad("root", place, f"another root of the log before at size {self.size}")
+        lines.notes.append(f"log before: {place} is judged with that log")
 
 
 def read_anchors(paths, unknown):
@@ -792,6 +821,9 @@ def judge(folder, ring, export_key, anchor_paths, memory_folder, result):
         return
     epochs = Epochs(ring, [each for each in lines.rotations if each[0] <= head.size])
     check_heads(lines, epochs, head)
+    if lines.previous is not None and memory is not None:
+        old = Memory(memory_folder, lines.previous.origin).head()
+        anchors += [old] if old and lines.previous.origin != manifest["origin"] else []
     for anchor in anchors:
         try:
             if anchor.agrees(lines, epochs):
@@ -800,7 +832,9 @@ def judge(folder, ring, export_key, anchor_paths, memory_folder, result):
         except Unknown as error:
             unknown.append(str(error))
     result["root"] = manifest["root"]
-    if memory is not None and not unknown and export_key is not None:
+    notes += lines.notes
+    doubts = [text for text in unknown if not text.startswith("lost records")]
+    if memory is not None and not doubts and export_key is not None:
         memory.store(manifest)
         result["remembered"] = True
     if not result["anchors"]:
