@@ -295,8 +295,11 @@ def _page(found: Examination, *, channels: bool) -> Any:
         f"SEALED/{reached.name}" if reached else "REFUSED", "bold green" if reached else "bold red"
     )
     meaning = "a worker started now reaches this rung" if reached else "no worker starts here"
-    end = Text.assemble(word, f"  {meaning} (least rung allowed: {found.min_rung})")
-    parts += ["", end, *(Text(f"to raise it: {step}") for step in found.advice)]
+    parts += ["", Text.assemble(word, f"  {meaning} (least rung allowed: {found.min_rung})")]
+    for step in found.advice:
+        words = Table.grid(padding=(0, 2))
+        words.add_row(Text("to raise it", style="dim"), Text(step.words))
+        parts += [words, *(Text(f"  {command}", "bold") for command in step.commands)]
     return Group(*parts)
 
 
@@ -362,19 +365,19 @@ def _probe(rung: Rung, *, channels: bool) -> list[Any]:
             Text(line.sealed, "red" if "open" in line.sealed or "LEAK" in line.sealed else "green"),
             Text(line.closed_by, "dim"),
         )
-    title = Text.assemble(
-        (f"probe of rung {rung.name}", "bold"),
-        f" ({len(verdict.rows)} channels, {rung.seconds:g} s): control "
-        f"{verdict.control_open} open, {verdict.control_heard} heard by a receiver; sealed "
-        f"{verdict.sealed_open} open, {verdict.sealed_heard} heard",
-    )
+    count = sum(len(line.split()) - 1 for line in untested)
+    title = Table.grid(padding=(0, 2))
+    tried = f"{len(verdict.rows)} channels in {rung.seconds:.1f} s, {count} not to be had here"
+    for name, words in (
+        (f"probe of {rung.name}", tried if channels else f"{tried}; see --channels"),
+        ("control", f"{verdict.control_open} open, {verdict.control_heard} heard by a receiver"),
+        ("sealed", f"{verdict.sealed_open} open, {verdict.sealed_heard} heard by a receiver"),
+    ):
+        title.add_row(Text(name, style="dim"), words)
     if not channels:
-        count = sum(len(line.split()) - 1 for line in untested)
-        return [
-            title,
-            Text(f"{count} of them not even the control could use; --channels lists all"),
-        ]
+        return [title]
     if untested:
-        words = f"not even the control could: {'; '.join(untested)}"
-        return [title, table, Text(words, style="dim")]
+        rest = Table.grid(padding=(0, 2))
+        rest.add_row(Text("not to be had", style="dim"), Text("\n".join(untested)))
+        return [title, table, rest]
     return [title, table]

@@ -35,13 +35,24 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """What would raise the rung: words, and commands that work offline, one a line."""
+
+    words: str
+    commands: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.words}: {'; '.join(self.commands)}" if self.commands else self.words
+
+
+@dataclass(frozen=True, slots=True)
 class Examination:
     """What `airgap doctor` prints."""
 
     facts: HostSurvey
     min_rung: str
     rungs: tuple[Rung, ...]
-    advice: tuple[str, ...]
+    advice: tuple[Step, ...]
 
     @property
     def reached(self) -> Rung | None:
@@ -56,7 +67,7 @@ class Examination:
             "verdict": f"SEALED/{reached.name}" if reached else "REFUSED",
             "min_rung": self.min_rung,
             "rungs": [asdict(rung) for rung in self.rungs],
-            "advice": list(self.advice),
+            "advice": [str(step) for step in self.advice],
             "host": self.facts.as_document(),
         }
 
@@ -88,7 +99,7 @@ def _examine(name: str, facts: HostSurvey, obstacles: dict[str, str], state: Pat
 # -- what would raise it --------------------------------------------------------------------------
 
 
-def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[str]:
+def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[Step]:
     """Return steps that work offline, most useful first; empty on rung A.
 
     Commands are those of the host's own family where it is known, else of both.
@@ -102,77 +113,98 @@ def advise(facts: HostSurvey, rungs: Sequence[Rung]) -> list[str]:
         *_landlock(facts),
     ]
     if facts.autofs:
-        found.append(f"stop the automounter at {facts.autofs[0]}: systemctl disable --now autofs")
+        stop = Step(
+            f"stop the automounter at {facts.autofs[0]}", ("systemctl disable --now autofs",)
+        )
+        found.append(stop)
     closed = next((reason for code, reason in reasons.values() if code == "enclave.files"), None)
     if closed is not None:
-        found.append(f"install where other users may read (/opt/airgap, not a home): {closed}")
+        found.append(Step(f"install where others may read (/opt/airgap, not a home): {closed}"))
     if not found:
         words = "; ".join(f"{name}: {reason}" for name, (_, reason) in reasons.items())
-        found.append(f"no known remedy; the layers answered: {words}"[:600])
+        found.append(Step(f"no known remedy; the layers answered: {words}"[:600]))
     return found
 
 
-def _of_this_machine(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[str]:
+def _of_this_machine(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[Step]:
     """Return what concerns the machine and the account."""
     found = []
     if facts.arch not in tables.ENABLED:
-        found.append("use an x86-64 machine: no filter has been proven on another architecture")
+        words = "use an x86-64 machine: no filter has been proven on another architecture"
+        found.append(Step(words))
     if facts.uid == facts.overflow_uid:
-        found.append(
-            f"start from another account than uid {facts.uid}: useradd --system airgap, then "
-            "runuser -u airgap -- airgap doctor"
-        )
+        commands = ("useradd --system airgap", "runuser -u airgap -- airgap doctor")
+        found.append(Step(f"start from another account than uid {facts.uid}", commands))
     if facts.seccomp_actions is not None and "errno" not in facts.seccomp_actions.split():
-        found.append("boot a kernel with CONFIG_SECCOMP_FILTER=y")
+        found.append(Step("boot a kernel with CONFIG_SECCOMP_FILTER=y"))
     if any(code == "enclave.limits" for code, _ in reasons.values()):
-        found.append("raise the limits of this process: ulimit -n 1024")
+        found.append(Step("raise the limits of this process", ("ulimit -n 1024",)))
     return found
 
 
-def _namespaces(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[str]:
+def _namespaces(facts: HostSurvey, reasons: Mapping[str, tuple[str, str]]) -> list[Step]:
     """Return what lets a user make namespaces, and root make its own."""
     found = []
     code, reason = reasons.get("A", ("", ""))
     if not facts.sys_admin and facts.max_user_namespaces == 0:
+        setting = "user.max_user_namespaces=15000"
         found.append(
-            "allow user namespaces: sysctl -w user.max_user_namespaces=15000, and for good: "
-            "echo user.max_user_namespaces=15000 > /etc/sysctl.d/61-airgap-userns.conf (RHEL STIG "
-            "RHEL-09-213105 allows it when documented with the ISSM); or start from root, which "
-            "needs none"
+            Step(
+                "allow user namespaces (RHEL STIG RHEL-09-213105 allows it when documented with "
+                "the ISSM), now and for good; or start from root, which needs none",
+                (f"sysctl -w {setting}", f"echo {setting} > /etc/sysctl.d/61-airgap-userns.conf"),
+            )
         )
     if not facts.sys_admin and facts.apparmor_userns == 1:
         found.append(
-            "give this interpreter an AppArmor profile with `userns,` (Ubuntu 24.04): "
-            "install -m 0644 packaging/apparmor/airgap /etc/apparmor.d/airgap && "
-            "apparmor_parser -r /etc/apparmor.d/airgap; leave "
-            "kernel.apparmor_restrict_unprivileged_userns as it is"
+            Step(
+                "give this interpreter an AppArmor profile with `userns,` (Ubuntu 24.04), and "
+                "leave kernel.apparmor_restrict_unprivileged_userns as it is",
+                (
+                    "install -m 0644 packaging/apparmor/airgap /etc/apparmor.d/airgap",
+                    "apparmor_parser -r /etc/apparmor.d/airgap",
+                ),
+            )
         )
     if code in {"enclave.namespaces", "enclave.root", "enclave.identity"}:
         if facts.own_filters:
-            found.append(
+            words = (
                 f"this process runs under {facts.own_filters} system call filter(s) of a container "
                 f"or service ({reason}): start outside of it, or allow unshare, mount and "
                 "pivot_root in it"
             )
+            found.append(Step(words))
         elif "selinux" in (facts.lsm or ""):
             found.append(
-                "see whether SELinux denied it: ausearch -m AVC -ts recent | audit2allow -M "
-                "airgap, read airgap.te, then semodule -i airgap.pp; leave SELinux enforcing"
+                Step(
+                    "see whether SELinux denied it, read airgap.te before the second command, and "
+                    "leave SELinux enforcing",
+                    (
+                        "ausearch -m AVC -ts recent | audit2allow -M airgap",
+                        "semodule -i airgap.pp",
+                    ),
+                )
             )
     return found
 
 
-def _landlock(facts: HostSurvey) -> list[str]:
+def _landlock(facts: HostSurvey) -> list[Step]:
     """Return what turns Landlock on: the list of modules that runs now, with it in front."""
     if facts.landlock_abi >= 1:
         return []
     others = [name for name in (facts.lsm or "").split(",") if name not in {"", "landlock"}]
     wanted = ",".join(["landlock", *(others or ["lockdown", "yama", "integrity"])])
-    red_hat = f'grubby --update-kernel=ALL --args="lsm={wanted}"'
-    debian = f'GRUB_CMDLINE_LINUX="lsm={wanted}" in /etc/default/grub, then update-grub'
+    red_hat = Step(
+        "boot with Landlock (RHEL 9.6 or later)",
+        (f'grubby --update-kernel=ALL --args="lsm={wanted}"', "systemctl reboot"),
+    )
+    debian = Step(
+        "boot with Landlock (kernel 5.13 or later): in /etc/default/grub write "
+        f'GRUB_CMDLINE_LINUX="lsm={wanted}"',
+        ("update-grub", "systemctl reboot"),
+    )
     family = family_of(facts.distro)
-    commands = {"red hat": red_hat, "debian": debian}.get(family) or f"{red_hat} (RHEL); {debian}"
-    return [f"boot with Landlock (kernel 5.13 or later, RHEL 9.6 or later): {commands}; reboot"]
+    return {"red hat": [red_hat], "debian": [debian]}.get(family, [red_hat, debian])
 
 
 def family_of(distro: str) -> str:

@@ -238,7 +238,7 @@ def judge(report: dict[str, Any]) -> Verdict:
             for name in probe.CHANNELS
             if not _open(control.get(name))
         ),
-        control_open=sum(_open(answer) for answer in control.values()),
+        control_open=sum(_open(control.get(name)) for name in probe.CHANNELS),
         control_heard=len(heard.get("control", ())),
         sealed_open=len(still_open),
         sealed_heard=len(leaked),

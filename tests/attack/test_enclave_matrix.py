@@ -16,7 +16,7 @@ print(json.dumps(twin.probe_rung(ARGUMENTS[0], None, host.survey(), None)))
 """
 DOCTOR = """
 import os, subprocess
-os.environ["COLUMNS"] = "110"
+os.environ["COLUMNS"] = "80"
 from airgap.cli.app import dispatch
 import contextlib, io, pathlib, tempfile
 folder = tempfile.mkdtemp()
@@ -25,9 +25,10 @@ with contextlib.redirect_stdout(page):
     import airgap.cli.common
     airgap.cli.common.stdout.file = page
     status = dispatch(["doctor", "--root", folder])
-lines = len(page.getvalue().splitlines())
+lines = [line.rstrip() for line in page.getvalue().splitlines()]
+small = 10 < len(lines) <= 24 and max(map(len, lines)) <= 80
 kept = [p.name for p in pathlib.Path(folder, "enclave").glob("probe-*.json")]
-print(json.dumps({"status": status, "kept": len(kept), "screen": 10 < lines <= 24}))
+print(json.dumps({"status": status, "kept": len(kept), "screen": small}))
 """
 RUNGS = ["A", "U", "B", "C"]
 
