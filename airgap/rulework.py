@@ -6,19 +6,25 @@ gathered.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from airgap import oscal
-from airgap.config import LegalDay, Site
-from airgap.gate import Rules, decide_admission
+import airgap
+from airgap import oscal, reviews
+from airgap.config import LegalDay, Site, read_plain
+from airgap.gate import Rules, decide_admission, load_rules
+from airgap.reviews import Item
 from policy.approvals import Approvals
+from policy.canonical import canonical_bytes
 from policy.compare import Question, Rulebook
 from policy.errors import RefusedError
+from policy.lint import Finding, Review
 from policy.replay import request_of_record, times_of_record
+from policy.terms import Digest
 from policy.trial import request_of
 
 MAX_LOGGED = 100_000
@@ -126,3 +132,87 @@ def packs_as_oscal(rules: Rules, head: oscal.Head) -> dict[str, Any]:
         r3=statements("r3"),
         props=props,
     )
+
+
+# -- what a person has to read ------------------------------------------------------------------
+
+
+def review_items(root: Path, rules: Rules | None = None) -> tuple[Item, ...]:
+    """Every citation of the loaded rules, every screen pack and every edge, by kind and id."""
+    rules = load_rules(root) if rules is None else rules
+    found = [
+        Item(
+            "rule",
+            rule.id,
+            _wording(rule.text.model_dump(mode="json", by_alias=True)),
+            rule.text.citation.text,
+            rule.text.owner,
+            rule.text.review_by,
+        )
+        for rule in rules.packs.rules
+        if rule.text.citation.source != "institutional" or rule.text.verify_before_release
+    ]
+    found += [
+        Item(
+            "screen_pack",
+            str(document["name"]),
+            Digest.of(content),
+            f"{document['source']}, {document['source_date']}",
+            "hazard_officer",
+            None,
+        )
+        for document, content in _screen_packs(root)
+    ]
+    found += [
+        Item(
+            "edge",
+            edge.id,
+            _wording(edge.model_dump(mode="json")),
+            edge.citation,
+            "research_security",
+            None,
+        )
+        for edge in rules.registry.edges
+    ]
+    return tuple(found)
+
+
+def site_reviews(root: Path, items: Iterable[Item]) -> tuple[Review, ...]:
+    """The signed reviews of this tree; none where it has no folder for them."""
+    if not (root / reviews.FOLDER).is_dir():
+        return ()
+    from bundle.trust import load_trust  # noqa: PLC0415 - loads cryptography
+
+    return reviews.load(root, load_trust(root / "trust").standing, items)
+
+
+def lint_screens(
+    items: Iterable[Item], found: Iterable[Review], today: date
+) -> Iterator[tuple[str, Finding]]:
+    """Screen packs that nobody of the site has held against their source, by the pack's name."""
+    read = {each.item: each for each in found if each.kind == "screen_pack"}
+    for item in items:
+        if item.kind != "screen_pack":
+            continue
+        review = read.get(item.id)
+        if review is None:
+            words = f"no named person has held it against {item.citation}: for {item.owner}"
+            yield f"screen pack {item.id}", Finding(0, 0, "unread", words, error=False)
+        elif (still := review.finding(today)) is not None:
+            code, words, error = still
+            yield f"screen pack {item.id}", Finding(0, 0, code, words, error)
+
+
+def _wording(document: dict[str, Any]) -> Digest:
+    return Digest.of(canonical_bytes(document))
+
+
+def _screen_packs(root: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The screen packs that ship and those of the site; a bad one is refused where it is loaded."""
+    from airgap.science.packs import PACK_LIMIT, read_pack  # noqa: PLC0415 - a review alone needs it
+
+    shipped = sorted((Path(airgap.__file__).parent / "science" / "screen_packs").glob("*.toml"))
+    for path in (*shipped, *sorted((root / "policy" / "screens").glob("*.toml"))):
+        content = read_plain(path, PACK_LIMIT + 1)
+        with contextlib.suppress(ValueError):
+            yield read_pack(content), content

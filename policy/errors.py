@@ -173,6 +173,7 @@ CODES: dict[str, str] = {
     "policy.list": "a notice does not have the form or the counts of the list that it should hold",
     "policy.known_at": "what was held at a time is not on record",
     "policy.record": "a decision record from which no question can be made again",
+    "policy.review": "a review is not the signed statement that it should be",
     "policy.signature": "a file of rules or lists is not signed by the people who may",
     "policy.request": "a request names an unregistered fact or a value of a wrong type",
     # -- holds ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from datetime import date
 
 from pydantic import ValidationError
 
+from policy import citations
 from policy.errors import RefusedError
 from policy.lineage import Registry
 from policy.logic import (
@@ -60,6 +61,29 @@ class Finding:
     error: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Review:
+    """Named people of the site read the text that something rests on; a verified value."""
+
+    kind: str
+    item: str
+    confirmed: bool
+    people: tuple[str, ...]
+    read_on: date
+    next_review: date
+    text: bool  # the digest of the text that was read is in the statement
+
+    def finding(self, today: date) -> tuple[str, str, bool] | None:
+        """What is open in spite of it: code, words, and whether it is an error."""
+        who = ", ".join(self.people)
+        if not self.confirmed:
+            return "citation", f"{who} read the text on {self.read_on}: it says otherwise", True
+        if self.next_review <= today:
+            words = f"{who} read it on {self.read_on}; it was due again on {self.next_review}"
+            return "review", words, False
+        return None
+
+
 def lint(
     content: bytes,
     name: str,
@@ -67,10 +91,11 @@ def lint(
     beside: Sequence[PolicyPack],
     lists: Iterable[ListSnapshot],
     today: date,
+    reviews: Iterable[Review] = (),
 ) -> tuple[Finding, ...]:
     """Find what is wrong or open in a pack, in the order of its lines.
 
-    `beside` are the packs that are loaded with it.
+    `beside` are the packs that are loaded with it; `reviews` those of these very rules.
     """
     try:
         source = read_yaml(content, name)
@@ -84,27 +109,39 @@ def lint(
         pack = parse_pack(content, name)
     except RefusedError as error:
         return (_refused(error),)
-    held = {each.list_id for each in lists}
+    held: dict[str, list[str]] = {}
+    for each in lists:
+        held.setdefault(each.list_id, []).append(each.text.citation)
+    read = {each.item: each for each in reviews if each.kind == "rule"}
     for at, rule in enumerate(pack.rules):
         path: Path = ("rules", at)
         found += [
             _at(source, (*path, *where), code, f"{rule.id}: {words}", error=error)
-            for where, code, words, error in _of_rule(rule, pack, held, today)
+            for where, code, words, error in _of_rule(rule, pack, held, read.get(rule.id), today)
         ]
     found += _of_pack(source, pack, beside)
     return tuple(sorted(found))
 
 
-def lint_registry(registry: Registry) -> tuple[Finding, ...]:
+def lint_registry(
+    registry: Registry, *, reviews: Iterable[Review] = (), today: date
+) -> tuple[Finding, ...]:
     """Find edges and adjudications that nobody has put a name to."""
-    open_edges = [each.id for each in registry.edges if each.reviewer is None]
+    read = {each.item: each for each in reviews if each.kind == "edge"}
+    open_edges = [
+        each.id for each in registry.edges if each.reviewer is None and each.id not in read
+    ]
     decided = [
         each.id
         for part in registry.files
         for each in part.text.adjudications
         if each.reviewer is None
     ]
-    found = []
+    found = [
+        Finding(0, 0, code, f"edge {name}: {words}", error)
+        for name, review in sorted(read.items())
+        for code, words, error in filter(None, [review.finding(today)])
+    ]
     for what, ids in (("edges", open_edges), ("adjudications", decided)):
         if ids:
             words = f"{len(ids)} {what} without a reviewer: {', '.join(ids[:12])}"
@@ -168,8 +205,21 @@ def _at(source: Source, path: Path, code: str, words: str, *, error: bool) -> Fi
 _Open = tuple[Path, str, str, bool]
 
 
-def _of_rule(rule: Rule, pack: PolicyPack, held: set[str], today: date) -> Iterator[_Open]:
-    yield from _of_citation(rule.text, today)
+def _of_rule(
+    rule: Rule,
+    pack: PolicyPack,
+    held: Mapping[str, Sequence[str]],
+    review: Review | None,
+    today: date,
+) -> Iterator[_Open]:
+    editions = [
+        citation
+        for leaf in rule.leaves()
+        if isinstance(leaf, AnyPath) and leaf.hits_list is not None
+        for citation in held.get(leaf.hits_list, ())
+    ]
+    yield from _of_citation(rule.text, editions, today)
+    yield from _of_reading(rule.text, review, today)
     yield from _of_dates(rule.text, today)
     yield from _of_sense(rule)
     for leaf in rule.leaves():
@@ -184,17 +234,40 @@ def _of_rule(rule: Rule, pack: PolicyPack, held: set[str], today: date) -> Itera
         yield ("id",), "scenarios", "no scenario in which it has an effect", False
 
 
-def _of_citation(text: RuleText, today: date) -> Iterator[_Open]:
+def _of_citation(text: RuleText, editions: Sequence[str], today: date) -> Iterator[_Open]:
+    """What can be seen without the text: form, years, days, titles, the edition that is held."""
     citation = text.citation
+    begins = min((each.start for each in text.valid if each.start is not None), default=None)
+    if any(each.start is None for each in text.valid):
+        begins = None
+    for words in citations.faults(
+        citation.text, citation.url, rule=text.id, begins=begins, editions=editions
+    ):
+        yield ("citation",), "citation", words, True
     institutional = citation.source == "institutional"
-    if citation.url is None and not institutional:
-        yield ("citation",), "citation", "the citation has no address", False
-    if citation.checked_on is None or (citation.checked_by is None and not institutional):
-        yield ("citation",), "citation", "nobody is named who checked the citation", False
-    if citation.source == "primary" and text.confidence == "high" and not citation.quote_sha256:
+    if citation.url is None and not institutional and not citations.is_identified(citation.text):
+        words = "the citation has no address, and no number by which the text can be found"
+        yield ("citation",), "citation", words, False
+    if citation.checked_on is not None and citation.checked_on > today:
+        words = f"checked on {citation.checked_on}, which is still to come"
+        yield ("citation",), "citation", words, True
+
+
+def _of_reading(text: RuleText, review: Review | None, today: date) -> Iterator[_Open]:
+    """Whether a named person has read the text, in the pack or in a signed review of the site."""
+    citation = text.citation
+    if review is not None:
+        if (open_still := review.finding(today)) is not None:
+            yield ("citation",), *open_still
+        return
+    institutional = citation.source == "institutional"
+    unread = citation.checked_on is None or citation.checked_by is None
+    no_quote = citation.source == "primary" and text.confidence == "high"
+    if (unread and not institutional) or text.verify_before_release:
+        words = f"no named person has read {citation.text!r:.100}: for {text.owner}, by"
+        yield ("citation",), "unread", f"{words} {text.review_by}", False
+    elif no_quote and not citation.quote_sha256:
         yield ("citation",), "citation", "primary and high, and no digest of the quoted text", False
-    if text.verify_before_release:
-        yield ("verify_before_release",), "verify", "to be verified before release", False
     if text.review_by < today:
         yield ("review_by",), "review", f"its review was due on {text.review_by}", False
     if text.confidence in {"low", "unverified"} and text.effect == "deny":

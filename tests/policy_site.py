@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
 
 import bundles
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from airgap import site_rules
 from bundle import keys, trust
@@ -32,6 +35,18 @@ def new_trust(*people: str) -> trust.Trust:
     """A trust root in which these people have the role `policy`, and tom another one."""
     first = trust.new_root(bundles.public("root"), bundles.signer("root"), now=bundles.ENROLLED)
     return enrol(enrol(first, *people), "tom", role="approver")
+
+
+def put_key(path: Path, name: str) -> Path:
+    """Write the private key of that test person, for commands that sign."""
+    seed = hashlib.sha256(f"test key of {name}".encode()).digest()
+    path.write_bytes(
+        Ed25519PrivateKey.from_private_bytes(seed).private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+    )
+    path.chmod(0o600)
+    return path
 
 
 TRUST = new_trust("pat", "polly")

@@ -67,12 +67,19 @@ def lint(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Find faults and open work in packs, with line and column; exit 1 for a fault."""
+    """Find faults and open work in packs, with line and column; exit 1 for a fault.
+
+    A citation counts as read when a pack names who read it, or a person of this site signed so
+    (`airgap policy review`).
+    """
+    from airgap.rulework import lint_screens, review_items, site_reviews
     from policy.lint import lint as lint_pack
     from policy.lint import lint_registry
 
     rules = load(root)
     today = as_of.date() if as_of else datetime.now(UTC).date()
+    items = review_items(root_folder(root), rules)
+    read = site_reviews(root_folder(root), items)
     found: list[tuple[str, Finding]] = []
     for name, content in _contents(packs, root):
         found += [
@@ -83,10 +90,15 @@ def lint(
                 beside=rules.packs.packs,
                 lists=rules.lists.snapshots,
                 today=today,
+                reviews=read,
             )
         ]
     if not packs:
-        found += [("lineage registry", each) for each in lint_registry(rules.registry)]
+        found += [
+            ("lineage registry", each)
+            for each in lint_registry(rules.registry, reviews=read, today=today)
+        ]
+        found += list(lint_screens(items, read, today))
     failing = [each for _, each in found if release or each.error]
     document = {
         "findings": [
@@ -104,11 +116,15 @@ def lint(
         "exit": 1 if failing else 0,
     }
     lines = [
-        f"{number}. {name}: line {each.line}, column {each.column}:"
+        f"{number}. {name}:{f' line {each.line}, column {each.column}:' if each.line else ''}"
         f" {'error' if each.error else 'open'} [{each.code}] {each.words}"
         for number, (name, each) in enumerate(found, 1)
     ]
-    lines.append(f"{len(found)} findings, {sum(each.error for _, each in found)} errors")
+    unread = sum(each.code == "unread" for _, each in found)
+    lines.append(
+        f"{len(found)} findings, {sum(each.error for _, each in found)} errors; {unread} texts"
+        " that no named person has read: airgap policy review"
+    )
     show(document, Text("\n".join(lines)), json=json)
     _exit(failing)
 

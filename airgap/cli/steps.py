@@ -31,6 +31,7 @@ _BY_CODE = {
     "policy.list": "compare the notice with its printed edition; airgap policy load-list --help",
     "policy.known_at": "airgap audit show --kind policy.load",
     "policy.record": "give a whole record: airgap audit show --kind policy.decision",
+    "policy.review": "airgap policy review --help",
     "policy.signature": "have it signed: airgap policy sign FILE --key KEY",
     "scan.graphs": "build the bundle again with `airgap build`",
     "store.missing": "airgap list shows what is installed",
@@ -78,5 +79,9 @@ _BY_ROOM = {
 
 def next_step(error: AirgapError) -> str:
     """Return the hint of an error, or the usual step for its code."""
-    room = error.code.partition(".")[0]
-    return error.hint or _BY_CODE.get(error.code) or _BY_ROOM[room]
+    return error.hint or usual_step(error.code)
+
+
+def usual_step(code: str) -> str:
+    """Return what usually helps after a code."""
+    return _BY_CODE.get(code) or _BY_ROOM[code.partition(".")[0]]

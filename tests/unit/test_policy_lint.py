@@ -110,8 +110,8 @@ def test_open_work_of_a_draft():
         .replace("verify_before_release: false", "verify_before_release: true")
     )
     codes = [each.code for each in find(content, date(2027, 3, 1))]
-    assert codes.count("citation") == 3
-    assert {"verify", "review", "scenarios", "status"} <= set(codes)
+    assert (codes.count("citation"), codes.count("unread")) == (1, 1)
+    assert {"review", "scenarios", "status"} <= set(codes)
     assert errors(content, date(2027, 3, 1)) == []
 
 
@@ -126,5 +126,5 @@ def test_a_list_that_is_not_held_is_told():
 
 
 def test_edges_without_a_reviewer_are_open_work():
-    codes = [each.code for each in lint_registry(RULES.registry)]
+    codes = [each.code for each in lint_registry(RULES.registry, today=DAY)]
     assert codes == ["registry.reviewer", "registry.reviewer"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,10 +12,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import typer
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from policy_cases import DEMO, pack_text, rule
-from policy_site import TRUST, put_signed
+from policy_site import TRUST, put_key, put_signed
 
 import policy.strict
 from airgap.cli import policy as commands
@@ -179,14 +176,7 @@ def test_the_schema_is_printed_and_written(call, tmp_path):
 
 
 def test_a_pack_is_signed_and_counts(call, root, tmp_path):
-    private = tmp_path / "pat.pem"
-    seed = hashlib.sha256(b"test key of pat").digest()
-    private.write_bytes(
-        Ed25519PrivateKey.from_private_bytes(seed).private_bytes(
-            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-        )
-    )
-    private.chmod(0o600)
+    private = put_key(tmp_path / "pat.pem", "pat")
     path = root / "policy" / "mine.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(pack_text(rule(id="SITE-1"), pack_id="mine"))
