@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -395,11 +395,10 @@ def _hint(document: dict[str, Any]) -> str:
 def _examine(places: Places, program: Program, tell: Say) -> None:
     """Say which rung this host reaches."""
     status, document = program.own("doctor", "--root", str(places.root))
-    reached = document.get("reached") or document.get("rung")
-    if status == 0:
-        tell(f"doctor: this host reaches rung {_text(reached)}")
-    else:
-        tell(f"doctor: no sealed worker starts here yet ({_text(document.get('code', status))})")
+    verdict = document.get("verdict") or document.get("error") or f"ended with {status}"
+    tell(f"doctor: {verdict!s:.200}")
+    for step in document.get("advice", []) if status else ():
+        tell(f"doctor: to raise it: {step!s:.400}")
 
 
 def _record(wish: Wish, places: Places, outcome: Outcome) -> None:
@@ -437,8 +436,3 @@ def _account() -> str:
 
 def _printable(text: str) -> str:
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:256]
-
-
-def _text(value: object) -> str:
-    found: Sequence[Any] | object = value
-    return str(found.get("name", found)) if isinstance(found, dict) else str(found)

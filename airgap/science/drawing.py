@@ -7,6 +7,7 @@ helper. Colours stand as attributes too: a file taken out of the page still show
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import time
@@ -17,9 +18,20 @@ from xml.sax.saxutils import escape
 
 from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdFMCS
-from rdkit.Chem.Draw import rdMolDraw2D
 from rdkit.Geometry import Point2D
 
+from airgap.science import outlines
+
+
+def _drawing_module() -> Any:
+    """Return RDKit's own, None where it cannot be loaded: it is linked with X11."""
+    try:
+        return importlib.import_module("rdkit.Chem.Draw.rdMolDraw2D")
+    except ImportError:
+        return None
+
+
+rdMolDraw2D = _drawing_module()  # noqa: N816 - the name of the library
 BOND = 24.0
 """Bond length in pixels; all molecules of a scheme share it."""
 CARD = (264, 190)
@@ -137,7 +149,10 @@ def _sequence(
 
 def laid_out(molecule: Chem.Mol) -> Chem.Mol:
     """Return a copy with two-dimensional coordinates, straightened, ready to be drawn."""
-    copy = rdMolDraw2D.PrepareMolForDrawing(molecule, addChiralHs=False, wedgeBonds=False)
+    if rdMolDraw2D is None:
+        copy = outlines.prepared(molecule)
+    else:
+        copy = rdMolDraw2D.PrepareMolForDrawing(molecule, addChiralHs=False, wedgeBonds=False)
     rdDepictor.Compute2DCoords(copy, useRingTemplates=True)
     rdDepictor.StraightenDepiction(copy)
     return _wedged(copy)
@@ -186,6 +201,8 @@ def shows(drawn: Chem.Mol, molecule: Chem.Mol) -> bool:
 
 def _shapes(molecule: Chem.Mol, width: int, height: int) -> tuple[float, float, str]:
     """Return width, height and the shapes of one molecule; with -1 the size follows the bonds."""
+    if rdMolDraw2D is None:
+        return outlines.shapes(molecule, width, height, BOND)
     drawer = rdMolDraw2D.MolDraw2DSVG(width, height)
     options = drawer.drawOptions()
     settings = {

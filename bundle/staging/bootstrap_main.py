@@ -47,7 +47,6 @@ UNPACKED = 6  # times the bytes of the wheels, compiled code included
 MARGIN = 64 << 20
 NUMBERED = re.compile(r"(?P<stem>.+\.agb)\.(?P<number>[0-9]{3})")
 LINE = re.compile(r"([a-z0-9-]+)==([A-Za-z0-9.+!_-]+) --hash=sha256:([0-9a-f]{64})")
-NATIVE = ("numpy", "onnxruntime", "tokenizers", "llguidance", "rdkit", "gemmi", "airgap", "bundle")
 DONE = "airgap-runtime.json"
 
 
@@ -503,7 +502,7 @@ def wanted_wheels(
 
 def copy_wheel(medium: Medium, entry: Mapping[str, Any], folder: Path) -> Path:
     """Copy a wheel out of the medium; it stays only if it is the sealed one."""
-    name = entry["path"].rpartition("/")[2]
+    name = str(entry["path"]).rpartition("/")[2]
     target, hasher = folder / name, hashlib.sha256()
     with target.open("xb") as stream:
         for part in medium.read(entry["offset"], entry["size"]):
@@ -603,9 +602,8 @@ def make_runtime(target: Path, medium: Medium, wanted: Wanted, out: Transcript) 
     run(argv, target)
     shutil.rmtree(wheels)
     packages = next((target / "lib").glob("python3*")) / "site-packages"
-    there = [str(packages / name) for name in NATIVE if (packages / name).is_dir()]
-    # A sealed start can write nothing, and would compile these each time.
-    run([str(python), "-I", "-m", "compileall", "-q", "-j", "0", *there], target)
+    # A sealed start can write nothing, and would compile its libraries each time.
+    run([str(python), "-I", "-m", "compileall", "-q", str(packages)], target)
     out.say(f"runtime: {len(lines)} packages in {target}")
 
 
