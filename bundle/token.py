@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MODULE_VARIABLE: Final = "AIRGAP_PKCS11_MODULE"
 _CODE: Final = "trust.token"
 _PIN: Final = re.compile("pin-(value|source)", re.IGNORECASE)
 _P384_BYTES: Final = 48
+_ONE_AT_A_TIME: Final = threading.RLock()
 _MLDSA87_SET: Final = 3  # CKP_ML_DSA_87
 # Edwards25519 as a curve name and as an object identifier; tokens differ in what they take.
 _EDWARDS: Final = (
@@ -147,6 +149,14 @@ def new_token_key(text: str, pin: bytes, scheme: str) -> TokenSigner:
     return open_token(text, pin)
 
 
+def destroy_token_key(text: str, pin: bytes) -> None:
+    """Destroy a key pair in a token; nothing where there is none. RefusedError `trust.token`."""
+    uri = parse_uri(text)
+    with _session(uri, _word(pin)) as (api, session):
+        for found in list(session.get_objects({api.Attribute.LABEL: uri.object})):
+            found.destroy()
+
+
 def _generate(api: Any, session: Any, uri: TokenUri, scheme: str) -> None:
     kinds = {
         ED25519: "EC_EDWARDS_KEY_PAIR_GEN",
@@ -234,9 +244,11 @@ def _session(uri: TokenUri, pin: str) -> Iterator[tuple[Any, Any]]:
             hint="pip install 'airgap[hsm]'",
         ) from error
     try:
-        token = api.lib(uri.module).get_token(token_label=uri.token)
-        with token.open(rw=True, user_pin=pin) as session:
-            yield api, session
+        # A login is of the whole process: two threads would log each other out.
+        with _ONE_AT_A_TIME:
+            token = api.lib(uri.module).get_token(token_label=uri.token)
+            with token.open(rw=True, user_pin=pin) as session:
+                yield api, session
     except (api.PKCS11Error, RuntimeError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise RefusedError(

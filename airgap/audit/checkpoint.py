@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -24,6 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from airgap.audit.disk import open_plain
 from policy.errors import FaultError, RefusedError
+
+if TYPE_CHECKING:
+    from airgap.audit.token_key import TokenKey
 
 MAX_NOTE: Final = 131_072  # 16 signatures of 5 kB must pass, says signed-note
 MAX_SIGNATURES: Final = 24
@@ -33,6 +36,7 @@ _MAX_SIZE: Final = 2**53 - 1
 ED25519: Final = 1  # types of signature in C2SP signed-note
 COSIGNATURE: Final = 4
 MAX_RING: Final = 64
+TOKEN: Final = b"pkcs11:"  # a key file that names a key in a token begins so
 _EM_DASH: Final = "\u2014"
 _SIZE: Final = re.compile("0|[1-9][0-9]{0,15}")
 _NAME: Final = re.compile(r"[^\s+\x00-\x20\x7f]{1,200}")
@@ -86,16 +90,28 @@ def ring_of(keys: Keys) -> Ring:
     return keys if isinstance(keys, Ring) else Ring((keys,))
 
 
+class Signer(Protocol):
+    """An Ed25519 key in a file or in a token."""
+
+    def sign(self, data: bytes, /) -> bytes:
+        """Return the signature."""
+        ...
+
+    def public_key(self) -> Ed25519PublicKey:
+        """Return the public half."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LogKey:
     """The private key of a log together with the verifier key that everyone may know."""
 
     vkey: Vkey
-    private: Ed25519PrivateKey
+    private: Signer
     ring: Ring
 
     @classmethod
-    def of(cls, origin: str, private: Ed25519PrivateKey, older: tuple[Vkey, ...] = ()) -> Self:
+    def of(cls, origin: str, private: Signer, older: tuple[Vkey, ...] = ()) -> Self:
         """Bind a private key to an origin; `older` are the keys that the log had before."""
         vkey = Vkey.of(origin, private.public_key())
         return cls(vkey, private, Ring((*older, vkey)))
@@ -124,8 +140,10 @@ class Head:
     signers: tuple[bytes, ...] = ()  # key ids of known keys whose signature holds
 
 
-def create_log_key(path: Path, *, site: str) -> str:
+def create_log_key(path: Path, *, site: str, token: TokenKey | None = None) -> str:
     """Make an Ed25519 log key at `path` (0400) and its vkey beside it (`.vkey`); return the vkey.
+
+    With `token` the key is that one, and the file names it.
 
     The origin is `<site>/audit/<log id>`; the id is taken from the public key, so that another key
     is another log.
@@ -140,14 +158,15 @@ def create_log_key(path: Path, *, site: str) -> str:
             f"a site name has 1 to 64 of a-z 0-9 . -, found {site!r:.80}",
             hint="use `site_name` to turn an institution's name into one",
         )
-    private = Ed25519PrivateKey.generate()
+    made = Ed25519PrivateKey.generate()
+    private: Signer = made if token is None else token
     public = private.public_key().public_bytes_raw()
     origin = f"{site}/audit/{hashlib.sha256(public).hexdigest()[:16]}"
     key = LogKey.of(origin, private)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_new(vkey_path(path), str(key.ring).encode(), 0o444)
     try:
-        write_new(path, private_pem(private), 0o400)
+        write_new(path, private_pem(made) if token is None else f"{token.uri}\n".encode(), 0o400)
     except BaseException:
         vkey_path(path).unlink()
         raise
@@ -189,8 +208,11 @@ def load_log_key(path: Path) -> LogKey:
     return key
 
 
-def load_private(path: Path) -> Ed25519PrivateKey:
-    """Read an Ed25519 key that nobody but its owner can read; raises as `load_log_key`."""
+def load_private(path: Path) -> Signer:
+    """Read an Ed25519 key that nobody but its owner can read, or open the one that a file names.
+
+    Raises as `load_log_key`, and `trust.token`.
+    """
     pem = _read_small(path)
     if path.stat().st_mode & 0o077:
         raise RefusedError(
@@ -198,6 +220,10 @@ def load_private(path: Path) -> Ed25519PrivateKey:
             f"{path} can be read by others than its owner",
             hint=f"chmod 0400 {path}, and ask whether the key must be replaced",
         )
+    if pem.startswith(TOKEN):
+        from airgap.audit.token_key import open_reference  # noqa: PLC0415 - for those who have one
+
+        return open_reference(path, pem)
     try:
         private = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -13,14 +13,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from airgap.audit.checkpoint import (
+    TOKEN,
     Head,
     LogKey,
     Ring,
+    Signer,
     Vkey,
     load_log_key,
     load_private,
@@ -32,6 +34,7 @@ from airgap.audit.checkpoint import (
 )
 from airgap.audit.disk import Disk
 from airgap.audit.record import Record
+from airgap.audit.token_key import TokenKey, destroy_reference, pin_path
 from policy.errors import RefusedError
 
 USE_LOG: Final = "log"
@@ -158,11 +161,23 @@ class KeyFiles:
             return load_log_key(self.path), None
         return load_log_key(self.path), LogKey.of(ring.name, waiting, ring.keys)
 
-    def prepare(self, key: LogKey) -> LogKey:
-        """Make the next key, durable and in nobody's use yet."""
-        self.following.unlink(missing_ok=True)
-        private = Ed25519PrivateKey.generate()
-        write_new(self.following, private_pem(private), 0o400)
+    def prepare(self, key: LogKey, into: TokenKey | None = None) -> LogKey:
+        """Make the next key, durable and in nobody's use yet: where the present one is.
+
+        `into` is one in a token, made beforehand, that shall follow instead.
+        """
+        self.abandon()
+        private: Signer
+        if into is not None or not isinstance(key.private, Ed25519PrivateKey):
+            in_token = into or cast("TokenKey", key.private).next(len(key.ring.keys))
+            private, content = in_token, f"{in_token.uri}\n".encode()
+            pin = pin_path(self.path)
+            if not pin.exists():
+                write_new(pin, in_token.pin + b"\n", 0o400)
+        else:
+            private = made = Ed25519PrivateKey.generate()
+            content = private_pem(made)
+        write_new(self.following, content, 0o400)
         return LogKey.of(key.vkey.name, private, key.ring.keys)
 
     def finish(self, following: LogKey, disk: Disk) -> None:
@@ -174,10 +189,17 @@ class KeyFiles:
 
     def abandon(self) -> None:
         """Forget a next key that no record names."""
+        self._destroy(self.following)
         self.following.unlink(missing_ok=True)
 
+    def _destroy(self, path: Path) -> None:
+        """Destroy the key in a token that a key file names."""
+        if path.is_file() and (content := path.read_bytes()).startswith(TOKEN):
+            destroy_reference(path, content)
+
     def _overwrite(self, disk: Disk) -> None:
-        """Put zeros over the old key; a courtesy, since no file system promises to obey."""
+        """Destroy the old key: in its token, or by zeros, which no file system promises to obey."""
+        self._destroy(self.path)
         with contextlib.suppress(OSError):
             self.path.chmod(0o600)
             fd = disk.open(self.path, os.O_WRONLY)

@@ -47,6 +47,7 @@ from airgap.audit.record import (
 from airgap.audit.recovery import Recovered, recover
 from airgap.audit.store import MAX_OBJECT, Store
 from airgap.audit.tiles import inclusion_path
+from airgap.audit.token_key import TokenKey
 from airgap.audit.writer import MAX_BATCH, Pending, Writer
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
@@ -241,17 +242,18 @@ class AuditLog:
             if denied and record["ts"] >= since:
                 yield record
 
-    def rotate_key(self, actor: Actor) -> Vkey:
+    def rotate_key(self, actor: Actor, into: TokenKey | None = None) -> Vkey:
         """End the epoch of the log's key and return the key that signs from now on.
 
         The `key.rotate` record is the last of its epoch; its head bears both signatures. The old
-        private key is gone when this returns.
+        private key is gone when this returns. The next one is made where the present one is, or is
+        `into`, a fresh one in a token.
 
         Raises:
             FaultError: As `append`; the next open finishes or forgets what was begun.
 
         """
-        following = self._keys.prepare(self._writer.key)
+        following = self._keys.prepare(self._writer.key, into)
         event = Event(
             "key.rotate",
             actor=actor,

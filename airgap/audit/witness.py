@@ -25,6 +25,7 @@ from airgap.audit.checkpoint import (
     MAX_NOTE,
     Checkpoint,
     Ring,
+    Signer,
     Vkey,
     load_private,
     parse_checkpoint,
@@ -83,7 +84,7 @@ class Witness:
 
     folder: Path
     vkey: Vkey
-    private: Ed25519PrivateKey
+    private: Signer
 
     @classmethod
     def create(cls, folder: Path, name: str) -> Self:

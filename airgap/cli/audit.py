@@ -289,7 +289,7 @@ def _holder(key: Path, passphrase_file: Path | None) -> HolderKey:
 
 def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: bool) -> Manifest:
     """Export the user's own log between a durable intent and a durable outcome."""
-    from airgap.audit import Event, new_ulid
+    from airgap.audit import Actor, Event, new_ulid
     from airgap.audit.checkpoint import parse_checkpoint
     from airgap.audit.export.sign import ExportKey
     from airgap.audit.export.write import Plan
@@ -302,7 +302,8 @@ def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: 
     req = new_ulid()
     with audit_acts.own_log(tree, changes=False) as log:
         start = _since(since, log.last_export.size, log.anchored)
-        intent = log.append(Event(kind="export", phase="intent", req=req, data={"format": rows}))
+        who, begun = Actor(audit_acts.account()), {"format": rows}
+        intent = log.append(Event("export", "intent", req=req, actor=who, data=begun))
         result: dict[str, Any] = {"format": rows, "result": "failed"}
         code = "host.io"
         try:
@@ -321,7 +322,7 @@ def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: 
             result |= {"manifest": str(digest), "result": "complete"}
             code = ""
         finally:
-            log.append(Event(kind="export", phase="outcome", req=req, err=code, data=result))
+            log.append(Event("export", "outcome", req=req, actor=who, err=code, data=result))
         log.note_export(manifest.size)
     return manifest
 
@@ -438,6 +439,7 @@ def _result(record: Record) -> str:
     data, tok, error = record.get("data", {}), record.get("tok"), record.get("err", {}).get("code")
     parts = [str(data[key]) for key in ("task", "result", "verdict", "reason") if key in data]
     parts += [error] if error else []
+    parts += [f"part {record['part']}, {record['out']['bytes']} bytes"] if "part" in record else []
     parts += [f"{tok['in']}+{tok['out']} tokens"] if tok else []
     return ", ".join(parts)
 

@@ -18,6 +18,7 @@ from policy.errors import FaultError, RefusedError, UsageError
 if TYPE_CHECKING:
     from airgap.audit.people import Act
     from airgap.audit.steward import OwnLog
+    from airgap.audit.token_key import TokenKey
     from airgap.config import Site
 
 Key = Annotated[str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")]
@@ -31,6 +32,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder of this witness, on its own
 def register(group: typer.Typer) -> None:
     """Add the commands to the group `audit`."""
     group.command(name="rotate-key")(rotate_key)
+    group.command(name="token-key")(token_key)
     group.command(name="payload-key")(payload_key)
     group.command(name="open")(open_payload)
     group.command(name="act")(act)
@@ -51,17 +53,76 @@ def register(group: typer.Typer) -> None:
 # -- keys and payloads ----------------------------------------
 
 
-def rotate_key(*, root: Root = None, json: Json = False) -> None:
+Token = Annotated[
+    str,
+    typer.Argument(help="pkcs11:token=LABEL;object=LABEL?module-path=FILE; a label not in use."),
+]
+PinFile = Annotated[Path, typer.Option("--pin-file", help="Its first line is the token's PIN.")]
+
+
+def rotate_key(
+    *,
+    into: Annotated[
+        str, typer.Option("--into", help="Make the next key in a token: a pkcs11: URI.")
+    ] = "",
+    pin_file: Annotated[
+        Path | None, typer.Option("--pin-file", help="Its first line is the PIN for --into.")
+    ] = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
     """End the epoch of the log's key; hand the new verifier key to everyone who verifies."""
-    from airgap.audit import Actor
+    from airgap.audit import Actor, AuditLog
 
     tree = root_folder(root)
     with own_log(tree, changes=False) as log:
-        vkey = log.rotate_key(Actor(_account()))
+        actor = Actor(account())
+        if not into:
+            vkey = log.rotate_key(actor)
+        elif isinstance(log, AuditLog):
+            vkey = log.rotate_key(actor, _token(into, pin_file))
+        else:
+            raise UsageError(
+                "usage.argument", "--into: the service holds the log", hint="stop it for that"
+            )
         size = log.size
     document = {"vkey": str(vkey), "from_size": size, "ring": str(tree / "keys" / "audit.vkey")}
     text = f"{vkey}\nsigns from record {size} on; every verifier needs {document['ring']}"
     show(document, text, json=json)
+
+
+def token_key(
+    uri: Token,
+    *,
+    pin_file: PinFile,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Make the key of a log that does not exist yet in a PKCS#11 token."""
+    from airgap.audit import create_log_key, site_name
+    from airgap.audit.token_key import pin_path, read_pin
+
+    tree = root_folder(root)
+    path = tree / "keys" / "audit.pem"
+    if path.exists():
+        raise RefusedError(
+            "audit.key", f"{path} exists", hint="move a log's key: airgap audit rotate-key --into"
+        )
+    name, made = site_name(_site(tree).institution.name), _token(uri, pin_file)
+    vkey = create_log_key(path, site=name, token=made)
+    pin = pin_path(path)
+    if pin.absolute() != pin_file.absolute():
+        _write(pin, read_pin(pin_file) + b"\n")
+        pin.chmod(0o400)
+    show({"vkey": vkey, "key": str(path), "uri": made.uri}, f"{vkey}\n{made.uri}", json=json)
+
+
+def _token(uri: str, pin_file: Path | None) -> TokenKey:
+    from airgap.audit.token_key import TokenKey, read_pin
+
+    if pin_file is None:
+        raise UsageError("usage.argument", "a token needs its PIN", hint="give --pin-file FILE")
+    return TokenKey.make(uri, read_pin(pin_file))
 
 
 def payload_key(
@@ -221,7 +282,7 @@ def prune(
         else:
             found = prune_log(
                 log, read_act(statement), trust=load_trust(tree / "trust").standing,
-                profile=profile, now=now, actor=Actor(_account()),
+                profile=profile, now=now, actor=Actor(account()),
             )  # fmt: skip
     count = found.last + 1 - found.first
     document = {
@@ -249,7 +310,7 @@ def purge(
     with own_log(tree) as log:
         done = purge_payload(
             log, read_act(statement), trust=load_trust(tree / "trust").standing,
-            now=datetime.now(UTC), actor=Actor(_account()),
+            now=datetime.now(UTC), actor=Actor(account()),
         )  # fmt: skip
     text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"
     show(_act_document(done, statement), text, json=json)
@@ -474,7 +535,8 @@ def _site(tree: Path) -> Site:
     return load_site(tree)
 
 
-def _account() -> str:
+def account() -> str:
+    """Return the name of the account that runs this."""
     import pwd
 
     try:

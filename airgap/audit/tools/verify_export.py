@@ -630,7 +630,7 @@ class Previous:
     """What a log says of the one before: `origin size root`, or an origin without a head."""
 
     def __init__(self, text):
-        self.origin, size, root = (text.split(" ") + ["0", ""])[:3] if text else ("", "", "")
+        self.origin, size, root = [*text.split(" "), "0", ""][:3] if text else ("", "", "")
         if text not in (self.origin, f"{self.origin} {size} {root}") or not size.isdecimal():
             bad("log before", "record 0", f"{text!r:.80}")
         self.size, self.root = int(size), unbase64(root, 32) if root else None
@@ -824,13 +824,7 @@ def judge(folder, ring, export_key, anchor_paths, memory_folder, result):
     if lines.previous is not None and memory is not None:
         old = Memory(memory_folder, lines.previous.origin).head()
         anchors += [old] if old and lines.previous.origin != manifest["origin"] else []
-    for anchor in anchors:
-        try:
-            if anchor.agrees(lines, epochs):
-                result["anchors"] += 1
-                result["anchored_size"] = max(result["anchored_size"], anchor.size)
-        except Unknown as error:
-            unknown.append(str(error))
+    compare(anchors, lines, epochs, result)
     result["root"] = manifest["root"]
     notes += lines.notes
     doubts = [text for text in unknown if not text.startswith("lost records")]
@@ -839,6 +833,17 @@ def judge(folder, ring, export_key, anchor_paths, memory_folder, result):
         result["remembered"] = True
     if not result["anchors"]:
         unknown.append("anchor: no outside head to compare this log with")
+
+
+def compare(anchors, lines, epochs, result):
+    """Hold each head from outside against the log."""
+    for anchor in anchors:
+        try:
+            if anchor.agrees(lines, epochs):
+                result["anchors"] += 1
+                result["anchored_size"] = max(result["anchored_size"], anchor.size)
+        except Unknown as error:
+            result["unknown"].append(str(error))
 
 
 def main(arguments=None):
