@@ -154,6 +154,8 @@ class _Rule(NamedTuple):
 _EVENT_ONLY: Final = ("event",)
 _TWO: Final = ("intent", "outcome")
 _ACT: Final[dict[str, type]] = {"object": str, "old": str, "new": str, "result": str}
+# `parity` is what came of the vectors of a bundle on this host, a line a precision.
+_TAKEN: Final = _ACT | {"parity": list}
 # `evidence` cites what the act was about: approval of a rollback, inventory of a backup, ...
 _KEPT_ACT: Final = _ACT | {"evidence": str}
 _RANGE: Final[dict[str, type]] = {
@@ -211,10 +213,12 @@ RULES: Final[dict[str, _Rule]] = {
     "verify.result": _Rule(_EVENT_ONLY, {"verdict": str, "size": int, "anchored": int}),
 } | {
     f"admin.{act}": _Rule(_TWO, _ACT, person=True)
-    for act in ("install", "update", "trust", "approval", "hold", "policy", "keys", "remove")
+    for act in ("trust", "approval", "hold", "policy", "keys", "remove")
 } | {
-    f"admin.{act}": _Rule(_TWO, _KEPT_ACT, person=True)
-    for act in ("rollback", "bootstrap")
+    f"admin.{act}": _Rule(_TWO, _TAKEN, person=True) for act in ("install", "update")
+} | {
+    "admin.rollback": _Rule(_TWO, _KEPT_ACT | _TAKEN, person=True),
+    "admin.bootstrap": _Rule(_TWO, _KEPT_ACT, person=True),
 } | {  # the log is closed between what begins these and what ends them: no intent stays open
     f"admin.{act}": _Rule(_EVENT_ONLY, _KEPT_ACT, person=True) for act in ("backup", "restore")
 }  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,8 +81,10 @@ def take_in(
     """Install from a medium, and show what came of it."""
     from airgap.audit.site import open_site_log
     from airgap.install import install as bring_in
+    from airgap.install.parity import prover
     from airgap.install.record import last_record, recorder
     from airgap.rule_history import put_on_record
+    from airgap.serve.session import sealed
 
     folder = root_folder(root)
     lab = open_lab(folder, project)
@@ -102,6 +105,11 @@ def take_in(
                 None,
                 ask=disc_asker(progress.paused) if discs else None,
             ),
+            prove=prover(
+                partial(sealed, log),
+                state=folder / "enclave",
+                min_rung=lab.site.enclave.min_rung,
+            ),
             progress=progress,
             update=update,
             rollback=rollback,
@@ -115,6 +123,9 @@ def take_in(
         "previous": None if done.previous is None else str(done.previous),
         "resumed_chunks": done.resumed,
         "copied": done.copied,
+        "parity": [
+            {**asdict(each), "delta": str(each.delta), "text": each.text} for each in done.proofs
+        ],
     }
     text = table(
         [
@@ -124,6 +135,7 @@ def take_in(
             ),
             ("digest", str(done.bundle.digest)),
             ("admitted", f"decision {done.decision.digest}"),
+            *(("answers", each.text) for each in done.proofs),
             ("on record", f"audit log, record {done.receipt.seq}"),
             ("folder", str(done.bundle.folder)),
         ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli import wheels
+from airgap.cli import precisions, wheels
 from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
 from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
 from policy.errors import RefusedError, UsageError
@@ -85,6 +85,7 @@ _LABELS = {
     "hash": "hash every byte",
     "admit": "ask the policy",
     "convert": "convert to ONNX, sealed",
+    "quantize": "write 8-bit and 4-bit codes",
     "parity": "prove parity, sealed",
     "describe": "describe the release",
     "resolve": "resolve and fetch wheels",
@@ -239,6 +240,8 @@ def build(
         typer.Option("--created", help="2026-01-31T12:00:00Z; default SOURCE_DATE_EPOCH, or now."),
     ] = None,
     valid_days: Annotated[int, typer.Option("--valid-days", min=1, max=3650)] = 365,
+    precision: precisions.Precisions = None,
+    no_reference: precisions.NoReference = False,
     target: wheels.Targets = None,
     accelerator: wheels.Accelerators = "cpu",
     no_wheels: wheels.NoWheels = False,
@@ -277,6 +280,8 @@ def build(
         from bundle.staging.pipeline import Facts
         from bundle.staging.pipeline import build as build_draft
         from bundle.staging.views import built_document, built_view
+
+        chosen = precisions.wanted_precisions(precision)
     from airgap.enclave import run_sealed
     from bundle.trust import load_trust
 
@@ -315,6 +320,7 @@ def build(
     with (
         _bars() as progress,
         wanted.gathered(progress) as wheelhouse,
+        precisions.assessor(chosen, folder / "enclave") as assess,
     ):
         built = build_draft(
             source,
@@ -326,6 +332,9 @@ def build(
             admit=_admission(folder, project, moment),
             pins=pin,
             upstream=upstream,
+            precisions=chosen,
+            reference=not no_reference,
+            assess=assess,
             wheelhouse=wheelhouse,
             progress=progress,
         )

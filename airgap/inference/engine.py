@@ -220,7 +220,7 @@ class Engine:
             )
         longest = max(len(ids) for ids in rest)
         self._require_room(len(prompt), longest)
-        slots = Slots(self._model.facts, rows=1, capacity=len(prompt) + longest)
+        slots = self._model.slots(rows=1, capacity=len(prompt) + longest)
         self._model.prefill(prompt[:-1], slots)
         found = tuple((self._score(prompt, ids, slots), len(ids)) for ids in rest)
         return Scores(prompt_tokens=len(prompt), scores=found)
@@ -339,7 +339,7 @@ class Engine:
             return False
         if slots is None or not live:
             self._slots = None  # before the new ones: two sets would not fit the plan
-            self._slots = Slots(self._model.facts, rows=rows, capacity=capacity)
+            self._slots = self._model.slots(rows=rows, capacity=capacity)
         else:
             slots.resize(rows, capacity, [row.length - 1 for row in self._rows])
         seen = np.zeros((rows, capacity), dtype=np.int64)
@@ -368,7 +368,7 @@ class Engine:
             job.prefix = None
 
     def _prefill(self, job: _Job) -> Slots:
-        prefix = Slots(self._model.facts, rows=1, capacity=len(job.prompt))
+        prefix = self._model.slots(rows=1, capacity=len(job.prompt))
         before = self._model.runs
         self._model.prefill(job.prompt[:-1], prefix)
         job.runs += self._model.runs - before
@@ -643,7 +643,7 @@ class Engine:
         ids = authors_ids(model.vocabulary, model.facts, [*row.job.prompt, *row.ids])
         if len(ids) > min(model.facts.max_context, row.job.capacity + _AGAIN):
             return None
-        slots = Slots(model.facts, rows=1, capacity=len(ids))
+        slots = model.slots(rows=1, capacity=len(ids))
         before = model.runs
         found = perplexity(ids, lambda first, rest: self._score([first], list(rest), slots))
         row.job.runs += model.runs - before

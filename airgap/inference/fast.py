@@ -25,6 +25,12 @@ Bools = npt.NDArray[np.bool_]
 PIECE = 256  # ids of a prompt that run at once: fixed, so that a shared prefix has the same bits
 _OUTPUTS = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
 _KV = np.float32
+# Of the buffers, by the graph's own word: what numpy keeps them as, and ONNX's number of the type.
+_KINDS: dict[str, tuple[type[np.generic], int]] = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),  # numpy has no such type; nothing here computes with them
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +70,21 @@ class Found:
 class Slots:
     """Keys and values of up to `rows` sequences of up to `capacity` ids; one buffer each."""
 
-    def __init__(self, facts: ModelFacts, *, rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        *,
+        rows: int,
+        capacity: int,
+        kind: type[np.generic] = np.float32,
+    ) -> None:
         self.rows, self.capacity = rows, capacity
         shape = (rows, facts.kv_heads, capacity, facts.head_dim)
         # Not touched until written: pages of samples that end early are never taken.
-        self._buffers = [np.empty(shape, dtype=_KV) for _ in facts.past_inputs]
+        self._buffers: list[npt.NDArray[Any]]
+        self._buffers = [np.empty(shape, dtype=kind) for _ in facts.past_inputs]
 
-    def views(self, first: int, rows: int) -> list[npt.NDArray[np.float32]]:
+    def views(self, first: int, rows: int) -> list[npt.NDArray[Any]]:
         """Return the part of each buffer that `rows` slots from `first` own."""
         return [buffer[first : first + rows] for buffer in self._buffers]
 
@@ -87,7 +101,7 @@ class Slots:
     def resize(self, rows: int, capacity: int, lengths: list[int]) -> None:
         """Change the size and keep the first slots, which hold `lengths` positions."""
         for place, old in enumerate(self._buffers):
-            new = np.empty((rows, old.shape[1], capacity, old.shape[3]), dtype=_KV)
+            new = np.empty((rows, old.shape[1], capacity, old.shape[3]), dtype=old.dtype)
             for row, length in enumerate(lengths):
                 new[row, :, :length] = old[row, :, :length]
             self._buffers[place] = new  # one at a time: two whole sets would not fit the plan
@@ -105,7 +119,7 @@ class FastModel:
         self.vocabulary = vocabulary
         self.session = session
         self.runs = 0
-        _require_signature(facts, graph, session)
+        self._kind, self._element = _KINDS[_require_signature(facts, graph, session)]
 
     @property
     def provider(self) -> str:
@@ -144,8 +158,8 @@ class FastModel:
             facts.past_inputs, facts.present_outputs, views, strict=True
         ):
             place = view.ctypes.data
-            binding.bind_input(past, "cpu", 0, _KV, view.shape, place)
-            binding.bind_output(present, "cpu", 0, _KV, view.shape, place)
+            binding.bind_input(past, "cpu", 0, self._element, view.shape, place)
+            binding.bind_output(present, "cpu", 0, self._element, view.shape, place)
         try:
             self.session.run_with_iobinding(binding)
         except NATIVE_ERRORS as error:
@@ -157,6 +171,10 @@ class FastModel:
         self.runs += 1
         return Found(*outputs)
 
+    def slots(self, *, rows: int, capacity: int) -> Slots:
+        """Return buffers of the type that this graph keeps keys and values in."""
+        return Slots(self.facts, rows=rows, capacity=capacity, kind=self._kind)
+
     def prefill(self, ids: list[int], slots: Slots, *, start: int = 0) -> None:
         """Run a prompt from position `start`, a multiple of `PIECE`, through slot 0."""
         for place in range(start, len(ids), PIECE):
@@ -166,7 +184,7 @@ class FastModel:
 
     def probe(self, rows: int) -> npt.NDArray[Any]:
         """Run two ids in `rows` slots and return what the first slot got."""
-        slots = Slots(self.facts, rows=rows, capacity=2)
+        slots = self.slots(rows=rows, capacity=2)
         ids = np.zeros((rows, 1), dtype=np.int64)
         head = Head(select=np.arange(rows), top_k=min(8, self.facts.vocab_size))
         self.run(ids, np.full(rows, 1, dtype=np.int32), slots, head)
@@ -204,19 +222,21 @@ class FastModel:
         ]
 
 
-def _require_signature(facts: ModelFacts, graph: Graph, session: Any) -> None:
-    """Compare names, types and shapes of the session with the facts."""
+def _require_signature(facts: ModelFacts, graph: Graph, session: Any) -> str:
+    """Compare names, types and shapes of the session with the facts; return the cache's type."""
     inputs = {one.name: one for one in session.get_inputs()}
     outputs = {one.name: one for one in session.get_outputs()}
     if (sorted(inputs), sorted(outputs)) != (sorted(graph.inputs), sorted(graph.outputs)):
         raise _unfit(graph, "has other inputs or outputs than graphs.json names")
+    kind = str(inputs[facts.past_inputs[0]].type)
     for name in (*facts.past_inputs, *facts.present_outputs):
         one = inputs.get(name) or outputs[name]
         size = one.shape[1::2] if len(one.shape) == 4 else None  # noqa: PLR2004
-        if one.type != "tensor(float)" or size != [facts.kv_heads, facts.head_dim]:
+        if kind not in _KINDS or one.type != kind or size != [facts.kv_heads, facts.head_dim]:
             raise _unfit(graph, f"has a cache {name} of {one.type} {one.shape!r:.80}")
     if inputs["legal"].shape[-1] != facts.vocab_size:
         raise _unfit(graph, f"has a head for {inputs['legal'].shape[-1]!r:.20} entries")
+    return kind
 
 
 def _unfit(graph: Graph, message: str) -> ProgramError:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from airgap.install.parity import Proof, Prove
 from airgap.install.quarantine import Quarantine, broken_disk
 from airgap.install.store import (
     InstalledBundle,
@@ -81,6 +82,7 @@ class InstallEvent:
     code: str = ""
     act: Act = "install"
     approval: VerifiedRollback | None = None  # of a rollback, once it holds
+    proofs: tuple[Proof, ...] = ()  # what came of the parity vectors on this machine
 
 
 Gate = Callable[[Manifest, Digest], Decision]
@@ -100,6 +102,7 @@ class Installed:
     previous: Digest | None
     resumed: int
     copied: bool
+    proofs: tuple[Proof, ...] = ()
 
 
 def install(
@@ -111,6 +114,7 @@ def install(
     audit: Recorder,
     last_record: datetime | None = None,
     more: Help | None = None,
+    prove: Prove | None = None,
     progress: Progress | None = None,
     update: bool = False,
     rollback: Envelope | None = None,
@@ -125,12 +129,14 @@ def install(
         audit: Appends to the log and returns when the record is durable.
         last_record: Time of the last audit record: the clock may not lie before it.
         more: What it takes to open volumes and encrypted files; bases are looked for in the store.
+        prove: Runs the parity vectors of the bundle on this machine; asked before it is active.
         progress: Told bytes of the copy and then of the read-back, out of one total.
         update: Refuse a bundle of a line that is not installed.
         rollback: The signed approval that lets one older release return; `bundle.rollback`.
 
     Raises:
-        RefusedError: A code of the verification, `install.update`, or `policy.denied`; recorded.
+        RefusedError: A code of the verification, `install.update`, `policy.denied`, or
+            `parity.failed`; recorded.
         FaultError: `host.space`, `install.io`, `host.state`, or the log's own; nothing is active.
 
     """
@@ -138,6 +144,7 @@ def install(
     trust = load_trust(root / "trust")
     with store.locked():
         job = _Job(path, root, store, audit, progress, _with_bases(more or Help(), store))
+        job.prove = prove
         job.act = "rollback" if rollback is not None else "update" if update else "install"
         job.previous = store.find_current()
         store.note_time(last_record)
@@ -172,6 +179,8 @@ class _Job:
     progress: Progress | None
     more: Help
     act: Act = "install"
+    prove: Prove | None = None
+    proofs: tuple[Proof, ...] = ()
     previous: Digest | None = None
     sealed: SealedBundle | None = None
     decision: Decision | None = None
@@ -192,6 +201,7 @@ class _Job:
             code=code,
             act=self.act,
             approval=None if sealed is None else sealed.rollback,
+            proofs=self.proofs,
         )
 
     def follow_roots(self, trust: Trust, now: datetime) -> Trust:
@@ -234,6 +244,7 @@ class _Job:
             raise decision.refusal()
         if copied:
             self._seal_files(sealed, folder)
+        self._prove(sealed, folder / "files" if copied else target)
         return self._commit(sealed, folder, target, decision, resumed=resumed, copied=copied)
 
     def _holds(self, target: Path, digest: Digest) -> bool:
@@ -311,6 +322,17 @@ class _Job:
         except OSError as error:
             raise broken_disk(error, folder) from error
 
+    def _prove(self, sealed: SealedBundle, files: Path) -> None:
+        """Step 11: what does not answer here as it did on the staging side is not made active."""
+        if self.prove is None:
+            return
+        before = files.stat().st_mode & 0o777
+        files.chmod(0o555)  # the worker has a uid of its own
+        try:
+            self.proofs = self.prove(files, sealed.manifest)
+        finally:
+            files.chmod(before)
+
     def _commit(
         self,
         sealed: SealedBundle,
@@ -342,7 +364,14 @@ class _Job:
         self.store.remove_quarantine(sealed.digest)
         bundle = InstalledBundle(target, sealed.manifest, sealed.digest)
         return Installed(
-            bundle, sealed.seal, decision, receipt, self.previous, resumed=resumed, copied=copied
+            bundle,
+            sealed.seal,
+            decision,
+            receipt,
+            self.previous,
+            resumed=resumed,
+            copied=copied,
+            proofs=self.proofs,
         )
 
 

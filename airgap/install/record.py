@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from airgap.audit import Actor, DecisionRef, Event, Receipt, new_ulid
 from airgap.audit.layout import Layout, read_lines, segment_count
@@ -158,13 +159,15 @@ def last_record(root: Path) -> datetime | None:
 def _install_event(
     log: Log, event: InstallEvent, request: str, actor: Actor | None, project: str | None
 ) -> Event:
-    facts: dict[str, str] = {"object": _printable(event.path.name)}
+    facts: dict[str, Any] = {"object": _printable(event.path.name)}
     if event.previous is not None:
         facts["old"] = str(event.previous)
     if event.result:
         facts["result"] = event.result
     if event.result == "complete":
         facts["new"] = str(event.digest)
+    if event.proofs:
+        facts["parity"] = [_printable(each.text) for each in event.proofs][:48]
     if event.approval is not None and event.act == "rollback":
         facts["evidence"] = str(log.put_object(event.approval.statement.to_bytes()))
     return Event(

@@ -6,11 +6,11 @@ judges the figures that it leaves in OUT/parity.json. One model is in memory at 
 of the source lie in a file that is removed at the end.
 
 A graph in fp32 makes one full pass of each prompt and then decodes `STEPS` greedy tokens with its
-key-value cache. The source sees prompt and tokens in one pass without a cache: where both choose
-the same token at every step, given the same context, both greedy sequences are the same. The fast
-graph also runs the prompt in two pieces, and three beginnings of it of different length in one
-batch; it gives its `FAST_TOP` largest logits and the logarithm of the sum of all, and those are
-compared.
+key-value cache, the fast one many prompts at once. The source sees prompt and tokens in one pass
+without a cache: where both choose the same token at every step, given the same context, both greedy
+sequences are the same. The fast graph also runs the prompt in two pieces, and three beginnings of
+it of different length in one batch; it gives its `FAST_TOP` largest logits and the logarithm of the
+sum of all, and those are compared.
 
 A graph in another precision is held against the published weights by figures (divergence, best
 token, greedy tokens, completions to be assessed); and one whose matrices are codes is compared like
@@ -41,6 +41,7 @@ QUIET = {
 STEPS = 64  # greedy tokens a prompt
 FAST_TOP = 128  # logits of a position that are compared on the fast graph
 TOP = 8  # largest logits kept a prompt, for the proof on the target
+ROWS = 16  # prompts that are decoded at once
 PIECE = 32  # positions whose whole logits are taken at once
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TOP = 32, 96, 50  # completions of a task, drawn at temperature 1
 ANSWERS = "answers.bin"
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
     exact = [graph for graph in graphs if graph.precision == "fp32"]
     others = [graph for graph in graphs if graph.precision != "fp32"]
     session = exact[0].open()
-    runs = [session.decode(ids) for _, _, ids in used]
+    runs = session.decode([ids for _, _, ids in used])
     greedy = [run[0] for run in runs]
     kept = {exact[0].name: runs} if isinstance(session, Fast) else {}  # its heads are small
     del session, runs
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
             session = graph.open()
             providers.add(session.provider)
             for at, (_, _, ids) in enumerate(used):
-                run = kept[graph.name][at] if graph.name in kept else session.decode(ids)
+                run = kept[graph.name][at] if graph.name in kept else session.decode([ids])[0]
                 rows[at]["graphs"][graph.name] = compare(session, ids, run, theirs[at])
             del session
         sampled = {kind: at for at, (_, kind, _) in reversed(list(enumerate(used)))}
@@ -273,8 +274,11 @@ class Graph:
         }
         self.past: dict[str, Any] = {}
 
-    def decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
-        """Return the greedy tokens, the logits of the prompt and those of each step."""
+    def decode(self, prompts: list[list[int]]) -> list[Any]:
+        """Return for each the greedy tokens, the logits of the prompt and those of each step."""
+        return [self._decode(ids) for ids in prompts]
+
+    def _decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
         import numpy as np
 
         full = self._full(ids)
@@ -330,16 +334,27 @@ class Fast:
         self.size = next(value.shape[1] for value in values if value.name == "legal")
         self.buffers: dict[str, Any] = {}
 
-    def decode(self, ids: list[int]) -> tuple[list[int], Any, Any]:
-        """Return the greedy tokens, the heads of the prompt and those of each step."""
-        self.reset(1, len(ids) + STEPS)
-        full = self.run([ids], [len(ids)], range(len(ids)))
-        greedy, steps = [int(full[0][-1, 0])], [tuple(part[-1:] for part in full)]
-        while len(greedy) < STEPS:
-            found = self.run([greedy[-1:]], [len(ids) + len(greedy)], [0])
-            steps.append(found)
-            greedy.append(int(found[0][0, 0]))
-        return greedy, full, steps
+    def decode(self, prompts: list[list[int]]) -> list[Any]:
+        """Return for each the greedy tokens, the heads of the prompt and those of each step."""
+        found = []
+        for start in range(0, len(prompts), ROWS):
+            found += self._decode(prompts[start : start + ROWS])
+        return found
+
+    def _decode(self, prompts: list[list[int]]) -> list[Any]:
+        lengths = [len(ids) for ids in prompts]
+        self.reset(len(prompts), max(lengths) + STEPS)
+        runs: list[Any] = []
+        for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+            full = self.run([ids], [length], range(length), first=row)
+            runs.append(([int(full[0][-1, 0])], full, [tuple(part[-1:] for part in full)]))
+        for step in range(1, STEPS):
+            last = [greedy[-1:] for greedy, _, _ in runs]
+            heads = self.run(last, [length + step for length in lengths], range(len(prompts)))
+            for row, (greedy, _, steps) in enumerate(runs):
+                steps.append(tuple(part[row : row + 1] for part in heads))
+                greedy.append(int(heads[0][row, 0]))
+        return runs
 
     def deltas(self, ids: list[int], full: Any, steps: Any, theirs: Any) -> tuple[float, float]:
         """Return the largest difference in the prompt however it runs, and in the steps."""
@@ -388,9 +403,18 @@ class Fast:
         }
 
     def run(
-        self, rows: list[list[int]], lengths: list[int], select: Any, *, top: int = FAST_TOP
+        self,
+        rows: list[list[int]],
+        lengths: list[int],
+        select: Any,
+        *,
+        top: int = FAST_TOP,
+        first: int = 0,
     ) -> tuple[Any, ...]:
-        """Return (ids, raw logits, log of the sum of exp) at the picked places."""
+        """Return (ids, raw logits, log of the sum of exp) at the picked places.
+
+        The rows are those from `first` on in the buffers.
+        """
         import numpy as np
 
         picked = np.array(list(select), np.int64)
@@ -410,7 +434,8 @@ class Fast:
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
-        for name, array in self.buffers.items():
+        for name, whole in self.buffers.items():
+            array = whole[first : first + len(rows)]
             other, place = name.replace("past_key_values.", "present."), array.ctypes.data
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, place)
             binding.bind_output(other, "cpu", 0, array.dtype, array.shape, place)
@@ -455,7 +480,8 @@ def best(logits: Any) -> list[list[Any]]:
     """Return the largest logits with their ids."""
     import numpy as np
 
-    return [[int(n), text(logits[n])] for n in np.argsort(-logits, kind="stable")[:TOP]]
+    order = np.argsort(-logits, kind="stable")[:TOP]
+    return [[int(n), f"{float(logits[n]):.6e}"] for n in order]  # a target is held to all digits
 
 
 def compare(session: Any, ids: list[int], run: Any, theirs: Any) -> dict[str, Any]:
@@ -470,11 +496,10 @@ def measure(
 ) -> dict[str, Any]:
     """Hold a graph in another precision against the published weights."""
     session = graph.open()
-    rows, runs = [], []
+    rows, runs = [], session.decode([ids for _, _, ids in used])
     for at, (index, _, ids) in enumerate(used):
-        published = theirs[at]
+        published, run = theirs[at], runs[at]
         tokens = published[len(ids) - 1 :].argmax(axis=1).tolist()
-        run = session.decode(ids)
         equal = [ours == other for ours, other in zip(run[0], tokens, strict=True)]
         mine = session.logits(ids + tokens[:-1])
         rows.append(
@@ -487,7 +512,6 @@ def measure(
                 **divergence(published, mine),
             }
         )
-        runs.append(run)
     samples = [sample(session, words, *task) for task in tasks]
     if graph.codes is not None:
         for row, figures in zip(rows, stand_for(graph, folder, session, used, runs), strict=True):
