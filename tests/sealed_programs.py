@@ -38,6 +38,9 @@ class Program:
     def warm_nothing(self):
         pass
 
+    def warm_thread(self):
+        threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+
     def warm_environment(self):
         self.environment = dict(os.environ)
 

@@ -34,6 +34,7 @@ _CAPABILITY_SETS = {
 }
 DESCRIPTORS = {0: "/dev/null", 1: "/dev/null", 2: "pipe", 3: "pipe", 4: "pipe"}
 _DEAD = frozenset("ZX")
+_LOOKS = 5
 NOT_COVERED = (
     "timing",
     "cpu load",
@@ -67,6 +68,7 @@ class Facts:
     seccomp: int
     filters: int | None
     threads: int
+    stray_threads: int | None  # whose identity or filters are not those of the process
     pid_inside: int
     dumpable: bool
     namespaces: dict[str, str] | None
@@ -103,6 +105,7 @@ def read(pid: int, proc: Path = Path("/proc")) -> Facts:
         **_identity(status),
         uid_map=_uid_map(folder),
         threads=int(status["Threads"]),
+        stray_threads=_stray_threads(folder, status),
         # The files of a process that is not dumpable belong to root.
         dumpable=(folder / "status").stat().st_uid == int(status["Uid"].split()[1]),
         namespaces=_namespaces(folder),
@@ -153,6 +156,7 @@ def verify(
     expect("stage1", "the seccomp mode", facts.seccomp, 2)
     layer = "stage1" if own_filters == 1 else "stage2"
     expect(layer, "the number of filters", facts.filters, inherited_filters() + own_filters)
+    expect(layer, "the number of threads with another seal", facts.stray_threads, 0)
     if dumpable is not None:
         expect("dumpable", "dumpable", facts.dumpable, dumpable)
     expect("environment", "the environment", facts.environment, plan["env"])
@@ -247,6 +251,7 @@ def differences(
         ("nnp", "no_new_privs"),
         ("stage2", "seccomp"),
         ("stage2", "filters"),
+        ("stage2", "stray_threads"),
         ("dumpable", "dumpable"),
         ("namespaces", "pid_inside"),
         ("namespaces", "namespaces"),
@@ -303,6 +308,33 @@ def _identity(status: dict[str, str]) -> dict[str, Any]:
         "filters": int(status["Seccomp_filters"]) if "Seccomp_filters" in status else None,
         "pid_inside": int(status["NSpid"].split()[-1]),
     }
+
+
+def _stray_threads(folder: Path, status: dict[str, str]) -> int | None:
+    """Count the threads that are not sealed as the process is: the kernel keeps all this by thread.
+
+    One that is just ending has lost its filters already; it is gone at the next look.
+    """
+    whole = _identity(status)
+    try:
+        names = [entry.name for entry in (folder / "task").iterdir() if entry.name != folder.name]
+    except OSError:
+        return None
+    for _ in range(_LOOKS):
+        names = [name for name in names if not _like(folder / "task" / name, whole)]
+        if not names:
+            break
+        time.sleep(0.001)
+    return len(names)
+
+
+def _like(folder: Path, whole: dict[str, Any]) -> bool:
+    """Whether a thread has this identity and these filters, or has ended."""
+    try:
+        found = _identity(parse_status((folder / "status").read_text()))
+    except OSError:
+        return True
+    return {**found, "pid_inside": 0} == {**whole, "pid_inside": 0}
 
 
 def started_at(pid: int) -> float:
@@ -376,6 +408,7 @@ def seal_document(
             "seccomp": sealed.seccomp,
             "filters": sealed.filters,
             "threads": sealed.threads,
+            "stray_threads": sealed.stray_threads,
             "dumpable": int(sealed.dumpable),
         },
         "ns": {name: [host.get(name), spaces.get(name)] for name in NAMESPACES},

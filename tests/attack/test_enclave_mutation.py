@@ -402,6 +402,13 @@ MUTANTS = {
         ],
         {"stage2"},
     ),
+    "stage 2 binds the main thread alone": (
+        EACH,
+        ANY,
+        FILTERS,
+        [("_TSYNC | _LOG, ctypes", "_LOG, ctypes")],
+        {"stage2"},
+    ),
     "stage 2 is another filter and the worker lies": (
         EACH,
         ("root",),
@@ -610,7 +617,7 @@ for name, (rung, file, changes, probed) in ARGUMENTS[0].items():
     spec = airgap.enclave.SealSpec(
         profile="worker",
         program=f"{Path(ARGUMENTS[1])}:create",
-        config={},
+        config={"warm": "thread"},
         read_only=(Path(ARGUMENTS[1]),),
         deadline_s=10.0,
         caps=airgap.enclave.Caps(memory_mb=512),

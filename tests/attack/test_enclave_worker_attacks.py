@@ -595,7 +595,8 @@ shutil.copytree(real, folder / "enclave", ignore=shutil.ignore_patterns("__pycac
 folder.parent.chmod(0o755)
 for path in (folder / "enclave").glob("*.py"):
     text = path.read_text()
-    path.write_text(text.replace("PR_SET_PDEATHSIG, signal.SIGKILL", "PR_SET_PDEATHSIG, 0"))
+    path.write_text(text.replace("PR_SET_PDEATHSIG, linux.SIGKILL", "PR_SET_PDEATHSIG, 0"))
+assert "PR_SET_PDEATHSIG, 0" in (folder / "enclave" / "launcher.py").read_text()
 plan.package_folders = lambda: {**whole, "airgap": str(folder)}
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from enclave_plans import FACTS as HOST
 from enclave_plans import make
 
-from airgap.enclave import evidence, filters
+from airgap.enclave import evidence, filters, host
 from airgap.enclave.evidence import Facts, Mount
 
 PLAN = make(writable=["/data/out"])
@@ -31,6 +32,7 @@ GOOD = Facts(
     seccomp=2,
     filters=evidence.inherited_filters() + 2,
     threads=3,
+    stray_threads=0,
     pid_inside=1,
     dumpable=False,
     namespaces=OWN_SPACES,
@@ -77,6 +79,7 @@ BROKEN = {
     "no no_new_privs": ("nnp", {"no_new_privs": 0}),
     "no seccomp": ("stage1", {"seccomp": 0}),
     "one filter": ("stage2", {"filters": GOOD.filters - 1}),
+    "a thread without the last filter": ("stage2", {"stray_threads": 1}),
     "a third filter": ("stage2", {"filters": GOOD.filters + 1}),
     "dumpable": ("dumpable", {"dumpable": True}),
     "the host's network": ("network", {"namespaces": {**OWN_SPACES, "net": "net:[1]"}}),
@@ -233,6 +236,7 @@ CHANGES = {
     "another uid": ("identity", {"uids": (0,) * 4}),
     "fewer filters": ("stage2", {"filters": 1}),
     "no seccomp": ("stage2", {"seccomp": 0}),
+    "a thread of its own": ("stage2", {"stray_threads": 1}),
     "dumpable again": ("dumpable", {"dumpable": True}),
     "another namespace": ("namespaces", {"namespaces": HOST_SPACES}),
     "a new descriptor": ("descriptors", {"descriptors": {**evidence.DESCRIPTORS, 9: "pipe"}}),
@@ -251,6 +255,24 @@ def test_a_change_in_a_running_worker_is_found(layer, change):
 def test_what_was_or_became_hidden_is_not_a_change():
     assert evidence.differences(GOOD, replace(GOOD, namespaces=None, descriptors=None)) == []
     assert evidence.differences(replace(GOOD, routes=None), replace(GOOD, routes=5)) == []
+
+
+def test_a_thread_that_is_sealed_otherwise_is_counted(tmp_path):
+    text = Path("/proc/self/status").read_text()
+    status = host.parse_status(text)
+
+    def thread(name, content):
+        (tmp_path / "task" / name).mkdir(parents=True)
+        (tmp_path / "task" / name / "status").write_text(content)
+
+    thread("7", text)
+    thread("8", re.sub("NSpid:.*", "NSpid:\\t8\\t2", text))
+    (tmp_path / "task" / "9").mkdir()  # it has ended meanwhile
+    assert evidence._stray_threads(tmp_path, status) == 0
+    changes = {"Seccomp": "1", "NoNewPrivs": "9", "Uid": "7 7 7 7", "CapEff": "f0f0"}
+    for number, (name, value) in enumerate(changes.items(), 1):
+        thread(f"2{number}", re.sub(f"(?m)^{name}:.*$", f"{name}:\\t{value}", text))
+        assert evidence._stray_threads(tmp_path, status) == number
 
 
 def test_this_process_is_read_as_it_is():
