@@ -19,11 +19,11 @@ from bundle.manifest import REPORT
 from bundle.scan.strict import parse_object
 
 if TYPE_CHECKING:
-    from bundle.manifest import Manifest
+    from bundle.manifest import Manifest, ModelEntry
     from bundle.scan import ScanReport
     from bundle.verify import SealedBundle
 
-FORMAT = "airgap/receipt/1"
+FORMAT = "airgap/receipt/2"
 LIMIT = 16 * 1024 * 1024
 ATTESTATIONS = "META/attest/"
 _SHOWN = 12
@@ -39,9 +39,10 @@ class Receipt:
     def of(cls, sealed: SealedBundle, scan: ScanReport, *, now: datetime) -> Receipt:
         """Collect the facts of a bundle whose steps 0 to 8 hold; `now` is when they did."""
         manifest, people = sealed.manifest, sealed.trust.document.people
-        model = manifest.models[0]
         report = _document(sealed, REPORT)
         verified, declared = _facts(sealed, report)
+        roles = {who: list(people[who].roles) for who in sealed.seal.approvers}
+        said = {each.person: each for each in sealed.seal.approvals}
         thresholds = sealed.trust.document.thresholds.seal
         return cls(
             {
@@ -49,6 +50,7 @@ class Receipt:
                 "verdict": "sealed and whole",
                 "verified_at": format_time(now),
                 "bundle": str(sealed.digest),
+                "file": sealed.path.name,
                 "name": manifest.name,
                 "version": manifest.version,
                 "bundle_id": manifest.bundle_id,
@@ -56,7 +58,12 @@ class Receipt:
                 "valid": [format_time(manifest.not_before), format_time(manifest.expires)],
                 "content": {"files": len(manifest.files), "bytes": manifest.body.size},
                 "approvers": [
-                    {"person": who, "name": people[who].name, "roles": list(people[who].roles)}
+                    {
+                        "person": who,
+                        "name": people[who].name,
+                        "roles": list(said[who].roles) if who in said else roles[who],
+                        "condition": (said[who].conditions or "") if who in said else "",
+                    }
                     for who in sealed.seal.approvers
                 ],
                 "needed": thresholds.people,
@@ -65,19 +72,8 @@ class Receipt:
                     "version": sealed.trust.version,
                     "fingerprint": str(sealed.trust.fingerprint),
                 },
-                "model": {
-                    "id": model.id,
-                    "source": model.source,
-                    "revision": model.revision,
-                    "supplier": model.supplier.legal_name,
-                    "jurisdiction": model.supplier.jurisdiction,
-                    "intended_use": model.intended_use,
-                    "scientific_use": model.scientific_use,
-                },
-                "provenance": {
-                    "level": model.provenance_level,
-                    "sentence": SENTENCES[model.provenance_level],
-                },
+                "medium": sealed.medium.facts(),
+                "models": [_model(model) for model in manifest.models],
                 "verified": verified,
                 "declared": declared,
                 "licences": [
@@ -87,6 +83,7 @@ class Receipt:
                         "sha256": item.sha256 or "",
                         "status": item.status,
                     }
+                    for model in manifest.models
                     for item in model.licences_found
                 ],
                 "licence_conflicts": _texts(report.get("licence_conflicts")),
@@ -101,16 +98,20 @@ class Receipt:
     def rows(self) -> Sequence[tuple[str, str]]:
         """Label and text for a screen."""
         facts = self.document
-        model = facts["model"]
         rows = [
             ("bundle", f"{facts['name']} {facts['version']}: {facts['verdict']}"),
             ("digest", facts["bundle"]),
             ("verified at", facts["verified_at"]),
             ("approved by", people_text(facts)),
             ("built by", f"{facts['builder']} (does not count)"),
-            ("source", f"{model['source']} at {model['revision']}"),
-            ("provenance", f"{facts['provenance']['level']}: {facts['provenance']['sentence']}"),
         ]
+        rows += [("condition", text) for text in conditions(facts)]
+        for model in facts["models"]:
+            known = model["provenance"]
+            rows += [
+                ("source", f"{model['id']}: {model['source']} at {model['revision']}"),
+                ("provenance", f"{known['level']}: {known['sentence']}"),
+            ]
         rows += [("verified", text) for text in facts["verified"]]
         rows += [("declared", text) for text in facts["declared"]]
         rows += [("licence", licence_text(item)) for item in facts["licences"]]
@@ -133,7 +134,9 @@ def receipt_page(receipt: Receipt) -> str:
     environment.filters.update(plain=plain, licence=licence_text)
     page = environment.get_template("receipt.html.j2")
     facts = receipt.document
-    return page.render(facts=facts, people=people_text(facts), shown=_SHOWN)
+    return page.render(
+        facts=facts, people=people_text(facts), conditions=conditions(facts), shown=_SHOWN
+    )
 
 
 def attested(sealed: SealedBundle) -> list[dict[str, Any]]:
@@ -165,6 +168,11 @@ def people_text(facts: dict[str, Any]) -> str:
     return f"{'; '.join(names)}; {facts['needed']} needed"
 
 
+def conditions(facts: dict[str, Any]) -> list[str]:
+    """Return on what conditions people approved, in their words."""
+    return [f"{p['person']}: {p['condition']}" for p in facts["approvers"] if p["condition"]]
+
+
 def licence_text(item: dict[str, str]) -> str:
     """Write one licence with its place and the first digits of its digest."""
     digest = f", sha256:{item['sha256'][:16]}…" if item["sha256"] else ""
@@ -180,7 +188,6 @@ def plain(text: object) -> str:
 def _facts(sealed: SealedBundle, report: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return what is verified and what is declared, in sentences."""
     manifest: Manifest = sealed.manifest
-    model = manifest.models[0]
     evidence = list(_list(_dict(report.get("provenance")).get("evidence")))
     stated: dict[str, list[str]] = {"verified": [], "declared": []}
     for item in evidence:
@@ -200,17 +207,36 @@ def _facts(sealed: SealedBundle, report: dict[str, Any]) -> tuple[list[str], lis
         f"{claim.tolerance} on {claim.provider} (measured by the builder, sealed)"
         for claim in manifest.parity
     ]
-    declared = [
-        *stated["declared"],
-        f"supplier: {model.supplier.legal_name} ({model.supplier.jurisdiction})",
-        f"intended use: {model.intended_use}",
-    ]
-    declared += [
-        f"{item.relation.replace('_', ' ')}: {item.party}"
-        for item in model.lineage
-        if item.status == "declared"
-    ]
+    declared = list(stated["declared"])
+    for model in manifest.models:
+        whose = f"{model.id}: " if len(manifest.models) > 1 else ""
+        declared += [
+            f"{whose}supplier: {model.supplier.legal_name} ({model.supplier.jurisdiction})",
+            f"{whose}intended use: {model.intended_use}",
+        ]
+        declared += [
+            f"{whose}{item.relation.replace('_', ' ')}: {item.party}"
+            for item in model.lineage
+            if item.status == "declared"
+        ]
     return verified, declared
+
+
+def _model(model: ModelEntry) -> dict[str, Any]:
+    """Return what is said of one model."""
+    return {
+        "id": model.id,
+        "source": model.source,
+        "revision": model.revision,
+        "supplier": model.supplier.legal_name,
+        "jurisdiction": model.supplier.jurisdiction,
+        "intended_use": model.intended_use,
+        "scientific_use": model.scientific_use,
+        "provenance": {
+            "level": model.provenance_level,
+            "sentence": SENTENCES[model.provenance_level],
+        },
+    }
 
 
 def _scanners(report: dict[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ It is the second implementation in the tests instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bundle.canonical import canonical_json, parse_canonical
@@ -19,6 +19,7 @@ from policy.errors import RefusedError
 ENVELOPE_SIZE = 131_072
 MAX_SIGNATURES = 64
 MAX_SIGNATURE = 8192
+MAX_STATEMENTS = 16
 _KEYID = 64
 
 
@@ -32,24 +33,33 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A parsed envelope. Nothing in it is trusted; signatures are ordered by key id, each once."""
+    """A parsed envelope. Nothing in it is trusted; signatures are ordered by key id, each once.
+
+    `statements` are what people said of the payload beside signing it (`bundle.approval`), each an
+    envelope of its own in its canonical form; only a seal has them.
+    """
 
     payload: bytes
     payload_type: str
     signatures: tuple[Signature, ...]
+    statements: tuple[bytes, ...] = ()
+
+    def with_statements(self, statements: Iterable[bytes]) -> Envelope:
+        """Return the envelope with these statements, in their order, each once."""
+        return replace(self, statements=tuple(sorted(set(statements))))
 
     def to_bytes(self) -> bytes:
         """Return the canonical JSON form."""
-        return canonical_json(
-            {
-                "payload": encode_base64(self.payload),
-                "payloadType": self.payload_type,
-                "signatures": [
-                    {"keyid": item.keyid, "sig": encode_base64(item.sig)}
-                    for item in self.signatures
-                ],
-            }
-        )
+        document: dict[str, object] = {
+            "payload": encode_base64(self.payload),
+            "payloadType": self.payload_type,
+            "signatures": [
+                {"keyid": item.keyid, "sig": encode_base64(item.sig)} for item in self.signatures
+            ],
+        }
+        if self.statements:
+            document["statements"] = [encode_base64(each) for each in self.statements]
+        return canonical_json(document)
 
     def to_padded(self) -> bytes:
         """Return the form inside a bundle: 131,072 bytes, JSON and then spaces.
@@ -96,7 +106,7 @@ def add_signature(envelope: Envelope, *signers: Signer | Sequence[Signer]) -> En
             raise RefusedError("seal.malformed", f"key {keyid} has signed this already")
         signed[keyid] = Signature(keyid, signer.sign(message))
     ordered = tuple(signed[keyid] for keyid in sorted(signed))
-    return Envelope(envelope.payload, envelope.payload_type, ordered)
+    return replace(envelope, signatures=ordered)
 
 
 def parse_envelope(
@@ -109,9 +119,24 @@ def parse_envelope(
             signatures unordered or one key twice.
 
     """
+    return _parse(raw, code, limit, {"payload", "payloadType", "signatures"})
+
+
+def parse_seal(raw: bytes) -> Envelope:
+    """Turn the untrusted envelope of a bundle, which may hold statements, into one.
+
+    Raises:
+        RefusedError: `seal.malformed`, as `parse_envelope`; statements unordered, twice, too many.
+
+    """
+    fields = {"payload", "payloadType", "signatures", "statements"}
+    return _parse(raw, "seal.malformed", ENVELOPE_SIZE, fields)
+
+
+def _parse(raw: bytes, code: str, limit: int, fields: set[str]) -> Envelope:
     value = parse_canonical(raw.rstrip(b" "), code=code, what="the envelope", limit=limit)
     try:
-        return _envelope(value)
+        return _envelope(value, fields)
     except (ValueError, TypeError, KeyError) as error:
         raise RefusedError(code, f"the envelope is malformed: {error!s:.120}") from error
 
@@ -154,8 +179,9 @@ def find_signers(
     return tuple(valid)
 
 
-def _envelope(value: Any) -> Envelope:
-    if not isinstance(value, dict) or value.keys() != {"payload", "payloadType", "signatures"}:
+def _envelope(value: Any, fields: set[str]) -> Envelope:
+    given = set(value) if isinstance(value, dict) else set()
+    if given not in (fields, fields - {"statements"}):
         raise ValueError("expected payload, payloadType and signatures, and no other field")
     payload_type, entries = value["payloadType"], value["signatures"]
     if not isinstance(payload_type, str) or not isinstance(entries, list):
@@ -166,7 +192,17 @@ def _envelope(value: Any) -> Envelope:
     keyids = [item.keyid for item in signatures]
     if keyids != sorted(set(keyids)):
         raise ValueError("signatures are not ordered by key id, or one key stands twice")
-    return Envelope(_base64(value["payload"]), payload_type, signatures)
+    statements = _statements(value["statements"]) if "statements" in given else ()
+    return Envelope(_base64(value["payload"]), payload_type, signatures, statements)
+
+
+def _statements(entries: Any) -> tuple[bytes, ...]:
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_STATEMENTS:
+        raise ValueError(f"statements are a list of 1 to {MAX_STATEMENTS}")
+    found = [_base64(entry) for entry in entries]
+    if found != sorted(set(found)):
+        raise ValueError("statements are not ordered, or one stands twice")
+    return tuple(found)
 
 
 def _signature(entry: Any) -> Signature:

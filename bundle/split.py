@@ -16,7 +16,7 @@ from typing import BinaryIO, Self
 
 from bundle import archive, merkle, parity
 from bundle.archive import Progress
-from bundle.envelope import Envelope, parse_envelope
+from bundle.envelope import Envelope, parse_seal
 from bundle.manifest import CHUNK_SIZE, Body, Manifest, parse_manifest
 from bundle.medium import Medium, overwrite
 from bundle.source import read_exactly
@@ -366,11 +366,12 @@ def _equalise(found: VolumeSet) -> tuple[Path, ...]:
     heads = found.differing_heads()
     if not heads:
         return ()
-    ours = parse_envelope(found.head.envelope)
+    ours = parse_seal(found.head.envelope)
     signatures = {item.keyid: item for item in ours.signatures}
+    statements = set(ours.statements)
     mended: list[Path] = []
     for path, head in heads:
-        theirs = parse_envelope(head.envelope)
+        theirs = parse_seal(head.envelope)
         same = (head.manifest, head.trust, head.chunks) == (
             found.head.manifest,
             found.head.trust,
@@ -378,11 +379,13 @@ def _equalise(found: VolumeSet) -> tuple[Path, ...]:
         )
         if same and (theirs.payload, theirs.payload_type) == (ours.payload, ours.payload_type):
             signatures = {**{s.keyid: s for s in theirs.signatures}, **signatures}
+            statements |= set(theirs.statements)
             mended.append(path)
     union = Envelope(
         ours.payload, ours.payload_type, tuple(signatures[keyid] for keyid in sorted(signatures))
-    ).to_padded()
+    )
+    padded = union.with_statements(statements).to_padded()
     for place in [*found.places().values(), *mended]:
-        overwrite(place, BLOCK, union)
+        overwrite(place, BLOCK, padded)
     found.reopen()
     return tuple(mended)

@@ -6,13 +6,14 @@ the person who claims to have built it signed too; FORMAT.md section 10.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from bundle.approval import Approval, Approved, find_approvals
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import ENVELOPE_SIZE, Envelope, find_signers
 from bundle.fields import (
@@ -81,6 +82,7 @@ class Seal(Document):
     expires: Instant
     body_size: Count
     builder: PersonId
+    approvals: Literal["attested"] | None = None  # an approver counts with her own statement only
     policy_pack_digests: tuple[DigestText, ...] = ()
     report_digest: DigestText
 
@@ -110,12 +112,20 @@ class VerifiedSeal:
     approvers: tuple[str, ...]
     builder: str
     keyids: tuple[str, ...]
+    approvals: tuple[Approval, ...] = ()  # of approvers who counted, by person
 
 
 def seal_statement(
-    manifest: Manifest, *, builder: str, policy_pack_digests: Sequence[Digest] = ()
+    manifest: Manifest,
+    *,
+    builder: str,
+    policy_pack_digests: Sequence[Digest] = (),
+    attested: bool = False,
 ) -> SealStatement:
-    """Return the statement that seals `manifest`; ValueError when it lists no report."""
+    """Return the statement that seals `manifest`; ValueError when it lists no report.
+
+    With `attested` each approver has to say in a statement of her own in which role she approves.
+    """
     report = manifest.find(REPORT)
     if report is None:
         raise ValueError(f"the manifest lists no {REPORT}")
@@ -137,6 +147,7 @@ def seal_statement(
             expires=manifest.expires,
             body_size=manifest.body.size,
             builder=builder,
+            approvals="attested" if attested else None,
             policy_pack_digests=tuple(str(digest) for digest in policy_pack_digests),
             report_digest=str(report.checked),
         ),
@@ -184,7 +195,7 @@ def verify_seal(
     keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
     revoked = revoked_signers(revocations, root, keyids)
     try:
-        return _judge(envelope, root, tuple(k for k in keyids if k not in revoked))
+        return _judge(envelope, root, tuple(k for k in keyids if k not in revoked), revoked)
     except RefusedError as error:
         if not revoked or error.code not in {"seal.threshold", "seal.people", "seal.role"}:
             raise
@@ -197,7 +208,19 @@ def verify_seal(
         ) from error
 
 
-def _judge(envelope: Envelope, root: RootDocument, keyids: tuple[str, ...]) -> VerifiedSeal:
+def approved_by(statement: SealStatement, payload: bytes) -> Approved:
+    """Return what an approval of this seal is about; `payload` is the statement as it stands."""
+    return Approved(
+        payload,
+        statement.subject[0].digest.sha256,
+        statement.predicate.report_digest,
+        statement.predicate.expires,
+    )
+
+
+def _judge(
+    envelope: Envelope, root: RootDocument, keyids: tuple[str, ...], revoked: Collection[str]
+) -> VerifiedSeal:
     """Count the people of keys whose signatures hold."""
     needed = root.thresholds.seal.people
     if not keyids:  # before the payload is parsed: it is nobody's word yet
@@ -211,10 +234,13 @@ def _judge(envelope: Envelope, root: RootDocument, keyids: tuple[str, ...]) -> V
         )
     counts = root.count_signatures(keyids)
     approving = {who: n for who, n in counts.items() if _approves(root, who, seal.created)}
+    approvals = find_approvals(envelope, approved_by(statement, envelope.payload), root, revoked)
+    if seal.approvals is not None:
+        approving = {who: n for who, n in approving.items() if who in approvals}
     signatures = sum(approving.values())
     if signatures < needed:
         others = sorted({who for k in keyids if (who := root.find_person(k)) is not None})
-        raise _too_few(signatures, needed, envelope, others=others, at=seal.created)
+        raise _too_few(signatures, needed, envelope, others=others, seal=seal, said=approvals)
     people = set(approving)
     approvers = people - {seal.builder}
     if len(approvers) < needed:
@@ -224,8 +250,12 @@ def _judge(envelope: Envelope, root: RootDocument, keyids: tuple[str, ...]) -> V
             f"people beside the builder {seal.builder}: {', '.join(sorted(approvers)) or 'nobody'}",
             hint="another approver must sign: one person counts once, the builder never",
         )
-    _require_roles(root, approvers, keyids, seal)
-    return VerifiedSeal(statement, tuple(sorted(approvers)), seal.builder, keyids)
+    roles = {who: root.people[who].roles for who in approvers}
+    if seal.approvals is not None:
+        roles = {who: approvals[who].roles for who in approvers}
+    _require_roles(root, roles, keyids, seal)
+    said = tuple(approvals[who] for who in sorted(approvers) if who in approvals)
+    return VerifiedSeal(statement, tuple(sorted(approvers)), seal.builder, keyids, said)
 
 
 def require_matches(statement: SealStatement, manifest: Manifest, raw: bytes) -> None:
@@ -240,6 +270,7 @@ def require_matches(statement: SealStatement, manifest: Manifest, raw: bytes) ->
         manifest,
         builder=statement.predicate.builder,
         policy_pack_digests=[Digest.parse(d) for d in statement.predicate.policy_pack_digests],
+        attested=statement.predicate.approvals is not None,
     )
     if wanted != statement:
         raise RefusedError("seal.subject", "the seal and the manifest state different facts")
@@ -269,14 +300,14 @@ def _approves(root: RootDocument, who: str, at: datetime) -> bool:
 
 
 def _require_roles(
-    root: RootDocument, approvers: set[str], keyids: Sequence[str], seal: Seal
+    root: RootDocument, roles: Mapping[str, Sequence[str]], keyids: Sequence[str], seal: Seal
 ) -> None:
-    held = {role for who in approvers for role in root.people[who].roles}
+    held = {role for each in roles.values() for role in each}
     missing = sorted(set(root.thresholds.seal.required_roles) - held)
     if missing:
         raise RefusedError(
             "seal.role",
-            f"no signature of a person with the role {', '.join(missing)}",
+            f"no signature of a person who approved in the role {', '.join(missing)}",
             hint="have such a person sign; `airgap trust show` lists people and roles",
         )
     builder = root.people.get(seal.builder)
@@ -308,11 +339,17 @@ def _too_few(
     envelope: Envelope,
     *,
     others: Sequence[str] = (),
-    at: datetime | None = None,
+    seal: Seal | None = None,
+    said: Collection[str] = (),
 ) -> RefusedError:
     seen = f"{len(envelope.signatures)} signatures in the envelope"
-    if at is not None:
-        seen += f"; signed by {', '.join(others)}, judged as enrolled at {format_time(at)}"
+    if seal is not None:
+        seen += (
+            f"; signed by {', '.join(others)}, judged as enrolled at {format_time(seal.created)}"
+        )
+        silent = [who for who in others if who not in said and who != seal.builder]
+        if seal.approvals is not None and silent:
+            seen += f"; without a statement of approval that holds: {', '.join(silent)}"
     return RefusedError(
         "seal.threshold",
         f"{found} of {needed} required approvers' signatures hold ({seen})",

@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self
 
 from bundle import archive, merkle
 from bundle.archive import Progress
-from bundle.envelope import Envelope, parse_envelope
+from bundle.envelope import Envelope, parse_seal
 from bundle.evidence.summary import require_summary
 from bundle.fields import format_time
 from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
@@ -114,6 +114,9 @@ class VerifyReport:
             "profile": manifest.profile,
             "builder": self.seal.builder,
             "approvers": list(self.seal.approvers),
+            "approvals": [
+                each.model_dump(mode="json", exclude_none=True) for each in self.seal.approvals
+            ],
             "keyids": list(self.seal.keyids),
             "trust": {
                 "version": self.trust.version,
@@ -424,7 +427,7 @@ def open_bundle(
         require_dated(newest, now)
         _require_root_in_force(newest, now)
         alarms = newest.alarms(now)
-        seal = verify_seal(parse_envelope(head.envelope), newest.document, newest.revocations)
+        seal = verify_seal(parse_seal(head.envelope), newest.document, newest.revocations)
         require_subject(seal.statement, head.manifest)
         sealed = SealedBundle(medium, seal, newest)
         sealed.alarms = alarms

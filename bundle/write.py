@@ -362,6 +362,7 @@ class _Body:
     def write(self, kept: Kept | None) -> list[tuple[str, str | None]]:
         """Write what is not there yet; return the digests of the files."""
         try:
+            self._pass_empty()
             for index, found in enumerate(self._ahead(kept)):
                 low = index * CHUNK_SIZE
                 if found is None:
@@ -378,8 +379,14 @@ class _Body:
                     self.progress(low + len(chunk), self.layout.size)
         finally:
             self._switch(None)
-        empty = self.hashing.digest(b"")
-        return [self._digests.get(number, empty) for number in range(len(self.members))]
+        return [self._digests[number] for number in range(len(self.members))]
+
+    def _pass_empty(self) -> None:
+        """Look at the files that have no byte, and so no place in a chunk."""
+        for number, (_, size) in enumerate(self.layout.files):
+            if not size:
+                self._read(number, 0, memoryview(b""))
+                self._digests[number] = self.hashing.digest(b"")
 
     def _ahead(self, kept: Kept | None) -> Iterator[tuple[bytes, Future[bytes]] | None]:
         """Yield, for each chunk, what an earlier run left of it if that holds, else nothing."""

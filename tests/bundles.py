@@ -251,11 +251,11 @@ def make_release(**changes: Any) -> Release:
     return Release(**{**RELEASE, "models": (entry,), **changes})
 
 
-def seal_with(*names: str, builder: str = "ben"):
+def seal_with(*names: str, builder: str = "ben", attested: bool = False):
     """Return a sealer: the first name is the builder's key, the rest approve."""
 
     def seal(manifest: Manifest) -> envelope.Envelope:
-        payload = seal_statement(manifest, builder=builder).to_bytes()
+        payload = seal_statement(manifest, builder=builder, attested=attested).to_bytes()
         made = envelope.Envelope(payload, PAYLOAD_TYPE, ())
         for name in names:
             made = envelope.add_signature(made, signer(name))
@@ -272,6 +272,7 @@ def make_bundle(
     members: list[Member] | None = None,
     progress: Any = None,
     kept: Any = None,
+    attested: bool = False,
     **changes: Any,
 ) -> Manifest:
     return write_archive(
@@ -279,7 +280,7 @@ def make_bundle(
         make_release(**changes),
         make_members() if members is None else members,
         trust_chain=trust.chain_document(roots or make_trust()),
-        seal=seal_with(*signers),
+        seal=seal_with(*signers, attested=attested),
         progress=progress,
         kept=kept,
     )

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from bundle.manifest import Manifest
+    from bundle.statement import VerifiedSeal
     from bundle.verify import VerifyReport
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
@@ -154,7 +155,8 @@ def verify_view(report: VerifyReport) -> str:
     rows = [
         ("bundle", f"{manifest.name} {manifest.version}"),
         ("digest", str(report.digest)),
-        ("approved by", f"{', '.join(seal.approvers)} ({needed} needed)"),
+        ("approved by", f"{approvers_text(seal)} ({needed} needed)"),
+        *(("condition", f"{a.person}: {a.conditions}") for a in seal.approvals if a.conditions),
         ("built by", f"{seal.builder} (does not count)"),
         ("trust root", f"version {report.trust.version}, {report.trust.fingerprint}"),
         ("valid", f"{manifest.not_before:%Y-%m-%d} to {manifest.expires:%Y-%m-%d}"),
@@ -173,6 +175,14 @@ def verify_view(report: VerifyReport) -> str:
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
     return "sealed and whole\n" + table(rows)
+
+
+def approvers_text(seal: VerifiedSeal) -> str:
+    """Name the approvers, and the roles in which they say that they approved."""
+    roles = {each.person: each.roles for each in seal.approvals}
+    return ", ".join(
+        f"{who} as {' and '.join(roles[who])}" if who in roles else who for who in seal.approvers
+    )
 
 
 def _weights(manifest: Manifest, model_id: str) -> list[tuple[str, str]]:

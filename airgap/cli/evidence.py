@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.forms import BasePath, Passphrase, TransitKeys, Volumes, open_help
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -90,14 +91,15 @@ def show_attested(bundle: Path, *, json: bool) -> int:
     """
     from airgap.cli.bundle import table
     from airgap.receipt import ATTESTATIONS, statement_facts
-    from bundle.envelope import parse_envelope
+    from bundle.approval import read_approvals
+    from bundle.envelope import parse_seal
     from bundle.manifest import parse_manifest
     from bundle.media import open_medium
     from bundle.statement import parse_statement, require_matches
 
     medium = open_medium(bundle)
     try:
-        envelope = parse_envelope(medium.head.envelope)
+        envelope = parse_seal(medium.head.envelope)
         manifest = parse_manifest(medium.head.manifest)
         require_matches(parse_statement(envelope.payload), manifest, medium.head.manifest)
         statements = [
@@ -114,6 +116,9 @@ def show_attested(bundle: Path, *, json: bool) -> int:
         "name": manifest.name,
         "version": manifest.version,
         "keyids": [each.keyid for each in envelope.signatures],
+        "approvals": [
+            each.model_dump(mode="json", exclude_none=True) for each in read_approvals(envelope)
+        ],
         "models": [
             {"id": each.id, "provenance_level": each.provenance_level, "source": each.source}
             for each in manifest.models
@@ -128,6 +133,10 @@ def show_attested(bundle: Path, *, json: bool) -> int:
         ("bundle", f"{manifest.name} {manifest.version}: what it says of itself, NOT verified"),
         ("digest", str(manifest.digest)),
         *(("signed by key", each.keyid) for each in envelope.signatures),
+        *(
+            ("approval", f"{a.person} as {', '.join(a.roles)}: {a.conditions or 'no condition'}")
+            for a in read_approvals(envelope)
+        ),
         *(("model", f"{m.id}, claims provenance {m.provenance_level}") for m in manifest.models),
         *(("evidence", f"{each.kind}: {each.summary}") for each in manifest.evidence),
         *(("attests", f"{s['path']}: {s['type']} {s['result']}".strip()) for s in statements),
@@ -163,6 +172,10 @@ def receipt(
     trust: Annotated[
         Path | None, typer.Option("--trust", help="Folder of the trust root. Default: the tree's.")
     ] = None,
+    volume: Volumes = None,
+    base: BasePath = None,
+    transit_key: TransitKeys = None,
+    passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -181,10 +194,12 @@ def receipt(
     now = datetime.now(UTC)
     floors = Store(folder / "store").floors()
     anchors = load_trust(trust or folder / "trust")
-    with open_bundle(bundle, anchors, now=now, floors=floors) as sealed:
+    more = open_help(volume, transit_key, passphrase_file, base, store=folder / "store")
+    with open_bundle(bundle, anchors, now=now, floors=floors, more=more) as sealed:
         with bar("verify") as progress:
             sealed.verify_body(progress=progress)
         scan = verify_contents(sealed.manifest, sealed.view)
+        sealed.medium.check_spares()
         found = Receipt.of(sealed, scan, now=now)
     if html is not None:
         from airgap.install.store import write_beside

@@ -351,6 +351,9 @@ def sign(
     role: Annotated[
         str, typer.Option("--role", help="The role in which you approve. Default: all of yours.")
     ] = "",
+    condition: Annotated[
+        str, typer.Option("--condition", help="On which you approve, in words; others read it.")
+    ] = "",
     confirm: Annotated[
         str | None,
         typer.Option("--confirm", help="What you would type: the model's name or the digest."),
@@ -361,8 +364,8 @@ def sign(
     """Read a draft, confirm it, and sign it.
 
     Hashes the whole draft and checks its files as a lab will, shows the report that the seal
-    names, takes the model's name as the confirmation, and adds the signature in place. The builder
-    of a draft never approves it.
+    names, takes the model's name as the confirmation, and adds the signature and a statement of
+    your role in place. The builder of a draft never approves it.
     """
     with wheels.staging():
         from bundle.staging import sign as signing
@@ -380,7 +383,15 @@ def sign(
         stderr.print(draft_view(draft, signing.count(draft, trust)))
         stderr.print(f"you sign as {who}: {', '.join(roles)}", markup=False, highlight=False)
     typed = confirm if confirm is not None else _ask(draft.manifest.name)
-    tally = signing.sign(draft, trust, signers, confirmation=typed, role=role)
+    tally = signing.sign(
+        draft,
+        trust,
+        signers,
+        confirmation=typed,
+        now=datetime.now(UTC),
+        role=role,
+        conditions=condition,
+    )
     show(tally_document(draft, tally, who, roles), tally_view(draft, tally, who), json=json)
     return 0
 

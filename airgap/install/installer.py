@@ -28,7 +28,7 @@ from airgap.install.store import (
 )
 from bundle.archive import Progress
 from bundle.delta import Base, InstalledBase
-from bundle.envelope import Envelope, parse_envelope
+from bundle.envelope import Envelope, parse_seal
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium
 from bundle.rollback import VerifiedRollback
@@ -313,7 +313,7 @@ class _Job:
                     hint="check the disk of this host, then install again",
                 )
             for name, content in (
-                ("META/envelope.dsse.json", parse_envelope(sealed.head.envelope).to_bytes()),
+                ("META/envelope.dsse.json", parse_seal(sealed.head.envelope).to_bytes()),
                 ("META/manifest.json", sealed.head.manifest),
                 ("META/trust.json", sealed.head.trust),
             ):

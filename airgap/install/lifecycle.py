@@ -17,7 +17,7 @@ from airgap.install.installer import Decision, Gate
 from airgap.install.standing import require_standing, require_valid
 from airgap.install.store import InstalledBundle, Store, delete_tree, verify_installed
 from bundle.archive import Progress
-from bundle.envelope import ENVELOPE_SIZE, Envelope, parse_envelope
+from bundle.envelope import ENVELOPE_SIZE, Envelope, parse_seal
 from bundle.keys import read_limited
 from bundle.rollback import VerifiedRollback, verify_rollback
 from bundle.statement import VerifiedSeal, verify_seal
@@ -274,4 +274,4 @@ def _require_approval(
 def _seal_of(target: InstalledBundle, trust: Trust) -> VerifiedSeal:
     path = target.folder / "META/envelope.dsse.json"
     raw = read_limited(path, ENVELOPE_SIZE, code="start.digest", what="the seal")
-    return verify_seal(parse_envelope(raw), trust.document, trust.revocations)
+    return verify_seal(parse_seal(raw), trust.document, trust.revocations)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from airgap.install.store import InstalledBundle
-from bundle.envelope import ENVELOPE_SIZE, find_signers, parse_envelope
+from bundle.envelope import ENVELOPE_SIZE, find_signers, parse_seal
 from bundle.keys import read_limited
 from bundle.revocation import require_unrevoked, revoked_signers
 from bundle.statement import PAYLOAD_TYPE, verify_seal
@@ -30,7 +30,7 @@ def require_standing(bundle: InstalledBundle, trust: Trust, *, now: datetime) ->
     require_unrevoked(trust.revocations, bundle.manifest, bundle.digest)
     path = bundle.folder / "META/envelope.dsse.json"
     raw = read_limited(path, ENVELOPE_SIZE, code="start.digest", what="the seal")
-    envelope = parse_envelope(raw)
+    envelope = parse_seal(raw)
     root = trust.document
     keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
     # Keys that were rotated out since the install are no reason to stop; revoked ones are.

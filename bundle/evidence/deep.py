@@ -29,7 +29,7 @@ from bundle.evidence.levels import (
 )
 from bundle.evidence.statements import parse_checksums
 from bundle.evidence.summary import LEVELS, statement
-from bundle.manifest import REPORT, Evidence, Manifest
+from bundle.manifest import REPORT, Evidence, Manifest, ModelEntry
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
@@ -81,7 +81,7 @@ class DeepReport:
 
 
 def verify_deep(manifest: Manifest, read: Read, anchors: Anchors | None = None) -> DeepReport:
-    """Repeat the checks of the upstream evidence.
+    """Repeat the checks of the upstream evidence of every model.
 
     Args:
         manifest: Verified.
@@ -93,14 +93,54 @@ def verify_deep(manifest: Manifest, read: Read, anchors: Anchors | None = None) 
         RefusedError: `evidence.*`, `pin.mismatch`.
 
     """
-    model = manifest.models[0]
-    evidence = [item for item in manifest.evidence if item.subject == model.id]
-    source = _source(manifest, evidence, read)
+    if not manifest.models:
+        raise RefusedError(
+            "evidence.summary",
+            "the bundle carries no model, so there is no evidence to repeat",
+            hint="airgap verify, without --deep",
+        )
     sealed = manifest.find(ANCHORS)
     believed = anchors
     if believed is None:
         raw = read(ANCHORS) if sealed is not None and sealed.size <= ANCHORS_LIMIT else b""
         believed = parse_anchors(raw) if raw else Anchors()
+    whose = "host" if anchors is not None else "sealed"
+    found = [_repeat(model, manifest, read, believed) for model in manifest.models]
+    several = len(found) > 1
+
+    def named(texts: Callable[[_Repeated], tuple[str, ...]]) -> tuple[str, ...]:
+        return tuple(
+            f"{each.model}: {text}" if several else text for each in found for text in texts(each)
+        )
+
+    return DeepReport(
+        min((model.provenance_level for model in manifest.models), key=LEVELS.index),
+        min((each.level for each in found), key=LEVELS.index),
+        whose,
+        str(Digest.of(believed.to_bytes())),
+        tuple(proof for each in found for proof in each.proofs),
+        named(lambda each: each.verified),
+        named(lambda each: each.declared),
+        tuple(missing for each in found for missing in each.missing),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    """What was repeated of one model."""
+
+    model: str
+    level: str
+    proofs: tuple[Proof, ...]
+    verified: tuple[str, ...]
+    declared: tuple[str, ...]
+    missing: tuple[tuple[str, str], ...]
+
+
+def _repeat(model: ModelEntry, manifest: Manifest, read: Read, believed: Anchors) -> _Repeated:
+    """Repeat the checks of one model; its evidence must prove what it claims."""
+    evidence = [item for item in manifest.evidence if item.subject == model.id]
+    source = _source(model.id, manifest, evidence, read)
     proofs: list[Proof] = []
     missing: list[tuple[str, str]] = []
     for item in _items(evidence, read):
@@ -122,16 +162,8 @@ def verify_deep(manifest: Manifest, read: Read, anchors: Anchors | None = None) 
     verified += [f"{hub} records of the hub's client name the same SHA-256"] if hub else []
     declared = ["the records of the hub's client, which nobody signed"] if hub else []
     declared += [UNPICKLED] if source.unpickled else []
-    whose = "host" if anchors is not None else "sealed"
-    return DeepReport(
-        model.provenance_level,
-        level,
-        whose,
-        str(Digest.of(believed.to_bytes())),
-        tuple(proofs),
-        tuple(verified),
-        tuple(declared),
-        tuple(missing),
+    return _Repeated(
+        model.id, level, tuple(proofs), tuple(verified), tuple(declared), tuple(missing)
     )
 
 
@@ -166,8 +198,12 @@ def require_complete(report: DeepReport) -> None:
         )
 
 
-def _source(manifest: Manifest, evidence: list[Evidence], read: Read) -> Source:
-    """Rebuild what the evidence speaks of, from sealed documents that must agree."""
+def _source(model: str, manifest: Manifest, evidence: list[Evidence], read: Read) -> Source:
+    """Rebuild what the evidence of a model speaks of, from sealed documents that must agree.
+
+    The report tells which files of the source are needed. It is about one model; of another one
+    every file is taken for needed, and for weights.
+    """
     found = next((item for item in evidence if item.kind == "source-digests"), None)
     if found is None:
         raise RefusedError(
@@ -182,10 +218,12 @@ def _source(manifest: Manifest, evidence: list[Evidence], read: Read) -> Source:
     listed = report.get("files")
     entries = [item for item in (listed if isinstance(listed, list) else [])
                if isinstance(item, dict)]  # fmt: skip
-    if {str(item.get("path")): str(item.get("sha256")) for item in entries} != files:
+    about = len(manifest.models) == 1 or report.get("model") == model
+    listed_files = {str(item.get("path")): str(item.get("sha256")) for item in entries}
+    if about and listed_files != files:
         raise RefusedError("evidence.summary", f"{REPORT} and {found.path} tell of different files")
-    _require_payload(manifest, set(files.values()))
-    roles = {str(item["path"]): str(item.get("role")) for item in entries}
+    _require_payload(model, manifest, set(files.values()))
+    roles = {str(item["path"]): str(item.get("role")) for item in entries if about}
     pins = next((item for item in evidence if item.kind == "pins"), None)
     if pins is not None:
         _require_pins(parse_checksums(read(pins.path), what=pins.path), files)
@@ -193,8 +231,8 @@ def _source(manifest: Manifest, evidence: list[Evidence], read: Read) -> Source:
     provenance = _object(report.get("provenance"))
     return Source(
         files=files,
-        needed=frozenset(path for path, role in roles.items() if role in _NEEDED),
-        weights=frozenset(path for path, role in roles.items() if role == "weights"),
+        needed=frozenset(p for p in files if not about or roles.get(p) in _NEEDED),
+        weights=frozenset(p for p in files if not about or roles.get(p) == "weights"),
         exempt=frozenset(p for p, d in files.items() if p.startswith(HUB_FOLDERS) or d in given),
         pinned=pins is not None,
         unpickled=bool(provenance.get("unpickled")),
@@ -216,9 +254,11 @@ def _items(evidence: list[Evidence], read: Read) -> list[Item]:
     ]  # fmt: skip
 
 
-def _require_payload(manifest: Manifest, known: set[str]) -> None:
-    """Check that every file that travels comes from a file of the source."""
+def _require_payload(model: str, manifest: Manifest, known: set[str]) -> None:
+    """Check that every file of a model that travels comes from a file of its source."""
     for entry in manifest.files:
+        if not entry.path.startswith(f"payload/{model}/"):
+            continue
         sources = {digest.removeprefix("sha256:") for digest in entry.derived_from}
         if entry.origin is not None and entry.origin.sha256 is not None:
             sources.add(entry.origin.sha256)

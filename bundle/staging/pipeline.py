@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bundle.approval import have_room
 from bundle.envelope import Envelope, sign_statement
 from bundle.evidence.summary import PATH as SUMMARY
 from bundle.evidence.summary import upstream_summary
@@ -242,7 +243,10 @@ def build(
         def seal(manifest: Manifest) -> Envelope:
             scan_payload(_reader(draft.members), manifest)
             payload = seal_statement(
-                manifest, builder=builder, policy_pack_digests=draft.pack_digests
+                manifest,
+                builder=builder,
+                policy_pack_digests=draft.pack_digests,
+                attested=have_room(trust.document),
             ).to_bytes()
             return sign_statement(payload, PAYLOAD_TYPE, *as_signers(signer))
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bundle.approval import find_approvals, with_approval
 from bundle.archive import Progress
 from bundle.canonical import parse_canonical
-from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope
+from bundle.envelope import Envelope, add_signature, find_signers, parse_seal
 from bundle.keys import Signer, as_signers
 from bundle.manifest import REPORT, Manifest, parse_manifest
 from bundle.media import open_medium
@@ -27,6 +29,7 @@ from bundle.statement import (
     PAYLOAD_TYPE,
     SealStatement,
     VerifiedSeal,
+    approved_by,
     parse_statement,
     require_matches,
 )
@@ -92,7 +95,7 @@ def read_draft(path: Path) -> Draft:
     medium = open_medium(path)
     try:
         head = medium.head
-        envelope = parse_envelope(head.envelope)
+        envelope = parse_seal(head.envelope)
         statement = parse_statement(envelope.payload)
         manifest = parse_manifest(head.manifest)
         require_matches(statement, manifest, head.manifest)
@@ -108,17 +111,23 @@ def read_draft(path: Path) -> Draft:
 def count(draft: Draft, trust: Trust, envelope: Envelope | None = None) -> Tally:
     """Count the people who signed, as a host with this trust root does."""
     root = trust.document
-    seal = draft.statement.predicate
-    keyids = find_signers(envelope or draft.envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
+    seal, signed_by = draft.statement.predicate, envelope or draft.envelope
+    keyids = find_signers(signed_by, root.public_keys(), payload_type=PAYLOAD_TYPE)
     revoked = revoked_signers(trust.revocations, root, keyids)
     signed = root.people_of(keyid for keyid in keyids if keyid not in revoked)
+    about = approved_by(draft.statement, signed_by.payload)
+    approvals = find_approvals(signed_by, about, root, revoked)
     builder_signed = seal.builder in signed and BUILDER in root.people[seal.builder].roles
     approvers = {
         who
         for who in signed - {seal.builder}
         if root.people[who].approves and root.people[who].is_enrolled(seal.created)
     }
-    held = {role for who in approvers for role in root.people[who].roles}
+    roles = {who: root.people[who].roles for who in approvers}
+    if seal.approvals is not None:
+        roles = {who: approvals[who].roles for who in approvers & approvals.keys()}
+    approvers &= roles.keys()
+    held = {role for each in roles.values() for role in each}
     return Tally(
         seal.builder,
         builder_signed,
@@ -237,23 +246,27 @@ def sign(
     signer: Signer | Sequence[Signer],
     *,
     confirmation: str,
+    now: datetime,
     role: str = "",
+    conditions: str = "",
 ) -> Tally:
-    """Add the signature of an approver in place.
+    """Add the signature of an approver in place, and her statement of approval.
 
     Args:
         draft: As shown to the approver.
         trust: Of this site.
         signer: The approver's key, or both.
         confirmation: What she typed.
-        role: In which she approves.
+        now: UTC; the time in her statement.
+        role: In which she approves. Empty: in all of hers.
+        conditions: On which she approves, in words; others read them, and no program does.
 
     Raises:
         RefusedError: `sign.confirm`, `seal.*`; the file is as it was.
         FaultError: `host.io`.
 
     """
-    require_approver(draft, trust, signer, role=role)
+    who, roles = require_approver(draft, trust, signer, role=role)
     if not draft.confirms(confirmation):
         raise RefusedError(
             "sign.confirm",
@@ -269,6 +282,16 @@ def sign(
             hint="read it again, then sign",
         )
     envelope = add_signature(again.envelope, *as_signers(signer))
+    if draft.statement.predicate.approvals is not None:
+        envelope = with_approval(
+            envelope,
+            approved_by(draft.statement, envelope.payload),
+            as_signers(signer),
+            person=who,
+            roles=roles,
+            approved=now,
+            conditions=conditions,
+        )
     medium = open_medium(draft.path)  # of a set, every volume is signed
     try:
         medium.require_whole(again.manifest, again.digest)

@@ -17,6 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from bundle.approval import read_approvals
 from bundle.canonical import canonical_json
 from bundle.fields import has_hidden
 from bundle.scan.roles import Role
@@ -290,6 +291,7 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
         ("policy", _decision_text(draft.decision)),
         ("report", seal.report_digest),
         ("signed by", _tally_text(tally)),
+        *_approvals(draft),
     ]
     parts: list[RenderableType] = [Text("what you are about to approve", "bold"), Text()]
     parts.append(_facts(rows))
@@ -297,6 +299,15 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
         parts += [Text(), Rule("findings of the inspection", align="left", style="dim")]
         parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
     return Group(*parts, *_holds(draft.decision), Text())
+
+
+def _approvals(draft: Draft) -> list[tuple[str, str]]:
+    """Return what those who signed before say, in their own words."""
+    return [
+        ("condition", f"{each.person}, as {', '.join(each.roles)}: {each.conditions}")
+        for each in read_approvals(draft.envelope)
+        if each.conditions
+    ]
 
 
 def tally_document(

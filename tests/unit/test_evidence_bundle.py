@@ -51,7 +51,7 @@ def made(tmp_path_factory):
     built = build_tiny(folder, base / "tiny.agb", upstream=upstream)
     for who in ("alice", "bob"):
         draft = read_draft(built.path)
-        sign(draft, bundles.make_trust(), bundles.signer(who), confirmation="tiny")
+        sign(draft, bundles.make_trust(), bundles.signer(who), confirmation="tiny", now=bundles.NOW)
     return built, folder, upstream
 
 
@@ -246,7 +246,8 @@ def test_the_receipt_keeps_verified_and_declared_apart(made):
         receipt = Receipt.of(sealed, scan, now=NOW)
     facts = receipt.document
     assert [each["person"] for each in facts["approvers"]] == ["alice", "bob"]
-    assert facts["provenance"]["level"] == "L4"
+    assert [each["provenance"]["level"] for each in facts["models"]] == ["L4"]
+    assert {each["condition"] for each in facts["approvers"]} == {""}
     assert any("model signature (sigstore)" in text for text in facts["verified"])
     assert any(text.startswith("supplier:") for text in facts["declared"])
     assert not set(facts["verified"]) & set(facts["declared"])

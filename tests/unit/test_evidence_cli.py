@@ -61,7 +61,7 @@ def made(tmp_path_factory):
     )
     for who in ("alice", "bob"):
         draft = read_draft(built.path)
-        sign(draft, bundles.make_trust(), bundles.signer(who), confirmation="tiny")
+        sign(draft, bundles.make_trust(), bundles.signer(who), confirmation="tiny", now=bundles.NOW)
     save_trust(bundles.make_trust(), base / "root" / "trust")
     return base
 
@@ -159,7 +159,7 @@ def test_the_receipt_is_a_page_and_a_document(made, capsys, tmp_path):
     page = tmp_path / "receipt.html"
     command = ("receipt", made / "tiny.agb", "--root", made / "root")
     status, out, _ = run(capsys, *command, "--html", page, "--json")
-    assert (status, json.loads(out)["provenance"]["level"]) == (0, "L2")
+    assert (status, json.loads(out)["models"][0]["provenance"]["level"]) == (0, "L2")
     assert page.read_text().startswith("<!doctype html>")
     broken = Path(shutil.copyfile(made / "tiny.agb", tmp_path / "x.agb"))
     raw = bytearray(broken.read_bytes())
@@ -171,6 +171,26 @@ def test_the_receipt_is_a_page_and_a_document(made, capsys, tmp_path):
     assert status == 1
     assert "chunk.leaf" in out + err
     assert not (tmp_path / "no.html").exists(), "there is no receipt for a bad bundle"
+
+
+def test_the_receipt_of_other_forms_of_a_bundle(made, capsys, tmp_path):
+    words = ("--root", made / "root")
+    full = made / "tiny.agb"
+    assert run(capsys, "split", full, "--volume-size", "5MB", "--out", tmp_path / "set")[0] == 0
+    assert run(capsys, "keys", "transit", "lab", "--out", tmp_path)[0] == 0
+    public = tmp_path / "lab.transit.pub.json"
+    assert run(capsys, "encrypt", full, "--to", public, "--out", tmp_path)[0] == 0
+    private = ("--transit-key", tmp_path / "lab.transit.pem")
+    want = json.loads(run(capsys, "receipt", full, *words, "--json")[1])
+    for name, form, more in (
+        ("set/tiny.agb.001", "volumes", ()),
+        ("tiny.agb.enc", "file", private),
+    ):
+        status, out, _ = run(capsys, "receipt", tmp_path / name, *words, *more, "--json")
+        found = json.loads(out)
+        assert (status, found["medium"]["form"]) == (0, form)
+        assert found["bundle"] == want["bundle"]
+    assert run(capsys, "receipt", tmp_path / "tiny.agb.enc", *words)[0] == 1
 
 
 def test_inspect_reads_the_attestations_of_a_bundle_back(made, capsys, tmp_path):

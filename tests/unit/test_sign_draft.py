@@ -78,7 +78,10 @@ def test_a_role_is_ones_own(draft):
     for role in ("compliance", "root", "x"):
         assert code_of(signing.require_approver, found, ROOTS, bob, role=role) == "seal.role"
         assert (
-            code_of(signing.sign, found, ROOTS, bob, confirmation="tiny", role=role) == "seal.role"
+            code_of(
+                signing.sign, found, ROOTS, bob, confirmation="tiny", role=role, now=bundles.NOW
+            )
+            == "seal.role"
         )
 
 
@@ -128,12 +131,21 @@ def test_a_person_of_cnsa2_signs_with_both_keys(strong):
         assert code_of(signing.require_approver, found, roots, half) == "seal.role"
     crossed = [alice[0], bob[1]]
     assert code_of(signing.require_approver, found, roots, crossed) == "seal.role"
-    assert not signing.sign(found, roots, alice, confirmation="tiny").complete
+    assert not signing.sign(found, roots, alice, confirmation="tiny", now=bundles.NOW).complete
     assert (
-        code_of(signing.sign, signing.read_draft(strong), roots, alice, confirmation="tiny")
+        code_of(
+            signing.sign,
+            signing.read_draft(strong),
+            roots,
+            alice,
+            confirmation="tiny",
+            now=bundles.NOW,
+        )
         == "seal.people"
     )
-    tally = signing.sign(signing.read_draft(strong), roots, bob, confirmation="tiny")
+    tally = signing.sign(
+        signing.read_draft(strong), roots, bob, confirmation="tiny", now=bundles.NOW
+    )
     assert tally.complete
     assert tally.approvers == ("alice", "bob")
     report = verify_bundle(strong, roots, now=bundles.NOW)

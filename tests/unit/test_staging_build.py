@@ -227,7 +227,13 @@ def test_large_models_keep_their_weights_beside_the_graph(snapshot, tmp_path, mo
     graphs = json.loads(member(built.path, "payload/tiny/graphs.json"))
     assert graphs["graphs"][1]["external"] == [{"path": "model.onnx_data", "sha256": data.sha256}]
     for name in ("alice", "bob"):
-        sign(read_draft(built.path), TRUST, bundles.signer(name), confirmation="tiny")
+        sign(
+            read_draft(built.path),
+            TRUST,
+            bundles.signer(name),
+            confirmation="tiny",
+            now=bundles.NOW,
+        )
     assert verify_bundle(built.path, TRUST, now=NOW).scan.files
 
 
@@ -546,13 +552,19 @@ def test_two_people_complete_the_seal_and_the_lab_accepts_it(draft):
     tally = count(read_draft(draft), TRUST)
     assert (tally.builder, tally.builder_signed, tally.approvers) == ("ben", True, ())
 
-    first = sign(read_draft(draft), TRUST, bundles.signer("alice"), confirmation="tiny")
+    first = sign(
+        read_draft(draft), TRUST, bundles.signer("alice"), confirmation="tiny", now=bundles.NOW
+    )
     assert (first.approvers, first.complete) == (("alice",), False)
     assert refused(open_bundle, draft, TRUST, now=NOW).code == "seal.threshold"
 
     digest = read_draft(draft).digest.hex
     second = sign(
-        read_draft(draft), TRUST, bundles.signer("bob"), confirmation=f"sha256:{digest[:9]}\n"
+        read_draft(draft),
+        TRUST,
+        bundles.signer("bob"),
+        confirmation=f"sha256:{digest[:9]}\n",
+        now=NOW,
     )
     assert second.complete
     report = verify_bundle(draft, TRUST, now=NOW)
@@ -562,7 +574,9 @@ def test_two_people_complete_the_seal_and_the_lab_accepts_it(draft):
 @pytest.mark.parametrize("typed", ["", "yes", "Tiny", "0000000", "sha256:", "sha256:12345678"])
 def test_another_confirmation_signs_nothing(draft, typed):
     before = draft.read_bytes()
-    error = refused(sign, read_draft(draft), TRUST, bundles.signer("alice"), confirmation=typed)
+    error = refused(
+        sign, read_draft(draft), TRUST, bundles.signer("alice"), confirmation=typed, now=NOW
+    )
     assert error.code == "sign.confirm"
     assert draft.read_bytes() == before
 
@@ -574,25 +588,33 @@ def test_another_confirmation_signs_nothing(draft, typed):
 def test_who_may_not_approve(draft, who, code):
     before = draft.read_bytes()
     assert (
-        refused(sign, read_draft(draft), TRUST, bundles.signer(who), confirmation="tiny").code
+        refused(
+            sign, read_draft(draft), TRUST, bundles.signer(who), confirmation="tiny", now=NOW
+        ).code
         == code
     )
     assert draft.read_bytes() == before
 
 
 def test_one_person_counts_once_even_with_a_second_key(draft):
-    sign(read_draft(draft), TRUST, bundles.signer("alice"), confirmation="tiny")
+    sign(read_draft(draft), TRUST, bundles.signer("alice"), confirmation="tiny", now=bundles.NOW)
     for name in ("alice", "alice2"):
-        error = refused(sign, read_draft(draft), TRUST, bundles.signer(name), confirmation="tiny")
+        error = refused(
+            sign, read_draft(draft), TRUST, bundles.signer(name), confirmation="tiny", now=NOW
+        )
         assert error.code == "seal.people"
 
 
 def test_a_required_role_is_missed_until_it_signs(draft):
     trust = bundles.make_trust(required_roles=("isso",))
-    sign(read_draft(draft), trust, bundles.signer("alice"), confirmation="tiny")
-    tally = sign(read_draft(draft), trust, bundles.signer("carol"), confirmation="tiny")
+    sign(read_draft(draft), trust, bundles.signer("alice"), confirmation="tiny", now=bundles.NOW)
+    tally = sign(
+        read_draft(draft), trust, bundles.signer("carol"), confirmation="tiny", now=bundles.NOW
+    )
     assert (len(tally.approvers), tally.missing_roles, tally.complete) == (2, ("isso",), False)
-    assert sign(read_draft(draft), trust, bundles.signer("bob"), confirmation="tiny").complete
+    assert sign(
+        read_draft(draft), trust, bundles.signer("bob"), confirmation="tiny", now=bundles.NOW
+    ).complete
 
 
 def test_a_draft_that_changed_while_it_was_read_is_not_signed(made, draft):
@@ -600,7 +622,7 @@ def test_a_draft_that_changed_while_it_was_read_is_not_signed(made, draft):
     other = build_tiny(made[1], draft, facts=replace(FACTS, version="6.6.6"))
     assert other.path == draft
     before = draft.read_bytes()
-    error = refused(sign, shown, TRUST, bundles.signer("alice"), confirmation="tiny")
+    error = refused(sign, shown, TRUST, bundles.signer("alice"), confirmation="tiny", now=NOW)
     assert error.code == "seal.subject"
     assert draft.read_bytes() == before
 
@@ -646,11 +668,13 @@ def test_the_approver_sees_what_she_signs(draft):
     text = screen(draft_view(shown, count(shown, TRUST)))
     for word in ("built by ben", "L1", "Apache-2.0", "not for scientific use", "0 of 2 approvers"):
         assert word in text
-    tally = sign(shown, TRUST, bundles.signer("alice"), confirmation="tiny")
+    tally = sign(shown, TRUST, bundles.signer("alice"), confirmation="tiny", now=bundles.NOW)
     assert "1 of 2 approvers: alice" in screen(tally_view(shown, tally, "alice"))
     document = tally_document(shown, tally, "alice")
     assert (document["people"], document["complete"]) == (["alice"], False)
-    done = sign(read_draft(draft), TRUST, bundles.signer("bob"), confirmation="tiny")
+    done = sign(
+        read_draft(draft), TRUST, bundles.signer("bob"), confirmation="tiny", now=bundles.NOW
+    )
     assert "carry tiny.agb across" in screen(tally_view(shown, done, "bob"))
 
 
