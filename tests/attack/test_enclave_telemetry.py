@@ -100,9 +100,14 @@ for turn in range(10**6):
     "the parity check": MODEL
     + """
 from bundle.staging import parity
+import json, shutil
+graphs = shutil.copytree(folder, os.path.abspath("ours/graphs"))
+(one,) = json.load(open(f"{graphs}/graphs.json"))["graphs"]
+plan = [{"codes": "", **{key: one[key] for key in ("name", "precision", "interface", "path")}}]
+with open(f"{graphs}/{parity.PLAN}", "w") as file: json.dump({"graphs": plan, "stops": parity.STOPS}, file)
 for turn in range(10**6):
     out = os.path.abspath(f"ours/out{turn}"); os.mkdir(out)
-    program = [sys.executable, "-I", parity.PROGRAM, source, folder, parity.PROMPTS, out]
+    program = [sys.executable, "-I", parity.PROGRAM, source, graphs, parity.PROMPTS, out]
     subprocess.run(program, check=True)
     if time.monotonic() > end: break
 """,
