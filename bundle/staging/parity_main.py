@@ -44,6 +44,7 @@ TOP = 8  # largest logits kept a prompt, for the proof on the target
 ROWS = 16  # prompts that are decoded at once
 PIECE = 32  # positions whose whole logits are taken at once
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TOP = 32, 96, 50  # completions of a task, drawn at temperature 1
+FEW, LARGE = 8, 1 << 29  # completions of a task, where the weights have more bytes than that
 ANSWERS = "answers.bin"
 
 
@@ -84,9 +85,11 @@ def main(argv: list[str]) -> int:
                 run = kept[graph.name][at] if graph.name in kept else session.decode([ids])[0]
                 rows[at]["graphs"][graph.name] = compare(session, ids, run, theirs[at])
             del session
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        count = SAMPLES if size < LARGE else FEW
         sampled = {kind: at for at, (_, kind, _) in reversed(list(enumerate(used)))}
         stops = {kind: words.number(tag) for kind, tag in plan["stops"].items()}
-        tasks = [(used[at], stops.get(kind)) for kind, at in sorted(sampled.items())]
+        tasks = [(used[at], stops.get(kind), count) for kind, at in sorted(sampled.items())]
         precisions = {
             graph.name: measure(graph, source, words, used, theirs=theirs, tasks=tasks)
             for graph in others
@@ -548,24 +551,26 @@ def divergence(published: Any, found: Any) -> dict[str, Any]:
     return {"kl": text(total), "same": same, "positions": len(published), "delta": text(worst)}
 
 
-def sample(session: Fast, words: Words, prompt: Any, stop: int | None) -> dict[str, Any]:
-    """Draw completions of one prompt, without a grammar, with the same random numbers each time."""
+def sample(
+    session: Fast, words: Words, prompt: Any, stop: int | None, count: int
+) -> dict[str, Any]:
+    """Draw completions of one prompt without a grammar, with the same random numbers each time."""
     import numpy as np
 
     index, kind, ids = prompt
     budget = max(1, min(SAMPLE_TOKENS, words.context - len(ids)))
-    session.reset(SAMPLES, len(ids) + budget)
+    session.reset(count, len(ids) + budget)
     random = np.random.default_rng(index)
-    rows: list[list[int]] = [[] for _ in range(SAMPLES)]
+    rows: list[list[int]] = [[] for _ in range(count)]
     ends = {*words.ends, stop} - {None}
-    last, length = [list(ids)] * SAMPLES, len(ids)
+    last, length = [list(ids)] * count, len(ids)
     for _ in range(budget):
         width = len(last[0])
-        places = [row * width + width - 1 for row in range(SAMPLES)]
-        order, raw, _ = session.run(last, [length] * SAMPLES, places, top=SAMPLE_TOP)
+        places = [row * width + width - 1 for row in range(count)]
+        order, raw, _ = session.run(last, [length] * count, places, top=SAMPLE_TOP)
         wide = raw.astype(np.float64)
         shares = np.exp(wide - wide.max(axis=1, keepdims=True)).cumsum(axis=1)
-        drawn = (shares < random.random((SAMPLES, 1)) * shares[:, -1:]).sum(axis=1)
+        drawn = (shares < random.random((count, 1)) * shares[:, -1:]).sum(axis=1)
         chosen = np.take_along_axis(order, drawn[:, None], axis=1)[:, 0].tolist()
         for row, token in zip(rows, chosen, strict=True):
             if not ends.intersection(row[-1:]):

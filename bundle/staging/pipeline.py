@@ -268,7 +268,7 @@ def build(
         draft.vectors,
         builder,
         draft.decision,
-        converted.seal,
+        converted.seal or parity.seal,
         taken,
     )
 
