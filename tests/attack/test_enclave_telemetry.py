@@ -104,7 +104,8 @@ import json, shutil
 graphs = shutil.copytree(folder, os.path.abspath("ours/graphs"))
 (one,) = json.load(open(f"{graphs}/graphs.json"))["graphs"]
 plan = [{"codes": "", **{key: one[key] for key in ("name", "precision", "interface", "path")}}]
-with open(f"{graphs}/{parity.PLAN}", "w") as file: json.dump({"graphs": plan, "stops": parity.STOPS}, file)
+plan = json.dumps({"graphs": plan, "stops": parity.STOPS})
+with open(f"{graphs}/{parity.PLAN}", "w") as file: file.write(plan)
 for turn in range(10**6):
     out = os.path.abspath(f"ours/out{turn}"); os.mkdir(out)
     program = [sys.executable, "-I", parity.PROGRAM, source, graphs, parity.PROMPTS, out]
