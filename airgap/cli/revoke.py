@@ -186,7 +186,7 @@ def _next_list(trust: Trust, given: dict[str, Any], reason: str, days: int) -> R
 
 def _finish(trust: Trust, envelope: Envelope, out: Path, root: Path | None, *, json: bool) -> None:
     """Write the list; keep it in this tree once enough people have signed."""
-    from airgap.cli.rotation import _write as write
+    from airgap.cli.rotation import write_envelope as write
     from bundle.trust import accept_revocations, save_trust
 
     write(out, envelope)

@@ -46,9 +46,6 @@ def register(trust: typer.Typer) -> None:
     trust.command("sign-file")(sign_file)
     trust.command("export")(export)
     trust.command("import")(import_file)
-    trust.command("clock")(show_clock)
-    trust.command("clock-sign")(clock_sign)
-    trust.command("clock-reset")(clock_reset)
 
 
 # -- the next version -------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def rotate(
     """
     from bundle.rotation import rotate as change
 
-    trust, now = _load(root), datetime.now(UTC)
+    trust, now = load(root), datetime.now(UTC)
     document = change(trust.document, old, read_public_keys(new), now=now)
     signers = open_keys(key, root, passphrase_file, pin_file)
     finish(trust, document, signers, propose=propose, root=root, json=json)
@@ -90,7 +87,7 @@ def renew(
     """Let the root hold for longer; an expired root is renewed in the same way."""
     from bundle.rotation import renew as change
 
-    trust, now = _load(root), datetime.now(UTC)
+    trust, now = load(root), datetime.now(UTC)
     document = change(trust.document, now=now, valid_for=timedelta(days=days))
     signers = open_keys(key, root, passphrase_file, pin_file)
     finish(trust, document, signers, propose=propose, root=root, json=json)
@@ -109,7 +106,7 @@ def retire(
     """End the enrolment of a person who leaves; releases of before go on counting."""
     from bundle.rotation import retire as change
 
-    trust = _load(root)
+    trust = load(root)
     document = change(trust.document, person, now=datetime.now(UTC))
     signers = open_keys(key, root, passphrase_file, pin_file)
     finish(trust, document, signers, propose=propose, root=root, json=json)
@@ -128,7 +125,7 @@ def remove(
     """Take a key out: nothing that it signed counts any more. For a stolen key also revoke it."""
     from bundle.rotation import without_key
 
-    trust = _load(root)
+    trust = load(root)
     document = without_key(trust.document, keyid, now=datetime.now(UTC))
     signers = open_keys(key, root, passphrase_file, pin_file)
     finish(trust, document, signers, propose=propose, root=root, json=json)
@@ -162,7 +159,7 @@ def threshold(
     from bundle.rotation import with_thresholds
     from bundle.trust import RevocationRule
 
-    trust = _load(root)
+    trust = load(root)
     if stale not in {None, "alarm", "refuse"}:
         raise UsageError("usage.argument", f"--stale {stale!r:.40}", hint="alarm, or refuse")
     held = trust.document.revocations or RevocationRule()
@@ -200,7 +197,7 @@ def raise_profile(
     """
     from bundle.rotation import to_cnsa2
 
-    trust = _load(root)
+    trust = load(root)
     document = to_cnsa2(trust.document, now=datetime.now(UTC))
     signers = open_keys(key, root, passphrase_file, pin_file)
     finish(trust, document, signers, propose=propose, root=root, json=json)
@@ -221,7 +218,7 @@ def finish(
 
     envelope = make(document, signers)
     if propose is not None:
-        _write(propose, envelope)
+        write_envelope(propose, envelope)
         _tell(trust, envelope, propose, json=json)
         return
     keep(append_envelope(trust, envelope), root, json=json)
@@ -244,14 +241,14 @@ def sign(
     from bundle.rotation import describe_change, read_proposal, sign_proposal
     from policy.terms import Digest
 
-    trust, envelope = _load(root), _read(proposal)
+    trust, envelope = load(root), read_envelope(proposal)
     document = read_proposal(trust, envelope)
     digest = Digest.of(envelope.payload)
     for line in [*describe_change(trust.document, document), f"digest {digest}"]:
         stderr.print(line, markup=False, soft_wrap=True)
     require_typed(digest.hex, confirm)
     signed = sign_proposal(trust, envelope, open_keys(key, root, passphrase_file, pin_file))
-    _write(proposal, signed)
+    write_envelope(proposal, signed)
     _tell(trust, signed, proposal, json=json)
 
 
@@ -270,7 +267,7 @@ def sign_file(
     """
     from bundle.keys import ED25519, P384, read_limited
 
-    trust = _load(root)
+    trust = load(root)
     raw = read_limited(file, _SIGNED_LIMIT, code="trust.keyfile", what="the file")
     rows: list[dict[str, str]] = []
     for signer in open_keys(key, root, passphrase_file, pin_file):
@@ -282,7 +279,7 @@ def sign_file(
             )
         name = f"{who}-{public.keyid[:8]}"
         signature = file.with_name(f"{file.name}.{name}.sig")
-        _put(signature, signer.sign(raw))
+        put(signature, signer.sign(raw))
         how = (
             f"openssl pkeyutl -verify -pubin -inkey {name}.pem -rawin -in {file.name} "
             f"-sigfile {signature.name}"
@@ -310,14 +307,14 @@ def export(
     """Write the chain of roots and the revocation list, for hosts that hold an older root."""
     from bundle.trust import chain_document
 
-    trust = _load(root)
+    trust = load(root)
     if keys is not None:
         keys.mkdir(parents=True, exist_ok=True)
         for keyid, key in trust.document.public_keys().items():
             who = trust.document.find_person(keyid) or ""
             if trust.document.people[who].approves and key.supported:
-                _put(keys / f"{who}-{keyid[:8]}.pem", key.pem)
-    _put(out, chain_document(trust) + b"\n")
+                put(keys / f"{who}-{keyid[:8]}.pem", key.pem)
+    put(out, chain_document(trust) + b"\n")
     document = {"file": str(out), "version": trust.version, "fingerprint": str(trust.fingerprint)}
     show(document, f"wrote {out}: roots up to version {trust.version}", json=json)
 
@@ -333,7 +330,7 @@ def import_file(
     from bundle.rotation import read_proposal
     from bundle.trust import CHAIN_LIMIT, append_envelope, follow_chain, newest_of
 
-    trust = _load(root)
+    trust = load(root)
     raw = read_limited(source, CHAIN_LIMIT, code="trust.chain", what="the file").strip(b"\n")
     if b'"format":"airgap-trust/1"' in raw[:40]:
         if newest_of(raw) < trust.version:
@@ -344,7 +341,7 @@ def import_file(
             )
         longer = follow_chain(trust, raw)
     else:
-        envelope = _read(source)
+        envelope = read_envelope(source)
         read_proposal(trust, envelope)
         longer = append_envelope(trust, envelope)
     keep(longer, root, json=json)
@@ -363,107 +360,6 @@ def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
         save_trust(trust, folder / "trust")
     place = folder / "trust"
     show(trust_document(trust, place), trust_view(trust, place), json=json)
-
-
-# -- a clock that ran ahead -------------------------------------------------------------------
-
-
-def show_clock(*, root: Root = None, json: Json = False) -> None:
-    """Say which time this host will not fall behind, and what to do after a clock ran ahead."""
-    from bundle.fields import format_time
-
-    floor, now = _floor(root), datetime.now(UTC)
-    seen = "" if floor is None else format_time(floor)
-    document = {"clock": format_time(now), "latest": seen, "behind": bool(floor and now < floor)}
-    text = f"clock of this host   {format_time(now)}\nlatest that has been {seen or 'nothing'}"
-    if floor is not None and now < floor:
-        text += (
-            "\nThis host refuses bundles. If that time never was, whoever holds a root key signs:\n"
-            f"airgap trust clock-sign clock.json --forget {seen} --reason WHY --key root\n"
-            "and here: airgap trust clock-reset clock.json"
-        )
-    show(document, text, json=json)
-
-
-def clock_sign(
-    out: Annotated[Path, typer.Argument(help="The statement to write, or to add to.")],
-    *,
-    forget: Annotated[str, typer.Option("--forget", help="What `trust clock` printed.")] = "",
-    reason: Annotated[str, typer.Option("--reason", help="Why; it goes on record.")] = "",
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Sign, with a root key, that a host shall forget a time that never was."""
-    from bundle.clock import CLOCK_TYPE, parse_clock, sign_clock
-    from bundle.envelope import add_signature
-    from bundle.fields import parse_time
-
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    if forget or not out.exists():
-        try:
-            moment = parse_time(forget)
-        except ValueError as error:
-            raise UsageError(
-                "usage.argument", f"--forget: {error}", hint="airgap trust clock prints it"
-            ) from error
-        envelope = sign_clock(moment, reason, signers, now=datetime.now(UTC))
-    else:
-        found = _read(out)
-        statement = parse_clock(found.payload)
-        if found.payload_type != CLOCK_TYPE:
-            raise RefusedError("trust.clock", f"{out} is no statement about a clock")
-        stderr.print(f"forget {statement.forget}: {statement.reason}", markup=False)
-        envelope = add_signature(found, *signers)
-    _write(out, envelope)
-    show(
-        {"file": str(out), "signatures": len(envelope.signatures)},
-        f"wrote {out}, {len(envelope.signatures)} signatures",
-        json=json,
-    )
-
-
-def clock_reset(
-    statement: Annotated[Path, typer.Argument(help="What the root people signed.")],
-    *,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Forget the time that the statement names. It goes on record, and works once."""
-    from airgap.approvals import on_record
-    from airgap.cli.policy import account_name
-    from airgap.install import Store
-    from bundle.clock import verify_clock
-    from bundle.fields import format_time
-    from policy.terms import Digest
-
-    trust, envelope, folder = _load(root), _read(statement), root_folder(root)
-    found = verify_clock(envelope, trust.standing, floor=_floor(root), now=datetime.now(UTC))
-    store = Store(folder / "store")
-    with (
-        store.locked(),
-        on_record(folder, "admin.trust", account_name(), Digest.of(envelope.payload)),
-    ):
-        store.forget_time(found.issued)
-        _put(folder / "trust" / "clock.json", envelope.to_bytes() + b"\n")
-    document = {"forgotten": format_time(found.forget), "latest": format_time(found.issued)}
-    text = f"forgotten {document['forgotten']}; this host has seen {document['latest']}"
-    show(document, text, json=json)
-
-
-def _floor(root: Path | None) -> datetime | None:
-    """Return the latest time that this tree has seen, noting that of the log.
-
-    After a reset the log still ends in records of the wrong time until the next one is written;
-    the reset itself is such a record.
-    """
-    from airgap.install import Store
-    from airgap.install.record import last_record
-
-    folder = root_folder(root)
-    return Store(folder / "store").floors(last_record(folder)).clock
 
 
 # -- helpers ----------------------------------------------------------------------------------
@@ -496,13 +392,15 @@ def require_typed(digest: str, confirm: str | None) -> None:
         )
 
 
-def _load(root: Path | None) -> Trust:
+def load(root: Path | None) -> Trust:
+    """Read the trust root of this tree."""
     from bundle.trust import load_trust
 
     return load_trust(root_folder(root) / "trust")
 
 
-def _read(path: Path) -> Envelope:
+def read_envelope(path: Path) -> Envelope:
+    """Read a signed document."""
     from bundle.envelope import parse_envelope
     from bundle.keys import read_limited
     from bundle.trust import CHAIN_LIMIT
@@ -511,11 +409,13 @@ def _read(path: Path) -> Envelope:
     return parse_envelope(raw.strip(b"\n"), code="trust.chain", limit=CHAIN_LIMIT)
 
 
-def _write(path: Path, envelope: Envelope) -> None:
-    _put(path, envelope.to_bytes() + b"\n")
+def write_envelope(path: Path, envelope: Envelope) -> None:
+    """Write a signed document."""
+    put(path, envelope.to_bytes() + b"\n")
 
 
-def _put(path: Path, content: bytes) -> None:
+def put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     from airgap.install.store import write_beside
     from policy.errors import FaultError
 

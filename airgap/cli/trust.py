@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli import revoke, rotation
+from airgap.cli import emergency, revoke, rotation
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from airgap.cli.media import new_transit_key
 from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     trust.command("add")(add)
     trust.command("show")(show_trust)
     rotation.register(trust)
+    emergency.register(trust)
     trust.command("import-revocations")(revoke.import_revocations)
     revoke.register(app)
     app.add_typer(trust, name="trust")

@@ -238,3 +238,41 @@ def test_a_file_is_signed_for_openssl(site, tmp_path, scheme):
     assert verify() == 0
     sums.write_text(sums.read_text().replace("1.0", "1.1"))
     assert verify() == 1
+
+
+def test_an_older_release_is_approved_by_one_person_after_another(site, tmp_path):
+    """The first signs what she names, the next one what the file says."""
+    import bundles
+
+    older = tmp_path / "older.agb"
+    manifest = bundles.make_bundle(older, epoch=3)
+    out, mark = tmp_path / "rollback.json", f"5@sha256:{'5' * 64}"
+    words = ("trust", "rollback-sign", out, "--root", site, "--json")
+    first = ("--release", older, "--reason", "release 5 is wrong", "--key", "alice")
+    call(*words, *first, code="trust.rollback")  # this tree has no mark of its own
+    made = call(*words, *first, "--above", mark)
+    assert (made["bundle"], made["epoch"], made["signatures"]) == (str(manifest.digest), 3, 1)
+    assert made["above"] == {"epoch": 5, "bundle": f"sha256:{'5' * 64}"}
+    call(*words, "--key", "root", "--confirm", "00000000", code="sign.confirm")
+    digest = made["digest"].removeprefix("sha256:")
+    again = call(*words, "--key", "root", "--confirm", digest[:8])
+    assert (again["signatures"], again["digest"]) == (2, made["digest"])
+    call(*words, "--key", "root", "--confirm", digest[:8], code="seal.malformed")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--reason", "x"),
+        ("--release", "x.agb"),
+        ("--release", "none", "--reason", "x"),
+        ("--above", "five", "--reason", "x"),
+    ],
+)
+def test_an_approval_that_names_nothing_is_not_written(site, tmp_path, wrong):
+    out = tmp_path / "rollback.json"
+    result = CliRunner().invoke(
+        APP, ["trust", "rollback-sign", str(out), "--key", "alice", "--root", str(site), *wrong]
+    )
+    assert isinstance(result.exception, AirgapError), result.output
+    assert not out.exists()
