@@ -214,6 +214,8 @@ def _open_set(stem: str, places: Iterable[Path]) -> Medium:
             name, span, at = read_member(stream, start, ALIGN)
             stream.seek(span.start)
             told = parse(stream.read(span.size), "META/volume.json")
+            if head != (first or head):
+                raise refuse("volume.set", f"{path} is of another set than {found[min(found)]}")
             if number > told["count"]:
                 continue  # parity: the program itself can use it, this part cannot
             body, span, _ = read_member(stream, at, 1 << 62)
@@ -221,8 +223,8 @@ def _open_set(stem: str, places: Iterable[Path]) -> Medium:
         same = {k: told[k] for k in ("set", "count", "chunks")}
         wanted = {k: facts[k] for k in same}
         odd = name != "META/volume.json" or body != f"VOLUME/body.{number:03}"
-        if odd or head != first or same != wanted or told["index"] != number:
-            raise refuse("volume.set", f"{path} is of another set than {found[min(found)]}")
+        if odd or same != wanted or told["index"] != number:
+            raise refuse("volume.order", f"{path} lies about its place in the set")
         pieces[number] = (path, span)
     count = facts.get("count", 1)
     missing = [f"{stem}.{n:03}" for n in range(1, count + 1) if n not in pieces]
@@ -656,7 +658,7 @@ def switch(link: Path, target: Path) -> None:
 
 def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
     """Check everything, then make the runtime, hand over, and switch; return the exit status."""
-    out.say(f"installer: {' '.join(sys.argv[1:])}")
+    out.say(f"installer: {' '.join(options.words)}")
     medium = open_medium(options.bundle, options.volume)
     with tempfile.TemporaryDirectory(prefix="airgap-") as name:
         judge = Judge(options.openssl, Path(name))
@@ -835,6 +837,7 @@ def read_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--accelerator", choices=["cpu", "cuda"])
     parser.add_argument("--openssl", default="openssl", help="the program that checks signatures")
     options = parser.parse_args(words)
+    options.words = list(words)
     home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     prefix = Path("/opt/airgap") if options.system else home / "airgap-program"
     root = Path("/var/lib/airgap") if options.system else home / "airgap"

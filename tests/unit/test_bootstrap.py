@@ -1,0 +1,228 @@
+"""`airgap bootstrap`: verified first, then each thing once; a second run writes nothing."""
+
+import json
+import os
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import bundles
+import pytest
+from test_bootstrap_main import FACTS, house_for, sealed
+
+from airgap.audit.layout import Layout, read_lines
+from airgap.bootstrap import Places, Program, Wish, bootstrap, packaged
+from airgap.cli import invoke
+from airgap.demo import site_toml
+from bundle.media import Help
+from bundle.trust import load_trust
+from policy.errors import FaultError, RefusedError
+
+PRINT = bundles.make_trust().fingerprint
+YEARS = timedelta(days=4 * 365)
+WIDE = replace(FACTS, expires=bundles.NOW + YEARS)  # the log stamps with the true time
+
+
+class Told:
+    """Stands for the programs that are run; keeps what it was asked."""
+
+    def __init__(self, status=0, document=None):
+        self.asked, self.status, self.document = [], status, document or {}
+
+    def own(self, *words):
+        self.asked.append(words)
+        if words[0] == "doctor":
+            return 0, {"verdict": "SEALED/A"}
+        return self.status, self.document
+
+    def foreign(self, *argv):
+        self.asked.append(argv)
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    return house_for(tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory, house):
+    folder = tmp_path_factory.mktemp("medium")
+    sealed(house, folder / "wheels.agb", facts=WIDE)
+    bundles.make_bundle(folder / "model.agb", expires=bundles.NOW + YEARS)
+    (folder / "site.toml").write_text(site_toml(os.getuid()))
+    return folder
+
+
+def set_up(tmp_path, bundle, *, program=None, system=False, now=None, fingerprint=PRINT, **wish):
+    host = tmp_path / "host"
+    host.mkdir(exist_ok=True)
+    return bootstrap(
+        Wish(bundle, fingerprint, transcript="before\n", **wish),
+        Places(tmp_path / "program", tmp_path / "tree", system, host),
+        now=now or datetime.now(UTC),
+        more=Help(),
+        program=program or Told(),
+    )
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mtime_ns, path.lstat().st_size)
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def records(tmp_path):
+    layout = Layout(tmp_path / "tree" / "audit")
+    return [json.loads(line) for line in read_lines(layout.segment(0)) if line.strip()]
+
+
+def refused(code, *words, **named):
+    with pytest.raises((RefusedError, FaultError)) as caught:
+        set_up(*words, **named)
+    assert caught.value.code == code, caught.value.message
+
+
+def test_a_new_host_gets_trust_site_and_a_record_with_the_transcript(tmp_path, medium):
+    done = set_up(tmp_path, medium / "wheels.agb", site=medium / "site.toml")
+    assert load_trust(tmp_path / "tree" / "trust").fingerprint == PRINT
+    assert (tmp_path / "tree" / "site.toml").read_bytes() == (medium / "site.toml").read_bytes()
+    outcome = next(r for r in records(tmp_path) if r["seq"] == done.record)
+    assert (outcome["kind"], outcome["phase"]) == ("admin.bootstrap", "outcome")
+    assert outcome["data"]["result"] == "complete"
+    name = outcome["data"]["evidence"].removeprefix("sha256:")
+    kept = next(path for path in (tmp_path / "tree" / "audit").rglob(f"*{name[2:]}*"))
+    assert kept.read_text().startswith("before\n")
+    assert "verified: sha256:" in kept.read_text()
+
+
+def test_a_second_run_changes_nothing(tmp_path, medium):
+    first = set_up(tmp_path, medium / "wheels.agb", site=medium / "site.toml", system=True)
+    assert first.changed
+    before = snapshot(tmp_path)
+    again = set_up(tmp_path, medium / "wheels.agb", site=medium / "site.toml", system=True)
+    assert again.changed == []
+    assert again.record is None
+    assert snapshot(tmp_path) == before
+
+
+def test_without_site_facts_there_is_a_form_to_fill_in(tmp_path, medium):
+    done = set_up(tmp_path, medium / "wheels.agb")
+    assert any("a form to fill in" in text for text in done.changed)
+    assert set_up(tmp_path, medium / "wheels.agb").changed == []
+
+
+def test_the_system_gets_units_with_the_true_places(tmp_path, medium):
+    host = tmp_path / "host"
+    for name in ("etc/apparmor.d", "run/systemd/system"):
+        (host / name).mkdir(parents=True)
+    program = Told()
+    set_up(tmp_path, medium / "wheels.agb", system=True, program=program)
+    unit = (host / "etc/systemd/system/airgap-audit.service").read_text()
+    assert f"ExecStart={tmp_path}/program/bin/airgap" in unit
+    assert f"--root {tmp_path}/tree" in unit
+    profile = (host / "etc/apparmor.d/airgap").read_text()
+    assert f"profile airgap {tmp_path}/program/runtimes/*/bin/python3" in profile
+    assert (host / "etc/sysusers.d/airgap.conf").is_file()
+    assert ("systemctl", "daemon-reload") in program.asked
+    assert (packaged() / "systemd").is_dir()
+
+
+def test_a_model_is_admitted_by_the_ordinary_command(tmp_path, medium):
+    program = Told(document={"decision": "sha256:d"})
+    done = set_up(
+        tmp_path,
+        medium / "wheels.agb",
+        model=medium / "model.agb",
+        project="p",
+        program=program,
+        volumes=(medium,),
+    )
+    words = program.asked[0]
+    assert words[:2] == ("install", str(medium / "model.agb"))
+    assert words[words.index("--project") + 1] == "p"
+    assert "--volume" in words
+    assert any("admitted" in text for text in done.changed)
+    assert done.refusal is None
+
+
+def test_a_model_that_is_not_admitted_leaves_the_rest_and_is_on_record(tmp_path, medium):
+    program = Told(1, {"code": "policy.denied", "error": "no", "hint": "ask"})
+    done = set_up(tmp_path, medium / "wheels.agb", model=medium / "model.agb", program=program)
+    assert done.refusal.code == "policy.denied"
+    assert done.as_document()["refused"] == "policy.denied"
+    outcome = next(r for r in records(tmp_path) if r["seq"] == done.record)
+    assert outcome["data"]["result"] == "refused"
+    assert outcome["err"]["code"] == "policy.denied"
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("trust.clock", {"now": bundles.NOW - timedelta(days=365)}),
+        ("trust.expired", {"now": bundles.NOW + YEARS}),
+        ("trust.fingerprint", {"fingerprint": type(PRINT)("sha256", bytes(32))}),
+        ("store.missing", {"model": "wheels.agb"}),
+        ("site.toml", {"site": "wheels.agb"}),
+        ("host.io", {"site": "absent"}),
+    ],
+)
+def test_a_refusal_writes_nothing(tmp_path, medium, code, named):
+    places = {"model": medium, "site": medium}
+    wish = {k: places[k] / v if k in places else v for k, v in named.items()}
+    before = snapshot(tmp_path)
+    refused(code, tmp_path, medium / "wheels.agb", **wish)
+    assert {k for k in snapshot(tmp_path) if k != "host"} == set(before)
+
+
+def test_too_few_signatures_are_refused_here_too(tmp_path, house):
+    sealed(house, tmp_path / "half.agb", "alice", facts=WIDE)
+    refused("seal.threshold", tmp_path, tmp_path / "half.agb")
+    assert not (tmp_path / "tree").exists()
+
+
+def test_site_facts_that_are_there_are_never_replaced(tmp_path, medium):
+    set_up(tmp_path, medium / "wheels.agb", site=medium / "site.toml")
+    other = tmp_path / "other.toml"
+    other.write_text((medium / "site.toml").read_text() + "\n# changed\n")
+    refused("site.exists", tmp_path, medium / "wheels.agb", site=other)
+
+
+def test_the_command_prints_lines_and_one_document(tmp_path, medium, capsys):
+    text, result = tmp_path / "t.txt", tmp_path / "r.json"
+    text.write_text("before")
+    words = [
+        *("bootstrap", medium / "wheels.agb", "--fingerprint", PRINT, "--prefix", tmp_path / "p"),
+        *("--root", tmp_path / "tree", "--transcript", text, "--result", result),
+    ]
+    assert invoke([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert "verified: sha256:" in said
+    assert "on record: audit log, record" in said
+    assert json.loads(result.read_text())["refused"] == ""
+    assert invoke([*map(str, words[:-4]), "--transcript", str(tmp_path / "no")]) == 3
+
+
+def test_the_medium_gets_the_installer_and_its_digests(tmp_path, medium):
+    from airgap.install.medium import write_medium
+
+    named = {"trust": bundles.make_trust(), "now": bundles.NOW, "more": Help()}
+    made = write_medium(medium / "wheels.agb", tmp_path, **named)
+    assert set(made) == {"install.sh"}
+    (tmp_path / "SHA256SUMS.alice.sig").write_bytes(b"sig")
+    assert write_medium(medium / "wheels.agb", tmp_path, **named) == made
+    assert (tmp_path / "SHA256SUMS").read_text() == f"{made['install.sh']}  install.sh\n"
+    with pytest.raises(RefusedError) as caught:
+        write_medium(medium / "model.agb", tmp_path, **named)
+    assert caught.value.code == "store.missing"
+    with pytest.raises(FaultError):
+        write_medium(medium / "wheels.agb", tmp_path / "absent", **named)
+
+
+def test_programs_give_their_document_or_their_last_words():
+    good = Program(("/bin/sh", "-c", "echo '{\"a\": 1}'"))
+    assert good.own("x") == (0, {"a": 1})
+    bad = Program(("/bin/sh", "-c", "echo broken >&2; exit 3"))
+    assert bad.own("x") == (3, {"error": "broken"})
+    good.foreign("true")
+    with pytest.raises(FaultError):
+        good.foreign("/bin/sh", "-c", "exit 1")
