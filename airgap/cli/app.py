@@ -36,6 +36,7 @@ GROUPS = (
     "airgap.cli.report",
     "airgap.cli.enclave",
     "airgap.cli.demo",
+    "airgap.cli.manual",
 )
 INTERRUPTED = 130
 
