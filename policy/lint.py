@@ -149,6 +149,22 @@ def lint_registry(
     return tuple(found)
 
 
+def lint_lists(lists: Iterable[ListSnapshot]) -> tuple[Finding, ...]:
+    """Find editions in force of which names are missing here, with how many are held."""
+    found = []
+    for each in lists:
+        text = each.text
+        if text.complete or text.status != "in_force":
+            continue
+        whole = "a number that is not recorded" if text.names_in_edition is None else None
+        words = (
+            f"{each.list_id} edition {text.edition} is held in part, {each.names_held} of"
+            f" {whole or text.names_in_edition} names; what is not found on it is unknown"
+        )
+        found.append(Finding(0, 0, "list", words, error=False))
+    return tuple(found)
+
+
 # -- form -----------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,19 @@ class ListSnapshot:
         own = self.text.retrieved_on or self.text.released or self.prepared_on
         return own if self.since is None else min(own, self.since)
 
+    @property
+    def names_held(self) -> int:
+        """How many names of the edition stand here; what was removed from it does not count.
+
+        The names of a complete edition were counted when it was loaded. One that a site completes
+        in part may hold a party under a short and a full name: it never counts as more than whole.
+        """
+        found = len({normal_name(each.names[0]) for each in self.text.entries if not _ended(each)})
+        whole = self.text.names_in_edition
+        if whole is None:
+            return found
+        return whole if self.text.complete else min(found, whole)
+
     def matches(self, keys: Iterable[str]) -> tuple[Entry, ...]:
         """Entries under exactly one of these normalised names."""
         found = {id(entry): entry for key in keys for entry in self.index.get(key, ())}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli import approve, replay, review, rules
+from airgap.cli import approve, lists, replay, review, rules
 from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
 from policy.errors import RefusedError, UsageError
 
@@ -77,6 +77,7 @@ def register(app: typer.Typer) -> None:
     policy.command(name="explain")(explain)
     policy.command(name="check")(check)
     rules.register(policy)
+    lists.register(policy)
     replay.register(policy)
     review.register(policy)
     app.add_typer(policy, name="policy")

@@ -102,7 +102,7 @@ def _sign(
     json: bool,
 ) -> None:
     from airgap import reviews
-    from airgap.cli.rules import as_day
+    from airgap.cli.lists import as_day
     from bundle.keys import read_limited
     from bundle.trust import load_trust
 

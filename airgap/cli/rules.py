@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,8 +50,6 @@ def register(group: typer.Typer) -> None:
     group.command("export")(export)
     group.command("schema")(schema)
     group.command("sign")(sign)
-    group.command("load-list")(load_list)
-    group.command("adjudicate")(adjudicate)
 
 
 # -- lint and test ----------------------------------------------------------------------------
@@ -74,7 +72,7 @@ def lint(
     """
     from airgap.rulework import lint_screens, review_items, site_reviews
     from policy.lint import lint as lint_pack
-    from policy.lint import lint_registry
+    from policy.lint import lint_lists, lint_registry
 
     rules = load(root)
     today = as_of.date() if as_of else datetime.now(UTC).date()
@@ -98,6 +96,7 @@ def lint(
             ("lineage registry", each)
             for each in lint_registry(rules.registry, reviews=read, today=today)
         ]
+        found += [("lists", each) for each in lint_lists(rules.lists.snapshots)]
         found += list(lint_screens(items, read, today))
     failing = [each for _, each in found if release or each.error]
     document = {
@@ -281,9 +280,7 @@ def horizon(
     due = dues(book, approvals, day.as_of, spans[-1])
     document = _horizon_document(site, day, spans, views, due)
     if html is not None:
-        _write_new(
-            html, page(site.institution.name or site.system.id, day.as_of, spans, views, due)
-        )
+        write_new(html, page(site.institution.name or site.system.id, day.as_of, spans, views, due))
         stderr.print(f"wrote {html}", markup=False)
     show(document, picture(day.as_of, spans, views, due), json=json)
 
@@ -345,7 +342,7 @@ def export(
     except FileExistsError:
         raise UsageError("usage.argument", f"{out} exists already; name a new folder") from None
     for name, text in files.items():
-        _write_new(out / name, text)
+        write_new(out / name, text)
     document = {"folder": str(out), "files": sorted(files), "left_out": list(left_out)}
     lines = [f"wrote {out / each}" for each in sorted(files)]
     show(
@@ -479,139 +476,6 @@ def _is_stale(beside: Path, content: bytes, name: str) -> bool:
     return not site_rules.is_about(parse_envelope(raw, code=site_rules.CODE), content, name)
 
 
-Day = Annotated[str, typer.Option(help="YYYY-MM-DD.")]
-
-
-def load_list(
-    notice: Annotated[Path, typer.Argument(help="XML of the Federal Register, full text.")],
-    *,
-    list_id: Annotated[str, typer.Option("--list", help="List that it is an edition of.")],
-    edition: Annotated[str, typer.Option("--edition", help="Name of the edition.")],
-    released: Day,
-    published: Day,
-    retrieved: Day,
-    citation: Annotated[str, typer.Option("--citation", help="As the notice is cited.")],
-    out: Annotated[Path, typer.Option("--out", help="New file, to be read and signed.")],
-    review: Annotated[str, typer.Option("--review", help="Next review, YYYY-MM-DD.")] = "",
-    parents: Annotated[
-        int | None, typer.Option("--parents", help="Bullets that the edition has.")
-    ] = None,
-    names: Annotated[int | None, typer.Option("--names", help="Names that it has.")] = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Keep what was read; other names stay unknown.")
-    ] = False,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Read a list from your own copy of its notice; sign the result with `policy sign`."""
-    from airgap import federal_register
-    from airgap.config import read_plain
-    from policy import parse_lists
-    from policy.snapshots import require_same_edition
-
-    found = federal_register.parse_notice(read_plain(notice, federal_register.MAX_BYTES + 1))
-    shipped = next(
-        (
-            each
-            for each in load(root).lists.snapshots
-            if each.list_id == list_id and each.text.edition == edition
-        ),
-        None,
-    )
-    expected = names if names is not None or shipped is None else shipped.text.names_in_edition
-    if not partial:
-        federal_register.require_counts(found, parents=parents, names=expected)
-    about = federal_register.Edition(
-        list_id=list_id,
-        edition=edition,
-        released=as_day(released, "--released"),
-        published=as_day(published, "--published"),
-        retrieved_on=as_day(retrieved, "--retrieved"),
-        citation=citation,
-        next_review_by=as_day(review, "--review") if review else None,
-        complete=not partial and expected is not None,
-    )
-    document = federal_register.snapshot_document(found, about, shipped)
-    text = federal_register.to_yaml(document)
-    (loaded,) = parse_lists(text.encode(), str(out))
-    if shipped is not None and not shipped.text.complete:
-        require_same_edition(shipped, loaded)
-    _write_new(out, text)
-    words = (
-        f"wrote {out}: {found.parents} companies with a bullet, {len(found.companies)} names from"
-        f" FR Doc {found.document or 'without a number'}"
-        f"{'' if about.complete else '; partial: a name that is not there stays unknown'}"
-    )
-    result = {
-        "file": str(out),
-        "document": found.document,
-        "parents": found.parents,
-        "names": len(found.companies),
-        "complete": about.complete,
-    }
-    show(result, Text(words), json=json)
-
-
-def adjudicate(
-    name: Annotated[str, typer.Argument(help="Name of the party, as the registry has it.")],
-    against: Annotated[str, typer.Argument(help="Name on the list that looks like it.")],
-    *,
-    list_id: Annotated[str, typer.Option("--list", help="The list.")],
-    edition: Annotated[str, typer.Option("--edition", help="The edition; another is asked anew.")],
-    same: Annotated[bool, typer.Option("--same/--not-same", help="Whether both mean one party.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
-    expires: Day,
-    key: Key,
-    passphrase_file: Passphrase = None,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Sign whether a name that looks like a listed one means it; for one edition, until a day."""
-    from airgap import adjudications
-    from bundle.trust import load_trust
-
-    tree = root_folder(root)
-    held = {(each.list_id, each.text.edition) for each in load(root).lists.snapshots}
-    if (list_id, edition) not in held:
-        known = ", ".join(sorted(f"{one} {two}" for one, two in held))
-        raise RefusedError(
-            adjudications.CODE,
-            f"no edition {edition!r:.40} of {list_id!r:.64} is held; there are {known[:300]}",
-        )
-    about = adjudications.adjudication(
-        name=name,
-        list_id=list_id,
-        edition=edition,
-        against=against,
-        same=same,
-        reason=reason,
-        issued=datetime.now(UTC),
-        expires=as_day(expires, "--expires"),
-    )
-    envelope = adjudications.sign(about, signer_of(key, passphrase_file, tree))
-    ruling = adjudications.verify(envelope, load_trust(tree / "trust").standing)
-    path = adjudications.write(envelope, tree)
-    words = "is" if same else "is not"
-    document = {
-        "file": str(path),
-        "same": same,
-        "people": list(ruling.people),
-        "expires": about.expires.isoformat(),
-    }
-    text = f"wrote {path}: {name} {words} {against} on {list_id} {edition}, until {about.expires}"
-    show(document, Text(text), json=json)
-
-
-def as_day(text: str, option: str) -> date:
-    """Read a day of an option."""
-    from policy.strict import parse_day
-
-    day = parse_day(text)
-    if not isinstance(day, date):
-        raise UsageError("usage.argument", f"{option} {text!r:.40}: expected YYYY-MM-DD")
-    return day
-
-
 # -- shared -----------------------------------------------------------------------------------
 
 
@@ -636,7 +500,8 @@ def _contents(packs: Sequence[Path] | None, root: Path | None) -> list[tuple[str
     return [*shipped, *((n, c) for n, c in contents if b"airgap/policy-pack/" in c[:4096])]
 
 
-def _write_new(path: Path, text: str) -> None:
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet; UsageError otherwise."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

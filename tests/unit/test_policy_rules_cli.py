@@ -235,8 +235,28 @@ def test_a_list_is_read_from_its_notice_signed_and_completes_the_shipped_edition
     assert held.text.complete
     assert held.matches([normal_name("Quiet Hill Models Company Limited")])
     assert held.matches([normal_name("Tencent")]), "what the shipped edition names stays"
+    _, listed = as_json(call("lists", "--json"))
+    mine = next(each for each in listed["lists"] if each["list"] == "dod-1260h")
+    assert (mine["names"], mine["complete"], mine["alarms"]) == ("188 of 188 names", True, [])
     assert call(*argv[:-1], "--partial", "--out", out)[0] == 2, "never written over"
     assert call(*argv[:-1], "--partial", "--review", "soon", "--out", tmp_path / "x.yaml")[0] == 2
+
+
+def test_lists_say_how_whole_and_how_old_they_are(call):
+    status, found = as_json(call("lists", "--as-of", "2026-11-23", "--json"))
+    rows = {each["list"]: each for each in found["lists"]}
+    assert status == 0
+    assert rows["dod-1260h"]["names"] == "20 of 188 names, in part"
+    assert rows["dod-1260h"]["names_in_edition"] == 188
+    assert rows["bis-entity-meu"]["edition"] is None
+    assert call("lists", "--as-of", "2027-02-20")[0] == 0  # the last day without any alarm
+    status, out, _ = call("lists", "--as-of", "2027-02-21")  # lists of 90 days are still taken
+    assert status == 1
+    assert "alarm: dod-1260h: a newer edition was to be looked for by 2027-02-21" in out
+    assert "at most 90 are taken" not in out
+    assert "91 days old, at most 90 are taken" in call("lists", "--as-of", "2027-02-22")[1]
+    _, document = as_json(call("lint", "--json"))
+    assert any("20 of 188 names" in each["words"] for each in document["findings"])
 
 
 def test_a_draft_is_tried_before_anybody_signs_it(call, tmp_path):
