@@ -60,7 +60,7 @@ class Together:
         self.open.pop(number, None)
         self.paused.discard(number)
 
-    def pause(self, number, paused):
+    def pause(self, number, *, paused):
         (self.paused.add if paused else self.paused.discard)(number)
 
     def step(self):

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
             """Let go of a request; `finish` is not called any more."""
             ...
 
-        def pause(self, number: int, paused: bool) -> None:
+        def pause(self, number: int, *, paused: bool) -> None:
             """Do no work for a request whose parts nobody takes, until told otherwise."""
             ...
 
@@ -276,7 +276,7 @@ class Desk:
             channel.send(CHANNEL_OUT, *request.last, number)
         elif request.last is None and request.paused != bool(waiting):
             request.paused = bool(waiting)
-            self._program.pause(number, request.paused)
+            self._program.pause(number, paused=request.paused)
 
 
 class _Open:

@@ -1,8 +1,9 @@
 """Continuous batching on the fast graph (docs/design/inference.md, 5).
 
 Samples of all requests share one batch; one that ends leaves its slot to the next sample that
-waits, of whichever request. Every decision about a sample rests on its own request, its index and
-what it has written: its tokens do not depend on n, on its neighbours or on the order of arrival.
+waits: of the request set that has the fewest rows, and there of the request that has the fewest.
+Every decision about a sample rests on its own request, its index and what it has written: its
+tokens do not depend on n, on its neighbours or on the order of arrival.
 
 Where a grammar tells how a text goes on (a copy, a forced tag), the guess runs as one piece and
 each of its places is drawn as ever, with its own random number, until a draw differs from the
@@ -24,6 +25,7 @@ from airgap.inference import sampling
 from airgap.inference.authors import authors_ids, perplexity
 from airgap.inference.constrain import Constraint, State, mask_words
 from airgap.inference.fast import PIECE, FastModel, Found, Head, Slots
+from airgap.inference.prefixes import Prefixes
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
 
 WIDE = 1024  # candidates where no top-k is asked for; a smaller vocabulary is kept whole
@@ -32,6 +34,7 @@ _PROGRESS_S = 0.1
 _LEAST_GUESS, _FIRST_GUESS, _MOST_GUESS = 8, 16, 64
 _SCORE_BYTES = 64 * 1024 * 1024  # logits of one piece of a completion
 _TRIES = np.int64(32)  # where the number of a redraw stands in the counter of the generator
+_KEPT = 4  # a fourth of the memory may hold prefixes that no request needs now
 _AGAIN = 16  # positions that a text may grow by when it is tokenised again
 _SCRATCH = 24  # bytes that the head needs for each entry of the vocabulary of a row
 
@@ -61,6 +64,7 @@ class _Job:
     runs: int = 0
     told: float = 0.0
     closed: bool = False
+    paused: bool = False
 
     @property
     def capacity(self) -> int:
@@ -71,6 +75,11 @@ class _Job:
     def waits(self) -> bool:
         """Whether a sample has no slot yet."""
         return self.next < self.request.n
+
+    @property
+    def owner(self) -> object:
+        """Who shares turns with whom: the request set, or the request itself where it has none."""
+        return self.request.request_set or self
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +131,7 @@ class Engine:
         self._clock = clock
         self._jobs: dict[int, _Job] = {}
         self._turn: deque[_Job] = deque()
+        self._prefixes = Prefixes()
         self._rows: list[_Row] = []
         self._slots: Slots | None = None
         self._seen = np.empty((0, 0), dtype=np.int64)
@@ -131,6 +141,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether anything is under way."""
         return bool(self._jobs)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether anything is under way whose samples are taken."""
+        return any(not job.paused for job in self._jobs.values())
 
     def submit(
         self,
@@ -150,12 +165,15 @@ class Engine:
             constraint: Its compiled grammar.
             emit: Gets each sample as it ends.
             finish: Gets the end.
-            deadline: In seconds of the clock.
+            deadline: In seconds of the clock; else the request says in how many milliseconds.
 
         Raises:
             ProgramError: `prompt.*`, `model.memory`, `model.stop`: nothing was begun.
 
         """
+        started = self._clock()
+        if deadline is None and request.deadline_ms:
+            deadline = started + request.deadline_ms / 1000
         job = _Job(
             request=request,
             prompt=self._prompt(request),
@@ -163,7 +181,7 @@ class Engine:
             constraint=constraint,
             emit=emit,
             finish=finish,
-            started=self._clock(),
+            started=started,
             deadline=deadline,
         )
         self._require_room(len(job.prompt), request.max_new_tokens, again=request.ppl_authors)
@@ -178,6 +196,15 @@ class Engine:
             self._drop(job)
         return job is not None
 
+    def pause(self, key: int, *, paused: bool) -> None:
+        """Draw nothing for a request whose samples nobody takes, or go on with it."""
+        if key in self._jobs:
+            self._jobs[key].paused = paused
+
+    def forget(self, request_set: str) -> int:
+        """Let go of the prefixes of a request set; returns how many there were."""
+        return self._prefixes.forget(request_set)
+
     def step(self) -> None:
         """Do one round: fill free slots, run the graph, draw."""
         self._expire()
@@ -185,9 +212,10 @@ class Engine:
             self._admit()
             if self._rows:
                 self._round()
-        except ProgramError as error:
+        except (ProgramError, MemoryError) as error:
+            told = error if isinstance(error, ProgramError) else out_of_memory()
             while self._jobs:  # the graph itself failed: nobody's rows can be trusted
-                self._end(next(iter(self._jobs)), error)
+                self._end(next(iter(self._jobs)), told)
 
     def generate(self, request: Generate, constraint: Constraint | None, emit: Emit) -> Done:
         """Run one request to its end.
@@ -312,16 +340,27 @@ class Engine:
                 self._end(key, error)
 
     def _admit(self) -> None:
-        """Give free slots to waiting samples, one request after the other."""
-        while any(job.waits for job in self._turn):
-            job = self._turn[0]
-            if not job.waits:
-                self._turn.rotate(-1)
-                continue
+        """Give free slots to waiting samples; while others decode, one prompt runs a round."""
+        decoding = bool(self._rows)
+        while (job := self._next_job()) is not None:
+            fresh = job.prefix is None
             if not self._make_room(job):
                 return
-            self._turn.rotate(-1)
+            self._turn.remove(job)
+            self._turn.append(job)
             self._place(job)
+            if fresh and decoding:
+                return
+
+    def _next_job(self) -> _Job | None:
+        """Return whose sample comes next: the owner with the fewest rows, then its own fewest."""
+        waiting = [job for job in self._turn if job.waits and not job.paused]
+        if not waiting:
+            return None
+        live: dict[object, int] = {}
+        for job in self._turn:
+            live[job.owner] = live.get(job.owner, 0) + job.live
+        return min(waiting, key=lambda job: (live[job.owner], job.live))
 
     def _make_room(self, job: _Job) -> bool:
         """See that a slot is free that is long enough for `job`."""
@@ -335,8 +374,10 @@ class Engine:
         wanted = sum(one.request.n - one.next + one.live for one in self._jobs.values())
         least = self._row_bytes(capacity)
         rows = min(wanted, self._fit(capacity, min(fixed, self._budget - least)))
-        if rows <= live or (slots is not None and rows <= slots.rows and live):
+        longer = slots is not None and slots.capacity < job.capacity
+        if rows <= live or (slots is not None and live and rows <= slots.rows and not longer):
             return False
+        self._prefixes.shrink(max(0, self._budget - fixed - rows * least))
         if slots is None or not live:
             self._slots = None  # before the new ones: two sets would not fit the plan
             self._slots = self._model.slots(rows=rows, capacity=capacity)
@@ -368,11 +409,30 @@ class Engine:
             job.prefix = None
 
     def _prefill(self, job: _Job) -> Slots:
+        """Run the prompt but for its last id, from where another one of its set has come to."""
+        ids, request_set = job.prompt[:-1], job.request.request_set
+        found = self._prefixes.find(request_set, ids) if request_set else None
+        if found is not None and found[1] == len(ids):
+            return found[0]
+        self._prefixes.shrink(self._room_for_prefixes())
         prefix = self._model.slots(rows=1, capacity=len(job.prompt))
+        start = 0
+        if found is not None:
+            start = found[1]
+            prefix.copy(found[0], start, to=0)
         before = self._model.runs
-        self._model.prefill(job.prompt[:-1], prefix)
+        self._model.prefill(ids, prefix, start=start)
         job.runs += self._model.runs - before
+        size = self._position() * len(job.prompt)
+        self._prefixes.keep(request_set, ids, prefix, size=size, room=self._room_for_prefixes())
         return prefix
+
+    def _room_for_prefixes(self) -> int:
+        """Bytes that neither buffers nor prompts of requests under way may come to need."""
+        used = sum(self._fixed_bytes(len(job.prompt)) for job in self._jobs.values() if job.waits)
+        if self._slots is not None:
+            used += self._slots.rows * self._row_bytes(self._slots.capacity)
+        return max(0, min(self._budget // _KEPT, self._budget - used))
 
     @staticmethod
     def _note(seen: Ids, row: _Row) -> None:
@@ -384,8 +444,12 @@ class Engine:
     # A round
 
     def _round(self) -> None:
-        guesses = [self._guess(row) for row in self._rows]
-        plain = [number for number, guess in enumerate(guesses) if not guess]
+        guesses = [[] if row.job.paused else self._guess(row) for row in self._rows]
+        plain = [
+            number
+            for number, guess in enumerate(guesses)
+            if not guess and not self._rows[number].job.paused
+        ]
         jobs = {row.job for row in self._rows}
         for job in jobs:
             job.most = max(job.most, job.live)
@@ -395,7 +459,7 @@ class Engine:
             if guess:
                 self._alone(number, guess)
         self._leave()
-        for job in jobs:
+        for job in list(self._jobs.values()):  # one that waits for a slot is told that it waits
             self._tell(job)
 
     def _guess(self, row: _Row) -> list[int]:
@@ -408,8 +472,8 @@ class Engine:
     def _together(self, plain: list[int]) -> None:
         """Run the last id of every row at once; draw for the rows in `plain`.
 
-        A row with a guess takes part only because the rows of a run are neighbours; its own piece
-        writes the same position again.
+        A row with a guess, or a paused one, takes part only because the rows of a run are
+        neighbours; its own piece, or its next turn, writes the same position again.
         """
         rows = self._rows
         ids = np.array([[row.last] for row in rows], dtype=np.int64)
@@ -679,7 +743,7 @@ class Engine:
 
     def _tell(self, job: _Job) -> None:
         now = self._clock()
-        if now - job.told >= _PROGRESS_S and job.finished < job.request.n:
+        if now - job.told >= _PROGRESS_S and not job.paused and job.finished < job.request.n:
             job.told = now
             job.emit(Progress(job.tokens, job.finished, job.request.n))
 
@@ -699,6 +763,15 @@ class Engine:
         job.live, job.next, job.prefix, job.closed = 0, job.request.n, None, True
         if leave and any(row.job is job for row in self._rows):
             self._leave()
+
+
+def out_of_memory() -> ProgramError:
+    """Refuse what the plan allowed and the machine did not."""
+    return ProgramError(
+        "model.memory",
+        "the worker ran out of memory",
+        "ask for fewer samples or fewer new tokens",
+    )
 
 
 def _not_finite(step: int) -> ProgramError:

@@ -6,6 +6,7 @@ process may open nothing. The facts that `warm_up` returns are those of operatio
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ import onnxruntime as ort
 from airgap.enclave.channel import ProgramError
 from airgap.inference.constrain import Constraint, Grammars
 from airgap.inference.decoder import Decoder
-from airgap.inference.engine import Engine
+from airgap.inference.engine import Engine, out_of_memory
 from airgap.inference.fast import FastModel
 from airgap.inference.graphs import INTERFACES
 from airgap.inference.model import Model, load_model
 from airgap.inference.protocol import (
+    Forget,
+    Forgotten,
     Generate,
     Grammar,
     Info,
@@ -41,6 +44,9 @@ THREADS_LIMIT = 1024
 _MIB = 1 << 20
 _FALLBACK_BUDGET = 1024 * _MIB
 _PROBE_ROWS = (1, 2, 5, 16)
+
+Emit = Callable[[bytes], None]
+Finish = Callable[[bytes | ProgramError], None]
 
 
 def create(config: dict[str, Any]) -> InferenceProgram:
@@ -74,7 +80,11 @@ def create(config: dict[str, Any]) -> InferenceProgram:
 
 
 class InferenceProgram:
-    """One model behind the channel; `warm_up` once, then `handle` a request at a time."""
+    """One model behind the channel; `warm_up` once, then `handle` a request at a time, or several.
+
+    Several: `begin` takes a request and `step` does a round for all. On the fast graph they share
+    the batch of the engine; what it does not do (the reference graph, `score`) goes one at a time.
+    """
 
     def __init__(
         self,
@@ -96,6 +106,7 @@ class InferenceProgram:
         self._provider = provider
         self._budget = memory_mb * _MIB if memory_mb is not None else 0
         self._most_rows = most_rows
+        self._alone: OrderedDict[int, tuple[Generate | Score, Emit, Finish]] = OrderedDict()
 
     def warm_up(self) -> dict[str, Any]:
         """Load the model, take every code path once and return the facts.
@@ -113,12 +124,13 @@ class InferenceProgram:
         )
         self._budget = self._budget or half_of_free_memory(_memory_table())
         self._decoder = _decoder_of(self._model, budget=self._budget, most_rows=self._most_rows)
+        self._engine = self._decoder if isinstance(self._decoder, Engine) else None
         self._grammars = _grammars_of(self._model, Valence() if self._valence else None)
         self._info = self._facts(batch_invariant=is_batch_invariant(self._model))
         self._rehearse()
         return self._info
 
-    def handle(self, payload: bytes, emit: Callable[[bytes], None]) -> bytes:
+    def handle(self, payload: bytes, emit: Emit) -> bytes:
         """Answer one request (`protocol`); events go to `emit`.
 
         Raises:
@@ -129,13 +141,65 @@ class InferenceProgram:
         try:
             return self._answer(request, emit)
         except MemoryError as error:
-            raise ProgramError(
-                "model.memory", "the worker ran out of memory", "ask for fewer new tokens"
-            ) from error
+            raise out_of_memory() from error
 
-    def _answer(self, request: Generate | Score | Info, emit: Callable[[bytes], None]) -> bytes:
+    @property
+    def runnable(self) -> bool:
+        """Whether a step has work to do."""
+        return bool(self._alone) or (self._engine is not None and self._engine.runnable)
+
+    def begin(self, number: int, payload: bytes, emit: Emit, finish: Finish) -> None:
+        """Take a request, which may end at once; see `enclave.worker`.
+
+        Raises:
+            ProgramError: The request is refused.
+
+        """
+        request = parse_request(payload)
+        if isinstance(request, Info | Forget):
+            finish(self._answer(request, emit))
+        elif self._engine is not None and isinstance(request, Generate):
+            self._engine.submit(
+                number,
+                request,
+                self._constraint(request),
+                emit=lambda event: emit(event.encode()),
+                finish=lambda end: finish(end if isinstance(end, ProgramError) else end.encode()),
+            )
+        else:
+            self._alone[number] = request, emit, finish
+
+    def cancel(self, number: int) -> None:
+        """Let go of a request."""
+        self._alone.pop(number, None)
+        if self._engine is not None:
+            self._engine.cancel(number)
+
+    def pause(self, number: int, *, paused: bool) -> None:
+        """Work no further for a request whose events nobody takes, or go on."""
+        if self._engine is not None:
+            self._engine.pause(number, paused=paused)
+
+    def step(self) -> None:
+        """Do a round for the requests that share the batch, and one request that does not."""
+        if self._engine is not None and self._engine.busy:
+            self._engine.step()
+        if self._alone:
+            _, (request, emit, finish) = self._alone.popitem(last=False)
+            try:
+                outcome: bytes | ProgramError = self._answer(request, emit)
+            except ProgramError as error:
+                outcome = error
+            except MemoryError:
+                outcome = out_of_memory()
+            finish(outcome)
+
+    def _answer(self, request: Generate | Score | Info | Forget, emit: Emit) -> bytes:
         if isinstance(request, Info):
             return encode_info(self._info)
+        if isinstance(request, Forget):
+            kept = self._engine.forget(request.request_set) if self._engine is not None else 0
+            return Forgotten(kept).encode()
         if isinstance(request, Score):
             return self._decoder.score(request).encode()
         constraint = self._constraint(request)

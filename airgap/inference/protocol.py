@@ -29,6 +29,10 @@ Request `generate` (every field is required except `grammar`, which defaults to 
   `<ProteinE>`. A structure may carry `"valence": true`: a token after which no molecule can follow
   is taken out and drawn anew (`valence`).
 - `"ppl_authors": true` asks for the authors' perplexity beside `logprob` (`authors`).
+- `"deadline_ms": 600000` ends the request with `model.deadline` so long after it came.
+- `"set": "5tQ..."` names the request set: what one person asks for together. The broker draws the
+  name; it says nothing of the person. Prompts of one set share the keys and values of a common
+  beginning (`prefixes`), and free slots go to the set that has the fewest.
 
 Events of `generate`, in no fixed order among samples; `index` runs from 0 to n-1::
 
@@ -56,8 +60,20 @@ gives the reply `{"event": "scores", "prompt_tokens": 9, "scores": [{"logprob": 
 ...]}`: each completion's own tokens after the prompt, no end token added. Request `{"op": "info"}`
 gives the reply `{"event": "info", ...}`, the facts of the loaded model.
 
+Request `{"op": "forget", "set": "5tQ..."}` lets go of the prefixes of a set and gives the reply
+`{"event": "forgotten", "prefixes": 2}`.
+
+**Several requests at once.** The request id of a frame tells requests apart; each gets its own
+events and exactly one last frame: reply, error or fault. What a request gets does not depend on
+what runs beside it nor on the order of arrival: a sample's tokens rest on its own request, its seed
+and its index. Frames of the broker beside REQUEST are CANCEL, after which only the last frame comes
+(`request.cancelled`, unless it was on its way), and CREDIT: events of a request may run ahead of
+its reader by a window of bytes that the broker names at the start, each CREDIT gives some back, and
+a request without credit is paused while the others go on. A sample leaves the seal as a whole: a
+piece of a molecule could not be screened, so no smaller event exists.
+
 A refusal is an error frame of the channel with a code: `request.malformed`, `request.limit`,
-`prompt.g03`, `prompt.g04`, `prompt.g10`, `prompt.g11` or `model.*`.
+`request.cancelled`, `prompt.g03`, `prompt.g04`, `prompt.g10`, `prompt.g11` or `model.*`.
 """
 
 from __future__ import annotations
@@ -80,6 +96,8 @@ STOPS_LIMIT = 16
 SEQUENCE_LIMIT = 20_000  # residues of a copy
 COMPLETIONS_LIMIT = 1_000
 TEMPERATURE_LIMIT = 10.0
+DEADLINE_LIMIT = 7 * 86_400_000  # milliseconds
+SET_LIMIT = 64
 PERPLEXITY_LIMIT = 1e300
 SEED_LIMIT = 2**63 - 1
 EVENT_LIMIT = 4 * 1024 * 1024  # bytes of one event or reply
@@ -92,6 +110,7 @@ FINISH_REASONS = ("eos", "stop", "length", "dead_end")
 
 TAG = re.compile(r"<[A-Za-z][A-Za-z0-9_]{0,62}>")
 _CUT = re.compile(f"({TAG.pattern})")
+_SET = re.compile(r"[A-Za-z0-9]+")
 _RESIDUES = re.compile(r"[A-Z]+")
 
 
@@ -138,6 +157,8 @@ class Generate:
     stop: tuple[str, ...] = ()
     grammar: Grammar = field(default_factory=Grammar)
     ppl_authors: bool = False
+    deadline_ms: int = 0
+    request_set: str = ""
 
     def encode(self) -> bytes:
         """Return the bytes of the request."""
@@ -155,6 +176,8 @@ class Generate:
                 "stop": list(self.stop),
                 "grammar": self.grammar.document(),
                 **({"ppl_authors": True} if self.ppl_authors else {}),
+                **({"deadline_ms": self.deadline_ms} if self.deadline_ms else {}),
+                **({"set": self.request_set} if self.request_set else {}),
             }
         )
 
@@ -184,6 +207,17 @@ class Info:
     def encode(self) -> bytes:
         """Return the bytes of the request."""
         return _encode({"op": "info"})
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """A request to let go of what a request set left: its person has gone."""
+
+    request_set: str
+
+    def encode(self) -> bytes:
+        """Return the bytes of the request."""
+        return _encode({"op": "forget", "set": self.request_set})
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +306,17 @@ class Scores:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Reply of `forget`: how many prefixes there were."""
+
+    prefixes: int
+
+    def encode(self) -> bytes:
+        """Return the bytes of the reply."""
+        return _encode({"event": "forgotten", "prefixes": self.prefixes})
+
+
 def encode_info(facts: dict[str, Any]) -> bytes:
     """Return the reply of `info`."""
     return _encode({"event": "info", **facts})
@@ -309,7 +354,7 @@ def tagged_of(segments: Iterable[Segment]) -> str:
     return "".join(segment.text for segment in segments)
 
 
-def parse_request(raw: bytes) -> Generate | Score | Info:
+def parse_request(raw: bytes) -> Generate | Score | Info | Forget:
     """Read a request.
 
     Raises:
@@ -324,12 +369,14 @@ def parse_request(raw: bytes) -> Generate | Score | Info:
         )
     try:
         fields = parse_object(raw, limit=REQUEST_LIMIT, what="request")
-        operation = fields.one_of("op", ("generate", "score", "info"))
-        request: Generate | Score | Info
+        operation = fields.one_of("op", ("generate", "score", "info", "forget"))
+        request: Generate | Score | Info | Forget
         if operation == "generate":
             request = _generate(fields)
         elif operation == "score":
             request = _score(fields)
+        elif operation == "forget":
+            request = Forget(_set(fields))
         else:
             request = Info()
         fields.done()
@@ -368,13 +415,17 @@ def parse_event(raw: bytes) -> Progress | Sample:
     return event
 
 
-def parse_reply(raw: bytes) -> Done | Scores | dict[str, Any]:
+def parse_reply(raw: bytes) -> Done | Scores | Forgotten | dict[str, Any]:
     """Read the reply of an untrusted worker (`info` stays a plain object); MalformedError else."""
     fields = parse_object(raw, limit=EVENT_LIMIT, what="reply")
-    kind = fields.one_of("event", ("done", "scores", "info"))
+    kind = fields.one_of("event", ("done", "scores", "info", "forgotten"))
     if kind == "info":
         return fields.rest()
-    reply: Done | Scores
+    reply: Done | Scores | Forgotten
+    if kind == "forgotten":
+        reply = Forgotten(fields.integer("prefixes", 0, 2**31))
+        fields.done()
+        return reply
     prompt_tokens = fields.integer("prompt_tokens", 1, PROMPT_LIMIT + 1)
     if kind == "done":
         reply = Done(
@@ -410,6 +461,10 @@ def _generate(fields: Fields) -> Generate:
         stop=_stops(fields),
         grammar=_grammar(fields.take("grammar")) if "grammar" in fields else Grammar(),
         ppl_authors=fields.flag("ppl_authors") if "ppl_authors" in fields else False,
+        deadline_ms=fields.integer("deadline_ms", 1, DEADLINE_LIMIT)
+        if "deadline_ms" in fields
+        else 0,
+        request_set=_set(fields) if "set" in fields else "",
     )
     if 0.0 < request.temperature < TEMPERATURE_FLOOR:
         fields.fail("temperature", f"0 (greedy) or at least {TEMPERATURE_FLOOR}")
@@ -455,6 +510,13 @@ def _segments(values: list[Any]) -> tuple[Segment, ...]:
             "shorten the prompt",
         )
     return tuple(found)
+
+
+def _set(fields: Fields) -> str:
+    name = fields.text("set", SET_LIMIT)
+    if not _SET.fullmatch(name):
+        fields.fail("set", "letters and digits")
+    return name
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

@@ -225,7 +225,7 @@ def test_a_constrained_copy_is_exact_and_its_runs_are_counted():
     request = ask(models.SEARCH, grammar=grammar, max_new_tokens=80, stop=("<ProteinE>",), n=2)
     samples = []
     done = engine().generate(request, grammars.compile(grammar, request.prompt), samples.append)
-    for sample in samples:
+    for sample in (event for event in samples if isinstance(event, Sample)):
         bare = sample.text.replace("<PocketS>", "").replace("<PocketE>", "")
         assert bare == f"{models.SEQUENCE}<ProteinE>"
         assert sample.finish_reason == "stop"

@@ -1,0 +1,141 @@
+"""Shared beginnings of prompts: in one request set, the same bits, bounded, forgotten on ask."""
+
+from dataclasses import replace
+
+import inference_models as models
+import pytest
+from test_inference_engine import ask, engine, fast, submit
+
+from airgap.inference.engine import Engine
+from airgap.inference.fast import PIECE
+from airgap.inference.prefixes import Prefixes
+from airgap.inference.protocol import Forget, Forgotten, parse_reply, parse_request, segments_of
+
+LONG = f"<MoleculeS>{'C' * (PIECE + 40)}"
+
+
+def run(target, *requests):
+    """Run requests together to their end; returns (samples, runs) of each."""
+    started = [submit(target, key, request) for key, request in enumerate(requests)]
+    while target.busy:
+        target.step()
+    found = []
+    for events, answers in started:
+        samples = {e.index: (e.ids, e.logprob) for e in events if hasattr(e, "ids")}
+        found.append((samples, answers[0].runs))
+    return found
+
+
+def long_ask(tail="<MoleculeE>", **change):
+    return ask(LONG + tail, n=2, max_new_tokens=4, **change)
+
+
+@pytest.mark.parametrize("tail", ["<MoleculeE>", "O<MoleculeE><ReverseReact>"])
+def test_a_beginning_is_run_once_in_a_set_and_gives_the_same_bits(tail):
+    (alone,) = run(engine(), long_ask(tail))
+    target = engine()
+    run(target, long_ask(request_set="a"))
+    ((samples, runs),) = run(target, long_ask(tail, request_set="a", seed=1))
+    assert samples == alone[0]
+    assert runs < alone[1]
+    ((samples, runs),) = run(target, long_ask(tail, request_set="a", seed=1))
+    assert samples == alone[0]
+    assert runs == alone[1] - 2  # both pieces
+
+
+def test_nothing_is_found_under_another_set_or_without_one():
+    (alone,) = run(engine(), long_ask())
+    target = engine()
+    run(target, long_ask(request_set="a"))
+    for other in ("b", ""):
+        assert run(target, long_ask(request_set=other)) == [alone]
+    assert target.forget("b") == 1
+    assert target.forget("a") == 1
+    assert run(target, long_ask(request_set="a")) == [alone]
+
+
+def test_what_is_kept_is_bounded_by_the_budget_and_gives_way_to_rows():
+    request = long_ask(request_set="a")
+    position = 8 * fast().facts.layers * fast().facts.kv_heads * fast().facts.head_dim
+    entry = position * (PIECE + 43)
+    small = engine(budget=16 * entry, most_rows=64)
+    for tail in ("O", "N", "CO", "CN", "OC", "NC", "CCO", "CCN"):
+        run(small, replace(request, prompt=segments_of(LONG + tail)))
+        assert 0 < small._prefixes.size <= 4 * entry + 4 * position
+    wide = ask(n=64, max_new_tokens=380)
+    submit(small, 99, wide)
+    small.step()
+    assert small._prefixes.size <= small._room_for_prefixes() < 4 * entry
+    small.cancel(99)
+
+
+def test_the_longest_common_beginning_wins_and_the_oldest_goes_first():
+    kept = Prefixes()
+    first, second = list(range(PIECE + 5)), list(range(2 * PIECE + 1))
+    for ids in (first, second):
+        kept.keep("a", ids, object(), size=10, room=20)
+    assert kept.find("a", list(range(3 * PIECE)))[1] == 2 * PIECE
+    assert kept.find("a", first)[1] == len(first)
+    assert kept.find("a", list(range(PIECE + 4)))[1] == PIECE
+    assert kept.find("a", list(range(PIECE - 1))) is None
+    assert kept.find("a", [9, *first]) is None
+    assert kept.find("a", first)[1] == len(first)
+    kept.keep("a", [7], object(), size=10, room=20)  # the second was used least recently
+    assert kept.find("a", second)[1] == PIECE
+    kept.keep("a", [8], object(), size=21, room=20)
+    assert kept.find("a", [8]) is None
+    assert kept.size == 20
+
+
+def test_slots_go_to_the_set_that_has_the_fewest():
+    target = engine(most_rows=4)
+    for key in range(3):
+        submit(target, key, ask(n=50, max_new_tokens=30, request_set="many"))
+    target.step()
+    events, answers = submit(target, 9, ask(n=4, max_new_tokens=3, request_set="few"))
+    while not answers:
+        target.step()
+        mine = sum(row.job.request.request_set == "few" for row in target._rows)
+        assert mine <= 2 or len(events) > 1
+    assert len([e for e in events if hasattr(e, "ids")]) == 4
+    assert target.busy
+    for key in range(3):
+        target.cancel(key)
+
+
+def test_a_paused_request_waits_and_then_gets_what_it_gets_alone():
+    wanted = ask(n=4, max_new_tokens=12)
+    alone = run(engine(), wanted)[0][0]
+    target = engine()
+    events, answers = submit(target, 1, wanted)
+    _, other = submit(target, 2, ask(models.SEARCH, seed=9))
+    for _ in range(3):
+        target.step()
+    target.pause(1, paused=True)
+    count = len(events)
+    while not other:
+        target.step()
+    assert not target.runnable
+    for _ in range(3):
+        target.step()
+    assert (len(events), answers) == (count, [])
+    target.pause(1, paused=False)
+    while not answers:
+        target.step()
+    assert {e.index: (e.ids, e.logprob) for e in events if hasattr(e, "ids")} == alone
+
+
+def test_a_request_says_in_its_own_words_when_it_ends():
+    now = [0.0]
+    target = Engine(fast(), budget=64 << 20, most_rows=1, clock=lambda: now[0])
+    _, answers = submit(target, 1, ask(max_new_tokens=100, deadline_ms=1500))
+    target.step()
+    assert answers == []
+    now[0] = 1.6
+    target.step()
+    assert answers[0].code == "model.deadline"
+
+
+def test_forget_and_its_reply_are_read_back():
+    assert parse_request(Forget("aB3").encode()) == Forget("aB3")
+    assert parse_reply(Forgotten(2).encode()) == Forgotten(2)
