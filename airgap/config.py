@@ -224,6 +224,12 @@ class AuditSettings(Frozen):
     refuse_overdue_export: bool = False
 
 
+class InferenceSettings(Frozen):
+    """In which precision the model runs; the installed bundle must hold it."""
+
+    precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+
+
 class Limits(Frozen):
     """Caps of one request."""
 
@@ -246,6 +252,7 @@ class Site(Frozen):
     enclave: EnclaveSettings = EnclaveSettings()
     audit: AuditSettings = AuditSettings()
     screen: ScreenSettings = ScreenSettings()
+    inference: InferenceSettings = InferenceSettings()
     limits: Limits = Limits()
 
     def find_project(self, project: str) -> Project | None:
@@ -549,6 +556,9 @@ retention = "m-26-14"          # m-26-14, m-21-31-legacy, or site with retention
 # retention_months = 24
 quota_mb = 0                   # 0: as long as there is space
 refuse_overdue_export = false  # true: no new work when the last export is over 7 days old
+
+[inference]
+precision = "fp32"             # fp32, bf16, fp16, int8, int4; airgap verify tells what each costs
 
 [limits]
 samples = 10000                # of one request

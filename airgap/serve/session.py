@@ -14,7 +14,7 @@ import os
 import pwd
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from policy.terms import Digest
 
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
-PRECISION = "fp32"
+CPU = "CPUExecutionProvider"
 HOLDS_COUNT = timedelta(days=30)
 SCREEN_PACKS = Path("policy") / "screens"
 
@@ -95,7 +95,7 @@ def open_broker(
     verify_installed(installed.folder)
     person = site.require_account(os.getuid(), account_name())
     chosen = choose_project(site, person, project)
-    described = describe(installed)
+    described = describe(installed, site.inference.precision)
     packs = screen_packs(root)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(open_site_log(root, site))
@@ -110,7 +110,16 @@ def open_broker(
         trust = trusted.standing
         holds = Holds(root, trust, person.id)
         approvals = load_approvals(root, trust)
-        policy = UseRules(site, rules, installed, person, log, clock, approvals, holds)
+        policy = UseRules(
+            site,
+            rules,
+            running(installed, described.precision),
+            person,
+            log,
+            clock,
+            approvals,
+            holds,
+        )
         yield (
             Broker(
                 log=log,
@@ -326,8 +335,52 @@ def find_installed(root: Path, model: str) -> InstalledBundle:
     return current
 
 
-def describe(installed: InstalledBundle) -> Model:
-    """Return what the broker and the helper must know of the installed model."""
+def running(installed: InstalledBundle, precision: str) -> InstalledBundle:
+    """Return the bundle as the policy sees a use: of its precisions only the one that runs.
+
+    A rule on `bundle.precisions` speaks at admission of all that a bundle holds, and at use of the
+    one that is used.
+    """
+    manifest = installed.manifest
+    models = tuple(
+        entry.model_copy(update={"precisions": (precision,)}) for entry in manifest.models
+    )
+    return replace(installed, manifest=manifest.model_copy(update={"models": models}))
+
+
+def require_precision(installed: InstalledBundle, precision: str) -> None:
+    """Refuse a precision that the bundle does not hold, or not for this machine's provider.
+
+    Raises:
+        RefusedError: `model.precision`.
+
+    """
+    entry = installed.manifest.models[0]
+    claims = [each for each in installed.manifest.parity if each.precision == precision]
+    if precision not in entry.precisions:
+        problem = f"{entry.id} comes in {', '.join(entry.precisions)}, not in {precision}"
+    elif claims and all(each.provider != CPU for each in claims):
+        problem = (
+            f"{entry.id} in {precision} is for {claims[0].provider}, and this worker runs {CPU}"
+        )
+    else:
+        return
+    raise RefusedError(
+        "model.precision",
+        problem,
+        hint="name another in site.toml, [inference] precision, or build it: airgap build "
+        f"--precision {precision}",
+    )
+
+
+def describe(installed: InstalledBundle, precision: str = "fp32") -> Model:
+    """Return what the broker and the helper must know of the installed model.
+
+    Raises:
+        RefusedError: `model.precision`.
+
+    """
+    require_precision(installed, precision)
     entry = installed.manifest.models[0]
     graphs: Graphs = parse_graphs((installed.model_folder(entry.id) / "graphs.json").read_bytes())
     return Model(
@@ -335,7 +388,7 @@ def describe(installed: InstalledBundle) -> Model:
         bundle=installed.digest,
         name=installed.manifest.name,
         version=installed.manifest.version,
-        precision=PRECISION,
+        precision=precision,
         context={
             "model": graphs.model,
             "max_context": graphs.max_context,
