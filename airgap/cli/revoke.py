@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,10 @@ def create(
     wheel: Annotated[
         list[str] | None, typer.Option("--wheel", help="SHA-256 of a wheel; repeatable.")
     ] = None,
+    below: Annotated[
+        list[str] | None,
+        typer.Option("--below", help="LINE:EPOCH: all older releases of a line; repeatable."),
+    ] = None,
     days: Annotated[
         int, typer.Option("--days", min=1, max=_MAX_DAYS, help="Until the next list is due.")
     ] = 90,
@@ -82,10 +87,11 @@ def create(
         "files": [each.removeprefix("sha256:") for each in file or ()],
         "wheels": [each.removeprefix("sha256:") for each in wheel or ()],
     }
-    if any(given.values()) and not reason.strip():
+    floors = _floors(below or ())
+    if (floors or any(given.values())) and not reason.strip():
         raise UsageError("usage.argument", "a revocation needs its --reason", hint="--reason WHY")
     trust = _load(root)
-    document = _next_list(trust, given, reason.strip(), days)
+    document = _next_list(trust, given, floors, reason.strip(), days)
     signers = open_keys(key, root, passphrase_file, pin_file)
     _finish(trust, sign_statement(document.to_bytes(), LIST_TYPE, *signers), out, root, json=json)
 
@@ -151,15 +157,34 @@ def list_view(document: RevocationDocument) -> str:
             f"{kind:<8} {identifier}  {reason}"
             for (kind, identifier), reason in sorted(document.entries().items())
         ),
+        *(
+            f"{'epochs':<8} {line} below {floor.below}  {floor.reason}"
+            for line, floor in sorted((document.epochs or {}).items())
+        ),
     ]
     return "\n".join(lines)
 
 
-def _next_list(trust: Trust, given: dict[str, Any], reason: str, days: int) -> RevocationDocument:
+def _floors(below: Sequence[str]) -> dict[str, int]:
+    """Return the lowest epoch that stays, by line."""
+    found: dict[str, int] = {}
+    for text in below:
+        line, _, epoch = text.rpartition(":")
+        if not line or not epoch.isdecimal():
+            raise UsageError(
+                "usage.argument", f"--below {text!r:.90} is not LINE:EPOCH", hint="airgap list"
+            )
+        found[line] = max(int(epoch), found.get(line, 0))
+    return found
+
+
+def _next_list(
+    trust: Trust, given: dict[str, Any], floors: dict[str, int], reason: str, days: int
+) -> RevocationDocument:
     from pydantic import ValidationError
 
     from bundle.manifest import first_problem
-    from bundle.revocation import KINDS, RevocationDocument
+    from bundle.revocation import KINDS, EpochFloor, RevocationDocument
 
     held = None if trust.revocations is None else trust.revocations.document
     now = datetime.now(UTC).replace(microsecond=0)
@@ -169,11 +194,16 @@ def _next_list(trust: Trust, given: dict[str, Any], reason: str, days: int) -> R
     for kind, identifiers in given.items():
         for identifier in identifiers or ():
             entries[kind].setdefault(identifier, reason)
+    epochs = {} if held is None else dict(held.epochs or {})
     try:
+        for line, epoch in floors.items():
+            if line not in epochs or epochs[line].below < epoch:
+                epochs[line] = EpochFloor(below=epoch, reason=reason)
         return RevocationDocument(
             version=1 if held is None else held.version + 1,
             issued=now,
             next_update=now + timedelta(days=days),
+            epochs=epochs or None,
             **entries,  # type: ignore[arg-type]
         )
     except ValidationError as error:

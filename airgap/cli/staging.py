@@ -14,6 +14,7 @@ import typer
 
 from airgap.cli import precisions, wheels
 from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
+from airgap.cli.forms import parse_size
 from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
 from policy.errors import RefusedError, UsageError
 
@@ -91,6 +92,7 @@ _LABELS = {
     "resolve": "resolve and fetch wheels",
     "wheels": "check every wheel",
     "seal": "write and sign",
+    "volumes": "cut into volumes",
 }
 
 
@@ -235,6 +237,13 @@ def build(
         Path | None,
         typer.Option("--base", help="The bundle that this one succeeds: allows `airgap delta`."),
     ] = None,
+    volume_size: Annotated[
+        str | None,
+        typer.Option("--volume-size", help="Write volumes of at most this: 700MB, 4.7GB, 25GiB."),
+    ] = None,
+    parity: Annotated[
+        int, typer.Option("--parity", min=0, max=64, help="Volumes that may be lost without harm.")
+    ] = 0,
     created: Annotated[
         str | None,
         typer.Option("--created", help="2026-01-31T12:00:00Z; default SOURCE_DATE_EPOCH, or now."),
@@ -258,10 +267,19 @@ def build(
     """
     from airgap.extras import require_extras
 
+    size = None if volume_size is None else parse_size(volume_size)
+    if size is None and parity:
+        raise UsageError(
+            "usage.argument", "--parity is of volumes", hint="add --volume-size, such as 4.7GB"
+        )
     wanted = wheels.Wanted(tuple(target or ()), accelerator, airgap_source, wheels_from)
     wanted.require(no_wheels=no_wheels, alone=source is None)
     require_extras(*(("staging",) if source is None else ("cpu", "staging")))
     if source is None:
+        if size is not None:
+            raise UsageError(
+                "usage.argument", "wheels alone are one file", hint="then: airgap split"
+            )
         moment = _created(created)
         return wheels.build_alone(
             wanted,
@@ -277,7 +295,7 @@ def build(
             json=json,
         )
     with wheels.staging():
-        from bundle.staging.pipeline import Facts
+        from bundle.staging.pipeline import Cut, Facts
         from bundle.staging.pipeline import build as build_draft
         from bundle.staging.views import built_document, built_view
 
@@ -336,6 +354,7 @@ def build(
             reference=not no_reference,
             assess=assess,
             wheelhouse=wheelhouse,
+            cut=None if size is None else Cut(size, parity),
             progress=progress,
         )
     show(built_document(built), built_view(built), json=json)
@@ -589,6 +608,6 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 def _amount(stage: str, done: int, total: int) -> str:
     from bundle.staging.views import size_text
 
-    if stage in {"hash", "seal"}:
+    if stage in {"hash", "seal", "volumes"}:
         return f"{size_text(done)} / {size_text(total)}"
     return f"{done} / {total} files" if stage in {"scan", "wheels"} else ""

@@ -43,11 +43,13 @@ from bundle.manifest import (
     first_problem,
 )
 from bundle.manifest import Parity as ParityClaim
+from bundle.media import open_medium
 from bundle.scan.bom import PATH as BOM_PATH
 from bundle.scan.payload import scan_payload
 from bundle.scan.roles import Role as FileRole
 from bundle.scan.strict import open_view
 from bundle.scan.tokenizer import Tokenizer
+from bundle.split import split
 from bundle.staging.architecture import Architecture
 from bundle.staging.attest import (
     conversion_statement,
@@ -112,6 +114,14 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How a draft is cut into volumes: the most bytes of one, and how many of parity."""
+
+    size: int
+    parity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed:
     """What was taken over from a build that was stopped: sealed runs by name, and chunks."""
 
@@ -121,7 +131,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A finished draft."""
+    """A finished draft; of a set of volumes `path` is the first one."""
 
     path: Path
     manifest: Manifest
@@ -132,6 +142,12 @@ class Built:
     decision: Mapping[str, Any]
     seal: Mapping[str, object]
     resumed: Resumed = Resumed()
+    volumes: tuple[Path, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, or of all volumes."""
+        return sum(path.stat().st_size for path in self.volumes or (self.path,))
 
 
 def build(
@@ -146,6 +162,7 @@ def build(
     pins: Path | None = None,
     upstream: Upstream | None = None,
     wheelhouse: Wheelhouse | None = None,
+    cut: Cut | None = None,
     precisions: Sequence[str] = ("fp32",),
     reference: bool = True,
     assess: Assess | None = None,
@@ -164,6 +181,7 @@ def build(
         pins: A file in the form of `sha256sum`.
         upstream: Evidence of the publisher, and whom this site believes.
         wheelhouse: Wheels that travel along.
+        cut: Write volumes `out`.001, ... in the place of one file.
         precisions: Which the bundle shall hold; fp32 is always among them.
         reference: Whether it carries the reference graph where there is a fast one.
         assess: Counts valid completions, for the task figures of a precision.
@@ -197,7 +215,7 @@ def build(
     tell("admit", 0, 1)
     record = admit([model], source_digest(report))
     tell("admit", 1, 1)
-    _require_space(report, out)
+    _require_space(report, out, cut)
     hashed = [(file.identity, report.digests[file.path].sha256) for file in report.files]
     with work_folder(out, hashed) as found:
         work, kept, run_sealed = found.folder, found.archive, found.keeping(run_sealed)
@@ -250,8 +268,9 @@ def build(
             ).to_bytes()
             return sign_statement(payload, PAYLOAD_TYPE, *as_signers(signer))
 
+        whole = out if cut is None else found.kept / out.name
         manifest = write_archive(
-            out,
+            whole,
             draft.release.model_copy(update={"profile": trust.document.profile}),
             draft.members,
             trust_chain=chain_document(trust),
@@ -259,9 +278,10 @@ def build(
             progress=lambda done, total: tell("seal", done, total),
             kept=kept,
         )
+        volumes = () if cut is None else _cut(whole, out, cut, tell)
     taken = Resumed(tuple(found.resumed), kept.resumed)
     return Built(
-        out,
+        volumes[0] if volumes else out,
         manifest,
         report,
         parity,
@@ -270,7 +290,23 @@ def build(
         draft.decision,
         converted.seal or parity.seal,
         taken,
+        volumes,
     )
+
+
+def _cut(whole: Path, out: Path, cut: Cut, tell: Progress) -> tuple[Path, ...]:
+    """Write the volumes of a finished draft beside the place of `out`."""
+    medium = open_medium(whole)
+    try:
+        return split(
+            medium,
+            out.absolute().parent,
+            volume_size=cut.size,
+            parity_count=cut.parity,
+            progress=lambda done, total: tell("volumes", done, total),
+        )
+    finally:
+        medium.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,9 +686,9 @@ def require_output(out: Path) -> None:
         )
 
 
-def _require_space(report: InspectReport, out: Path) -> None:
+def _require_space(report: InspectReport, out: Path, cut: Cut | None) -> None:
     weights = sum(tensor.end - tensor.start for tensor in report.tensors.values())
-    needed = _FLOOR + _SPACE * weights
+    needed = _FLOOR + (_SPACE if cut is None else 2 * _SPACE) * weights
     free = shutil.disk_usage(out.absolute().parent).free
     if free < needed:
         raise FaultError(

@@ -23,7 +23,7 @@ from bundle.fields import has_hidden
 from bundle.scan.roles import Role
 from bundle.staging.bootstrap import BuiltWheels
 from bundle.staging.parity import STEPS, Parity
-from bundle.staging.pipeline import Built
+from bundle.staging.pipeline import Built, Resumed
 from bundle.staging.sign import Draft, Tally
 from policy.terms import Digest
 
@@ -114,7 +114,9 @@ def built_document(built: Built) -> dict[str, Any]:
         "bundle": str(built.path),
         "digest": str(built.manifest.digest),
         "body_root": built.manifest.body.root,
-        "size": built.path.stat().st_size,
+        "size": built.size,
+        "volumes": [str(path) for path in built.volumes],
+        "resumed": {"runs": list(built.resumed.runs), "chunks": built.resumed.chunks},
         "builder": built.builder,
         "model": model.id,
         "version": built.manifest.version,
@@ -164,7 +166,8 @@ def parity_text(parity: Parity) -> str:
 def built_view(built: Built) -> RenderableType:
     """Show a finished draft on a terminal."""
     rows = [
-        ("bundle", f"{built.path} ({size_text(built.path.stat().st_size)})"),
+        ("bundle", f"{built.path} ({size_text(built.size)})"),
+        *([("volumes", f"{len(built.volumes)}, this is the first")] if built.volumes else []),
         ("digest", str(built.manifest.digest)),
         ("source", f"{built.manifest.models[0].source} at {built.manifest.models[0].revision}"),
         (
@@ -180,6 +183,7 @@ def built_view(built: Built) -> RenderableType:
         ),
         ("policy", _decision_text(built.decision)),
         ("builder", f"{built.builder} has signed; approvers sign next"),
+        *([("resumed", _resumed_text(built))] if built.resumed != Resumed() else []),
     ]
     name = built.path.name
     return Group(
@@ -191,6 +195,15 @@ def built_view(built: Built) -> RenderableType:
         Text(),
         Text(f"next step: airgap sign {name} --key APPROVER.pem", "dim"),
     )  # fmt: skip
+
+
+def _resumed_text(built: Built) -> str:
+    """Say what was taken over from a build that was stopped."""
+    names = {"graph": "the conversion", "parity": "the proof of parity"}
+    parts = [names.get(name, name) for name in built.resumed.runs]
+    if built.resumed.chunks:
+        parts.append(f"{built.resumed.chunks} of {built.manifest.body.leaves} chunks")
+    return f"{', '.join(parts)} of the build that was stopped, hashed again"
 
 
 def wheels_document(built: BuiltWheels) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A build that is killed at any point goes on from its finished steps, to the very same bytes."""
 
+import io
 import os
 import shutil
 import signal
@@ -8,13 +9,18 @@ from pathlib import Path
 import bundles
 import pytest
 import tiny_llama
+from rich.console import Console
 from staging_runs import Result, build_tiny, run_inline
 
 from bundle.manifest import CHUNK_SIZE
+from bundle.media import open_medium
+from bundle.split import join
+from bundle.staging.pipeline import Cut
 from bundle.staging.resume import work_folder
 from bundle.staging.sealed import SealedJob
+from bundle.staging.views import built_view
 from bundle.write import Kept, Member
-from policy.errors import FaultError, RefusedError
+from policy.errors import FaultError, RefusedError, UsageError
 
 
 class Replay:
@@ -223,6 +229,50 @@ def test_what_no_record_can_hold_is_not_kept(tmp_path):
             job = SealedJob(("x",), (), work.folder / "a", 1, 1.0)
             assert work.keeping(run)(job).status == 0
             assert not list(work.kept.glob("*.json"))
+
+
+# -- volumes ----------------------------------------------------------------------------------
+
+
+def test_a_draft_is_cut_into_volumes_at_once_and_a_killed_cut_goes_on(made, place):
+    _, wanted, left = made
+    folder, out = place
+    cut = Cut(6_000_000, parity=1)
+    how = {"run_sealed": Replay(left), "cut": cut}
+    killed(
+        lambda: build_tiny(
+            folder, out, **how, progress=lambda stage, *_: kill() if stage == "volumes" else None
+        )
+    )
+    assert not list(out.parent.glob("tiny.agb.*"))
+    second = Replay(left)
+    built = build_tiny(folder, out, run_sealed=second, cut=cut)
+    assert second.runs == []
+    assert sorted(out.parent.iterdir()) == list(built.volumes)
+    assert built.path == built.volumes[0]
+    assert "volumes" in screen(built_view(built))
+    assert "the conversion, the proof of parity" in screen(built_view(built))
+    built.volumes[0].unlink()  # made up for by parity
+    medium = open_medium(built.volumes[1])
+    join(medium, out)
+    medium.close()
+    assert out.read_bytes() == wanted
+
+
+def test_a_size_that_holds_no_chunk_costs_no_conversion(made, place):
+    _, _, left = made
+    folder, out = place
+    with pytest.raises(UsageError, match="no room for one chunk"):
+        build_tiny(folder, out, run_sealed=Replay(left), cut=Cut(1_000_000))
+    second = Replay(left)
+    assert build_tiny(folder, out, run_sealed=second, cut=Cut(6_000_000)).size > 0
+    assert second.runs == []
+
+
+def screen(view) -> str:
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(view)
+    return console.file.getvalue()
 
 
 # -- the archive, chunk by chunk --------------------------------------------------------------
