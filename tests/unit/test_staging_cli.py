@@ -19,7 +19,7 @@ import typer
 from staging_runs import build_tiny
 from typer.testing import CliRunner
 
-from airgap.cli import staging
+from airgap.cli import staging, wheels
 from bundle.keys import load_signer, new_key
 from bundle.staging.sign import count, read_draft
 from bundle.trust import add_key, new_root, save_trust
@@ -344,7 +344,7 @@ def test_a_draft_that_two_have_signed_counts_for_a_host(draft, root):
 
 
 def test_a_missing_library_is_a_fault_that_says_what_to_install():
-    with pytest.raises(AirgapError) as caught, staging._staging():
+    with pytest.raises(AirgapError) as caught, wheels.staging():
         import absent_library  # noqa: F401
     assert caught.value.code == "host.extra"
     assert "absent_library" in caught.value.message
@@ -352,7 +352,7 @@ def test_a_missing_library_is_a_fault_that_says_what_to_install():
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RefusedError), staging._staging():
+    with pytest.raises(RefusedError), wheels.staging():
         raise RefusedError("source.empty", "x")
 
 
