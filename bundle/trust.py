@@ -197,9 +197,13 @@ class Trust:
 
         A seal is judged with the list beside the root, to tell a revoked key from a foreign one.
         """
+        return self.unrevoked(self.document)
+
+    def unrevoked(self, root: RootDocument) -> RootDocument:
+        """Return a root without the keys and people that the list of this trust revokes."""
         if self.revocations is None:
-            return self.document
-        listed, root = self.revocations.document, self.document
+            return root
+        listed = self.revocations.document
         people = {
             who: person.model_copy(update={"keys": kept})
             for who, person in root.people.items()
@@ -230,7 +234,19 @@ class Trust:
         return (text,) if text else ()
 
     def follow(self, chain: Trust) -> Trust:
-        """Return a longer chain with the list of this one."""
+        """Return a longer chain with the list of this one.
+
+        Raises:
+            RefusedError: `trust.chain`; a new root has enough signatures with revoked keys only.
+
+        """
+        held = len(self.chain)
+        judges = chain.documents[held - 1 : -1]
+        for envelope, judge, new in zip(
+            chain.chain[held:], judges, chain.documents[held:], strict=True
+        ):
+            for each in (judge, new):  # whom the held list revokes makes no root any more
+                _require_root_threshold(envelope, self.unrevoked(each), new)
         return replace(chain, revocations=self.revocations)
 
 

@@ -528,3 +528,44 @@ def test_an_act_of_cnsa2_needs_both_keys_too():
         made = envelope.sign_statement(b"{}", approvals.PAYLOAD_TYPE, *signers)
         found = approvals.signers_of(made, root, at=NOW)
         assert [each.person for each in found] == people
+
+
+# -- a revoked root key -----------------------------------------------------------------------
+
+
+def two_root_people():
+    """Return a trust with two root people, of whom one is enough."""
+    return trust.add_key(make_trust(), public("rob", "rob", "root"), ROOT, now=bundles.ENROLLED)
+
+
+def test_a_revoked_root_key_makes_no_root_and_the_others_recover():
+    roots = two_root_people()
+    rita = bundles.signer("root").public_key.keyid
+    new = public("new", "new", "approver")
+    assert trust.add_key(roots, new, ROOT, now=NOW).version == roots.version + 1
+    listed = trust.accept_revocations(roots, make_list(keys={rita: "stolen"}))
+    with pytest.raises(RefusedError, match="0 of 1 root people") as caught:
+        trust.add_key(listed, new, ROOT, now=NOW)
+    assert caught.value.code == "trust.chain"
+    # nor by way of a bundle, nor with a list that says nothing of it
+    stolen = trust.add_key(roots, new, ROOT, now=NOW)
+    assert trust.follow_chain(roots, trust.chain_document(stolen)).version == stolen.version
+    assert code_of(trust.follow_chain, listed, trust.chain_document(stolen)) == "trust.chain"
+    # the other root person takes the key out, and the chain goes on
+    rob = [bundles.signer("rob")]
+    document = rotation.without_key(listed.document, rita, now=NOW)
+    mended = trust.append_root(listed, document, rob)
+    assert mended.version == roots.version + 1
+    assert trust.follow_chain(listed, trust.chain_document(mended)).version == mended.version
+    assert trust.add_key(mended, new, rob, now=NOW).version == mended.version + 1
+
+
+def test_a_chain_whose_only_root_key_is_revoked_does_not_go_on():
+    rita = bundles.signer("root").public_key.keyid
+    listed = trust.accept_revocations(make_trust(), make_list(keys={rita: "stolen"}))
+    for change in (
+        rotation.renew(listed.document, now=NOW),
+        rotation.rotate(listed.document, [rita], [public("root2", "rita", "root")], now=NOW),
+    ):
+        both = [*ROOT, bundles.signer("root2")]
+        assert code_of(trust.append_root, listed, change, both) == "trust.chain"
