@@ -7,6 +7,7 @@ what was measured of a precision that is not fp32, so that whoever chooses one c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Literal
 
@@ -124,9 +125,19 @@ def vectors_path(precision: str) -> str:
     return f"META/vectors/parity{'' if precision == 'fp32' else '-' + precision}.json"
 
 
-def figures_path(manifest: Manifest, precision: str) -> str | None:
-    """Return the listed path of the vectors of a precision, None where there are none."""
-    return next((each.vectors for each in manifest.parity if each.precision == precision), None)
+def read_vectors(
+    manifest: Manifest, view: Callable[[str], memoryview]
+) -> tuple[tuple[Parity, Vectors], ...]:
+    """Return every claim of parity with its vectors; RefusedError `manifest.vectors`.
+
+    Args:
+        manifest: Verified.
+        view: Gives the bytes of a listed file.
+
+    """
+    return tuple(
+        (claim, parse_vectors(bytes(view(claim.vectors)), claim)) for claim in manifest.parity
+    )
 
 
 def _percent(share: str) -> str:

@@ -28,7 +28,7 @@ from bundle.archive import Progress
 from bundle.envelope import Envelope, parse_seal
 from bundle.evidence.summary import require_summary
 from bundle.fields import format_time
-from bundle.manifest import SUMS, FileEntry, Manifest, parse_manifest
+from bundle.manifest import SUMS, FileEntry, Manifest, Parity, parse_manifest
 from bundle.media import Help, open_medium
 from bundle.medium import Medium
 from bundle.revocation import require_unrevoked
@@ -38,6 +38,7 @@ from bundle.scan.bom import PATH as BOM
 from bundle.statement import VerifiedSeal, require_matches, require_subject, verify_seal
 from bundle.tar import Layout, require_gaps
 from bundle.trust import Trust, follow_chain, require_dated
+from bundle.vectors import Vectors, read_vectors
 from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
 
@@ -96,6 +97,7 @@ class VerifyReport:
     scan: ScanReport
     medium: Mapping[str, Any] = field(default_factory=dict)
     alarms: tuple[str, ...] = ()
+    parity: tuple[tuple[Parity, Vectors], ...] = ()
 
     def as_document(self) -> dict[str, Any]:
         """Return the JSON form, `airgap/verify-report/1`."""
@@ -142,6 +144,17 @@ class VerifyReport:
                     "scientific_use": model.scientific_use,
                 }
                 for model in manifest.models
+            ],
+            "parity": [
+                {
+                    "model": claim.model,
+                    "precision": claim.precision,
+                    "provider": claim.provider,
+                    "tolerance": claim.tolerance,
+                    "vectors": len(vectors.vectors),
+                    "measured": vectors.measured and vectors.measured.model_dump(mode="json"),
+                }
+                for claim, vectors in self.parity
             ],
             "scan": {
                 "files": len(self.scan.files),
@@ -470,6 +483,7 @@ def verify_bundle(
             scan,
             sealed.medium.facts(),
             sealed.alarms,
+            read_vectors(sealed.manifest, sealed.view),
         )
 
 
@@ -481,7 +495,8 @@ def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> Sc
         view: Gives the bytes of a listed file: from the bundle, or from a quarantine.
 
     Raises:
-        RefusedError: `manifest.layout`, `bom.mismatch`, `evidence.*`, `scan.*`.
+        RefusedError: `manifest.layout`, `bom.mismatch`, `evidence.*`, `manifest.vectors`,
+            `scan.*`.
 
     """
     wanted = archive.sums_text([(e.path, e.sha256) for e in manifest.files if e.path != SUMS])
@@ -490,6 +505,7 @@ def verify_contents(manifest: Manifest, view: Callable[[str], memoryview]) -> Sc
     if manifest.find(BOM) is None:
         raise RefusedError("bom.mismatch", f"the release lists no {BOM}")
     require_summary(view, manifest)
+    read_vectors(manifest, view)
     return scan_payload(view, manifest)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from bundle.manifest import Manifest
     from bundle.statement import VerifiedSeal
+    from bundle.vectors import Vectors
     from bundle.verify import VerifyReport
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
@@ -171,6 +172,7 @@ def verify_view(report: VerifyReport) -> str:
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
+    rows += [(f"{claim.precision}", _parity(vectors)) for claim, vectors in report.parity]
     rows += [("ALARM", text) for text in report.alarms]
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
@@ -182,6 +184,21 @@ def approvers_text(seal: VerifiedSeal) -> str:
     roles = {each.person: each.roles for each in seal.approvals}
     return ", ".join(
         f"{who} as {' and '.join(roles[who])}" if who in roles else who for who in seal.approvers
+    )
+
+
+def _parity(vectors: Vectors) -> str:
+    """Say what a precision costs, or that it answers like the source."""
+    if vectors.measured is not None:
+        where = (
+            ""
+            if vectors.measured.measured_on == vectors.provider
+            else (f" (for {vectors.provider}; measured on {vectors.measured.measured_on})")
+        )
+        return f"{vectors.measured.text}{where}"
+    return (
+        f"answers like the source on {len(vectors.vectors)} prompts within {vectors.tolerance}, "
+        f"{vectors.steps} greedy tokens each"
     )
 
 
