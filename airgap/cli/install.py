@@ -179,13 +179,19 @@ def open_lab(folder: Path, project: str | None) -> Lab:
 
 
 def list_bundles(*, root: Root = None, json: Json = False) -> None:
-    """List what is installed; `*` marks the bundle that `airgap run` takes."""
+    """List what is installed: `*` answers by default, `+` to its name."""
     from airgap.install import Store
 
     store = Store(root_folder(root) / "store")
     current = store.current()
     active = None if current is None else current.digest
-    found = [bundle_document(item, current=item.digest == active) for item in store.list()]
+    found = [
+        {
+            **bundle_document(item, current=item.digest == active),
+            "active": store.active(item.manifest.bundle_id) == item.digest,
+        }
+        for item in store.list()
+    ]
     show({"format": "airgap/list/1", "bundles": found}, list_view(found), json=json)
 
 
@@ -269,7 +275,7 @@ def list_view(found: list[dict[str, Any]]) -> str:
     if not found:
         return "nothing is installed; airgap install BUNDLE.agb"
     lines = [
-        f"{'*' if item['current'] else ' '} {item['name']} {item['version']}  "
+        f"{'*' if item['current'] else '+' if item['active'] else ' '} {item['name']} {item['version']}  "
         f"epoch {item['epoch']}  until {item['expires'][:10]}  "
         f"models {', '.join(item['models'])}  {item['digest']}"
         for item in found
