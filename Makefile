@@ -46,10 +46,12 @@ test-tools:
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	    $$(cat tests/apt-packages.txt)
 
-# The wheel alone: a lab with [cpu,science], an auditor with no extra at all.
+# The wheel alone: a lab with [cpu,science], an auditor with no extra at all. Then the installer, on a
+# bare Debian root without a network; it is skipped, and says so, without root or debootstrap.
 wheel-test: $(VENV)/.run
 	test -f demo-out/audit-export/manifest.json || $(BIN)/airgap demo --out demo-out
 	$(BIN)/python tests/bare_wheel.py --demo demo-out --work build/wheel
+	$(BIN)/python tests/clean_root.py --demo demo-out --work build/clean-root || test $$? = 77
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
