@@ -8,11 +8,12 @@ intent with an outcome that says so, and nothing is released.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from policy.terms import Digest
 
 HELPER_S = 60.0  # seconds without a frame of the helper
 WORKER_S = 120.0  # seconds without a progress frame of the worker
+GRACE_S = 5.0  # for the worker's own word on its deadline
 NONCE_BYTES = 32
 SEED_BITS = 31  # short enough to type
 
@@ -147,6 +149,7 @@ class Broker:
     restricted: Path | None = None  # whole records of hazard decisions; None keeps none
     holds: Holds | None = None  # None: what is held cannot be released
     screen_sequences: Callable[[Sequence[str]], ScreenResult] | None = None  # None: they hold
+    request_set: str = ""  # a random name: whose requests share prefixes and turns at the worker
 
     def infer(self, job: Job, on_progress: OnProgress = lambda *_: None) -> Answer:
         """Run `job` and return the answer.
@@ -392,15 +395,16 @@ class Broker:
     ) -> tuple[list[dict[str, Any]], protocol.Done]:
         samples: dict[int, dict[str, Any]] = {}
         totals: protocol.Done | None = None
-        for event in self._events(settings):
-            if isinstance(event, protocol.Progress):
-                on_progress(event.tokens, event.finished, settings.n)
-            elif isinstance(event, protocol.Done):
-                totals = event
-            else:
-                if event.index in samples or event.index >= settings.n:
-                    raise wrong_reply(f"sample {event.index} came twice or was not asked for")
-                samples[event.index] = sample_document(event)
+        with contextlib.closing(self._events(settings)) as events:
+            for event in events:
+                if isinstance(event, protocol.Progress):
+                    on_progress(event.tokens, event.finished, settings.n)
+                elif isinstance(event, protocol.Done):
+                    totals = event
+                else:
+                    if event.index in samples or event.index >= settings.n:
+                        raise wrong_reply(f"sample {event.index} came twice or was not asked for")
+                    samples[event.index] = sample_document(event)
         if totals is None or len(samples) != settings.n:
             raise wrong_reply(f"{len(samples)} samples came, {settings.n} were asked for")
         on_progress(totals.tokens, settings.n, settings.n)
@@ -408,9 +412,12 @@ class Broker:
 
     def _events(
         self, settings: protocol.Generate
-    ) -> Iterator[protocol.Progress | protocol.Sample | protocol.Done]:
+    ) -> Generator[protocol.Progress | protocol.Sample | protocol.Done]:
+        """Yield what the worker says; whoever stops before the end cancels the request."""
+        limit = self.limits.seconds
+        wanted = replace(settings, deadline_ms=limit * 1000, request_set=self.request_set)
+        frames = self.worker.stream(wanted.encode(), WORKER_S, total_s=limit + GRACE_S)
         try:
-            frames = self.worker.stream(settings.encode(), WORKER_S, total_s=self.limits.seconds)
             for frame in frames:
                 if frame.is_part:
                     yield protocol.parse_event(frame.payload)
@@ -421,6 +428,9 @@ class Broker:
                 yield reply
         except MalformedError as error:
             raise wrong_reply(str(error)) from error
+        finally:
+            if isinstance(frames, Generator):
+                frames.close()
 
     def _assess(self, job: Job, samples: list[dict[str, Any]]) -> Assessed:
         """Assess in the helper; a large answer comes in parts."""
@@ -459,7 +469,7 @@ class Broker:
         result = "failed"
         if isinstance(error, RefusedError):
             result = "refused"
-        elif not isinstance(error, Exception):
+        if code == "request.cancelled" or not isinstance(error, Exception):
             result = "cancelled"
         try:
             self._record(

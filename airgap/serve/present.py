@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,11 +19,23 @@ from rich.text import Text
 
 from airgap.audit import commitment
 from airgap.science import views
+from airgap.science.results import Assessed, Prepared
 from airgap.serve.broker import Answer, Broker, Job
 from policy import report
 from policy.errors import FaultError, UsageError
 
 OBLIGATIONS_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """An answer as it may cross a socket: the document, the files by kind, what the table needs."""
+
+    document: dict[str, Any]
+    files: dict[str, str]
+    header: views.Header
+    prepared: Prepared
+    assessed: Assessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +93,16 @@ def present(
         FaultError: A file could not be written; the answer is on record all the same.
 
     """
+    wanted = [kind for kind, path in outputs.items() if path is not None]
+    return deliver(render(broker, job, answer, wanted), outputs)
+
+
+def render(broker: Broker, job: Job, answer: Answer, kinds: Sequence[str]) -> Rendered:
+    """Return an answer with the files that were asked for, nothing written; see `present`."""
     header = header_of(broker, answer)
     prepared, assessed = answer.prepared, answer.assessed
-    written: dict[str, str] = {}
-    for kind, path in outputs.items():
-        if path is None:
-            continue
+    files: dict[str, str] = {}
+    for kind in kinds:
         if kind == "csv":
             content = views.csv(assessed, header)
         elif kind == "sdf":
@@ -95,11 +111,7 @@ def present(
             content = views.html(prepared, assessed, header, broker.draw(job, answer))
         else:
             content = answer.outcome.as_proof()
-        try:
-            write_whole(path, content)
-        except OSError as error:
-            raise unwritten(kind, path, error, header) from error
-        written[kind] = str(path)
+        files[kind] = content
     document = views.document(prepared, assessed, header) | {
         "request": answer.request,
         "tokens": {"prompt": answer.totals.prompt_tokens, "new": answer.totals.tokens},
@@ -114,17 +126,30 @@ def present(
             "in": answer.opening.nonce_in.hex(),
             "out": answer.opening.nonce_out.hex(),
         },
-        "written": written,
     }
+    return Rendered(document, files, header, prepared, assessed)
+
+
+def deliver(rendered: Rendered, outputs: Mapping[str, Path | None]) -> Presented:
+    """Write the files and return what to print; FaultError as `present`."""
+    header = rendered.header
+    written: dict[str, str] = {}
+    for kind, path in outputs.items():
+        if path is None:
+            continue
+        try:
+            write_whole(path, rendered.files[kind])
+        except OSError as error:
+            raise unwritten(kind, path, error, header) from error
+        written[kind] = str(path)
     lines = [
         f"on record: {header.receipt}; decision {header.decision}",
-        f"sealed: {header.seal}; seed {answer.seed}",
+        f"sealed: {header.seal}; seed {header.seed}",
         *(f"{kind}: {path}" for kind, path in written.items()),
     ]
-    text = Group(
-        views.table(prepared, assessed, header), *(Text(line, style="dim") for line in lines)
-    )
-    return Presented(document, text)
+    table = views.table(rendered.prepared, rendered.assessed, header)
+    text = Group(table, *(Text(line, style="dim") for line in lines))
+    return Presented({**rendered.document, "written": written}, text)
 
 
 def unwritten(kind: str, path: Path, error: OSError, header: views.Header) -> FaultError:

@@ -14,7 +14,7 @@ import os
 import pwd
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from airgap.audit import Event, new_ulid
 from airgap.audit.service import Log, RemoteLog
 from airgap.audit.site import open_site_log
 from airgap.config import Person, Site, load_site
-from airgap.enclave import Enclave, SealSpec, launch, run_sealed
+from airgap.enclave import Caps, Enclave, SealSpec, launch, run_sealed
 from airgap.enclave.running import noted
 from airgap.extras import require_extras
 from airgap.holds import Holds
@@ -38,7 +38,7 @@ from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
 from airgap.site_rules import read_signature, verify_file
 from bundle.graphs import Graphs, parse_graphs
-from bundle.trust import load_trust
+from bundle.trust import RootDocument, load_trust
 from policy.approvals import Approval, Approvals
 from policy.engine import Decision
 from policy.errors import AirgapError, RefusedError
@@ -47,6 +47,7 @@ from policy.terms import Digest
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
 CPU = "CPUExecutionProvider"
+IN_FLIGHT = 32  # requests at once at one worker
 HOLDS_COUNT = timedelta(days=30)
 SCREEN_PACKS = Path("policy") / "screens"
 
@@ -85,55 +86,95 @@ def open_broker(
 
     """
     require_extras("cpu", "science")
-    site = load_site(root)
-    rules = gate.load_rules(root)
-    installed = find_installed(root, model)
-    require_valid(installed, clock())
-    trusted = load_trust(root / "trust")
-    for alarm in require_standing(installed, trusted, now=clock()):
-        operator.warning("revocation", alarm=alarm)
-    verify_installed(installed.folder)
-    person = site.require_account(os.getuid(), account_name())
-    chosen = choose_project(site, person, project)
-    described = describe(installed, site.inference.precision)
-    packs = screen_packs(root)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open_site_log(root, site))
-        rule_history.put_on_record(log, rules)
-        with loading(log, installed):
-            worker, helper = (
-                stack.enter_context(sealed(log, spec))
-                for spec in specs(
-                    installed, described, site, root / "enclave", packs, valence=valence
+    house = House.of(root, model=model, valence=valence, clock=clock)
+    person = house.site.require_account(os.getuid(), account_name())
+    chosen = choose_project(house.site, person, project)
+    with open_site_log(root, house.site) as log, house.sealed_pair(log) as pair:
+        yield house.broker(person, log=log, pair=pair, uid=os.getuid()), chosen
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What a broker of one tree needs before it knows whom it serves; checked, nothing started."""
+
+    root: Path
+    site: Site
+    rules: gate.Rules
+    installed: InstalledBundle
+    model: Model
+    trust: RootDocument
+    specs: tuple[SealSpec, SealSpec]
+    clock: Clock
+
+    @classmethod
+    def of(
+        cls, root: Path, *, model: str = "", valence: bool = False, clock: Clock = utc_now
+    ) -> House:
+        """Load and check site, rules, trust and bundle; raises as `open_broker`."""
+        site = load_site(root)
+        rules = gate.load_rules(root)
+        installed = find_installed(root, model)
+        require_valid(installed, clock())
+        trusted = load_trust(root / "trust")
+        for alarm in require_standing(installed, trusted, now=clock()):
+            operator.warning("revocation", alarm=alarm)
+        verify_installed(installed.folder)
+        described = describe(installed, site.inference.precision)
+        packs = screen_packs(root)
+        wanted = specs(installed, described, site, root / "enclave", packs, valence=valence)
+        return cls(root, site, rules, installed, described, trusted.standing, wanted, clock)
+
+    @contextlib.contextmanager
+    def sealed_pair(self, log: Log, *, lasting: bool = False) -> Iterator[tuple[Enclave, Enclave]]:
+        """Start worker and helper, their evidence on record before they are given.
+
+        `lasting`: an end that nobody asked for is an incident.
+        """
+        with contextlib.ExitStack() as stack:
+            rule_history.put_on_record(log, self.rules)
+            with loading(log, self.installed):
+                worker, helper = (
+                    stack.enter_context(sealed(log, spec, lasting=lasting)) for spec in self.specs
                 )
-            )
-        trust = trusted.standing
-        holds = Holds(root, trust, person.id)
-        approvals = load_approvals(root, trust)
+            yield worker, helper
+
+    def broker(
+        self,
+        person: Person,
+        *,
+        log: Log,
+        pair: tuple[Enclave, Enclave],
+        uid: int,
+        site: Site | None = None,
+        request_set: str = "",
+    ) -> Broker:
+        """Return the broker of one person; `site` where it knows more of her than site.toml."""
+        site = site or self.site
+        require_valid(self.installed, self.clock())
+        holds = Holds(self.root, self.trust, person.id)
         policy = UseRules(
             site,
-            rules,
-            running(installed, described.precision),
+            self.rules,
+            running(self.installed, self.model.precision),
             person,
             log,
-            clock,
-            approvals,
+            self.clock,
+            load_approvals(self.root, self.trust),
             holds,
+            uid,
         )
-        yield (
-            Broker(
-                log=log,
-                worker=worker,
-                helper=helper,
-                model=described,
-                actor=actor_of(person),
-                use_policy=policy,
-                limits=site.limits,
-                restricted=root / "restricted",
-                holds=holds,
-                screen_sequences=sequence_screen(log, site, root),
-            ),
-            chosen,
+        return Broker(
+            log=log,
+            worker=pair[0],
+            helper=pair[1],
+            model=self.model,
+            actor=actor_of(person),
+            use_policy=policy,
+            limits=site.limits,
+            restricted=self.root / "restricted",
+            holds=holds,
+            screen_sequences=sequence_screen(log, site, self.root),
+            request_set=request_set,
         )
 
 
@@ -191,6 +232,7 @@ class UseRules:
     clock: Clock
     approvals: Approvals
     held: Holds
+    uid: int = field(default_factory=os.getuid)
     holds: int | None = None  # counted on first use, while this process alone writes the log
 
     def __call__(
@@ -206,7 +248,7 @@ class UseRules:
         day = self.site.legal_day(now)
         if self.holds is None or isinstance(self.log, RemoteLog):
             settled = self.held.settled()
-            self.holds = hazard_holds(self.log, os.getuid(), now, settled)
+            self.holds = hazard_holds(self.log, self.uid, now, settled)
         decision = gate.decide_use(
             self.site,
             self.rules,
@@ -262,6 +304,7 @@ def specs(
             **({"valence": True} if valence else {}),
         },
         read_only=(installed.folder,),
+        caps=Caps(in_flight=IN_FLIGHT),
         artifacts={"bundle": str(installed.digest)},
         min_rung=min_rung,
         state=state,
@@ -402,10 +445,14 @@ def describe(installed: InstalledBundle, precision: str = "fp32") -> Model:
 
 
 @contextlib.contextmanager
-def sealed(log: Log, spec: SealSpec) -> Iterator[Enclave]:
-    """Start a sealed process; its evidence is in the log first, and its end as soon as it ends."""
+def sealed(log: Log, spec: SealSpec, *, lasting: bool = False) -> Iterator[Enclave]:
+    """Start a sealed process; its evidence is in the log first, and its end as soon as it ends.
+
+    `lasting`: an end before that of the block is an incident.
+    """
     lock = threading.Lock()
     begun, ends = False, list[Mapping[str, Any]]()
+    leaving = threading.Event()
 
     def record(rung: str) -> None:
         with contextlib.suppress(AirgapError):  # a halted log has said so already
@@ -415,6 +462,8 @@ def sealed(log: Log, spec: SealSpec) -> Iterator[Enclave]:
         # The timer may end a worker between two requests: that is on record at once, though never
         # before the record of its seal.
         with lock:
+            if lasting and not leaving.is_set() and not end.get("incident"):
+                end = end | {"incident": "it ended while it was to serve"}
             ends.append(end)
             if begun:
                 record(enclave.rung)
@@ -436,7 +485,10 @@ def sealed(log: Log, spec: SealSpec) -> Iterator[Enclave]:
                 record(enclave.rung)
         if spec.state is not None:
             stack.enter_context(noted(spec.state, enclave.evidence))
-        yield enclave
+        try:
+            yield enclave
+        finally:
+            leaving.set()
 
 
 def record_end(log: Log, spec: SealSpec, rung: str, end: Mapping[str, Any]) -> None:
