@@ -1,0 +1,215 @@
+"""Precisions in a bundle: measured, proven, carried with their price, and a policy's to forbid."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+import tiny_llama
+from staging_runs import build_tiny
+from test_staging_build import member
+from test_staging_parity import MADE, PROMPTS, figures
+
+from airgap.cli.precisions import count_valid, wanted_precisions
+from airgap.install import InstalledBundle
+from airgap.serve.session import describe, require_precision, running
+from bundle.graphs import parse_graphs
+from bundle.staging.convert import CPU, CUDA, Made
+from bundle.staging.parity import MAX_KL, STEPS, Completions, judge
+from policy.errors import FaultError, RefusedError, UsageError
+
+INT8 = Made(
+    "fast-int8", "shared", "x", (), frozenset(), None, precision="int8", codes="int8.safetensors"
+)
+FP16 = Made("fast-fp16", "shared", "x", (), frozenset(), None, precision="fp16")
+BF16 = replace(FP16, name="fast-bf16", precision="bf16", stand_in="s", provider=CUDA)
+
+
+def measured(made, **changes):
+    """Return figures of a run that also measured `made`."""
+    rows = [
+        {
+            "index": index,
+            "ids": [2, 8],
+            "greedy": list(range(STEPS)),
+            "agree": STEPS // 2,
+            "top": [[1, "2.000000e+00"]],
+            "kl": "6.5e-02",
+            "same": 60,
+            "positions": 65,
+            "delta": "1.0e-01",
+            **({"own": list(range(STEPS)), "full": "1e-5", "past": "2e-5"} if made.codes else {}),
+            **changes,
+        }
+        for index in range(len(PROMPTS))
+    ]
+    said = {"index": 0, "kind": "molecule"}
+    samples = [{**said, "completions": [{"text": "CC", "finish": "eos", "tokens": 3}] * 4}]
+    return figures(
+        precisions={made.name: {"provider": CPU, "rows": rows, "samples": samples}},
+        samples=samples,
+    )
+
+
+def proof(made, value):
+    return judge(value, PROMPTS, expected=(*MADE, made))
+
+
+@pytest.mark.parametrize("made", [INT8, FP16, BF16], ids=lambda made: made.precision)
+def test_a_precision_is_described_by_its_figures(made):
+    found = proof(made, measured(made))
+    (one,) = found.measured
+    assert one.kl == Decimal("0.001")
+    assert one.top1 == Decimal("0.9231")
+    assert one.greedy == Decimal("0.5")
+    counted = iter((3, 2))
+    fp32, other = found.vectors_documents("tiny", lambda _: next(counted))
+    assert fp32.measured is None
+    assert other.precision == made.precision
+    (task,) = other.measured.tasks
+    assert (task.samples, task.valid_fp32, task.valid) == (4, 3, 2)
+    assert "molecule valid 2 of 4 (fp32 3)" in other.measured.text
+    assert ("rounded to bf16" in other.measured.measured_on) == (made is BF16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"full": "1.001e-03"},
+        {"past": "nan"},
+        {"own": [7, *range(1, STEPS)]},
+        {"kl": "nan"},
+        {"delta": "inf"},
+        {"same": 66},
+        {"agree": STEPS + 1},
+        {"positions": 0},
+        {"greedy": [1]},
+        {"ids": [2, 9]},
+        {"top": []},
+        {"same": "60"},
+    ],
+    ids=str,
+)
+def test_codes_that_are_not_what_they_stand_for_or_odd_figures_fail(change):
+    assert proof(INT8, measured(INT8))
+    if change == {"top": []}:
+        with pytest.raises(ValueError, match="top_logits"):
+            proof(INT8, measured(INT8, **change)).vectors_documents("tiny")
+        return
+    with pytest.raises(RefusedError) as caught:
+        proof(INT8, measured(INT8, **change))
+    assert caught.value.code == "parity.failed"
+
+
+def test_sixteen_bits_that_are_another_model_fail():
+    most = MAX_KL * 65
+    assert proof(FP16, measured(FP16, kl=str(most)))
+    with pytest.raises(RefusedError) as caught:
+        proof(FP16, measured(FP16, kl=str(most + 1)))
+    assert "divergence" in caught.value.message
+
+
+@pytest.mark.parametrize("where", ["left out", "another", "one prompt less", "no samples"])
+def test_every_precision_is_covered_on_every_prompt(where):
+    value = deepcopy(measured(INT8))
+    if where == "left out":
+        value["precisions"] = {}
+    elif where == "another":
+        value["precisions"]["fast-int4"] = value["precisions"]["fast-int8"]
+    elif where == "one prompt less":
+        value["precisions"]["fast-int8"]["rows"].pop()
+    else:
+        del value["precisions"]["fast-int8"]["samples"]
+    with pytest.raises(RefusedError) as caught:
+        proof(INT8, value)
+    assert caught.value.code == "parity.failed"
+
+
+# -- a build --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("precisions")
+    snapshot = tiny_llama.write_snapshot(folder / "tiny")
+    return build_tiny(
+        snapshot,
+        folder / "tiny.agb",
+        precisions=("int8", "bf16"),
+        reference=False,
+        assess=lambda completions: len(completions.items) // 2,
+    )
+
+
+def installed(built, folder):
+    return InstalledBundle(folder, built.manifest, built.manifest.digest)
+
+
+def test_a_bundle_carries_its_precisions_with_vectors_recipe_and_price(built):
+    manifest = built.manifest
+    assert manifest.models[0].precisions == ("fp32", "bf16", "int8")
+    assert {claim.precision: claim.provider for claim in manifest.parity} == {
+        "fp32": CPU,
+        "bf16": CUDA,
+        "int8": CPU,
+    }
+    codes = manifest.find("payload/tiny/int8.safetensors")
+    weights = manifest.find("payload/tiny/model.safetensors")
+    assert codes.origin is None
+    assert codes.derived_from == (f"sha256:{weights.sha256}",)
+    assert manifest.published_weights("tiny") == (weights,)
+    assert manifest.find("payload/tiny/model.onnx") is None  # no reference graph was asked for
+    by_name = {vectors.precision: vectors for vectors in built.vectors}
+    assert "block" in by_name["int8"].measured.recipe
+    assert all(task.samples == 32 for task in by_name["int8"].measured.tasks)
+    assert by_name["bf16"].measured.recipe == ""
+    statement = json.loads(member(built.path, "META/attest/conversion.json"))
+    recipes = statement["predicate"]["buildDefinition"]["externalParameters"]["recipes"]
+    assert recipes == {"int8.safetensors": by_name["int8"].measured.recipe}
+    graphs = parse_graphs(member(built.path, "payload/tiny/graphs.json"))
+    assert [graph.precision for graph in graphs.graphs] == ["fp32", "bf16", "int8"]
+
+
+def test_the_policy_sees_at_use_the_one_that_runs(built, tmp_path):
+    bundle = installed(built, tmp_path)
+    assert running(bundle, "int8").manifest.models[0].precisions == ("int8",)
+    assert bundle.manifest.models[0].precisions == ("fp32", "bf16", "int8")
+
+
+@pytest.mark.parametrize("precision", ["int4", "bf16"])
+def test_a_precision_that_is_not_there_or_not_for_this_provider_is_refused(
+    built, tmp_path, precision
+):
+    bundle = installed(built, tmp_path)
+    require_precision(bundle, "int8")
+    with pytest.raises(RefusedError) as caught:
+        describe(bundle, precision)
+    assert caught.value.code == "model.precision"
+
+
+def test_an_unknown_precision_is_a_mistake_of_usage():
+    assert wanted_precisions(None) == ("fp32",)
+    assert wanted_precisions(["int8"]) == ("int8",)
+    with pytest.raises(UsageError) as caught:
+        wanted_precisions(["int8-dynamic"])
+    assert "dynamic" in caught.value.hint
+
+
+class Refusing:
+    def __init__(self, code):
+        self.code = code
+
+    def request(self, _payload, _timeout):
+        raise RefusedError(self.code, "no")
+
+
+def test_completions_of_no_task_are_not_counted_and_a_broken_helper_is_a_fault():
+    said = Completions(PROMPTS[0], (("CC", "eos", 3),))
+    assert count_valid(Refusing("prompt.g05"), said) is None
+    with pytest.raises(FaultError):
+        count_valid(Refusing("request.malformed"), said)
+    other = Completions(replace(PROMPTS[0], kind="poem"), said.items)
+    assert count_valid(Refusing("science.reply"), other) is None
