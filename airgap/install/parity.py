@@ -11,7 +11,6 @@ A precision for a provider that this host does not run is told as not run; it is
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -123,7 +122,10 @@ def prover(
 def in_order(vectors: Sequence[Vector]) -> tuple[Vector, ...]:
     """Put the shortest vector of each kind first, then the others."""
     short = sorted(vectors, key=lambda each: len(each.prompt_ids))
-    first = list({each.kind: each for each in reversed(short)}.values())
+    kinds: dict[str, Vector] = {}
+    for each in short:
+        kinds.setdefault(each.kind, each)
+    first = tuple(kinds.values())
     return (*first, *(each for each in short if not any(each is one for one in first)))
 
 
@@ -187,12 +189,13 @@ def judge(
         if len(top) != len(vector.top_logits) or [len(row) for row in best] != [3] * vectors.steps:
             raise _odd(claim)
         expected = (Decimal(value) for _, value in vector.top_logits)
-        deltas = [abs(one - other) for one, other in zip(top, expected, strict=True)]
-        delta = max(deltas, key=lambda value: math.inf if value.is_nan() else value)
-        if not delta <= tolerance:
+        if not all(value.is_finite() for row in (top, *best) for value in row):
+            raise _differs(f"{here}: a logit is no number")
+        delta = max(abs(one - other) for one, other in zip(top, expected, strict=True))
+        if delta > tolerance:
             raise _differs(f"{here}: a logit differs by {float(delta):.1e}, tolerance {tolerance}")
         for place, (largest, _, wanted) in enumerate(best):
-            if not largest - wanted <= 2 * tolerance:
+            if largest - wanted > 2 * tolerance:
                 raise _differs(f"{here}: greedy token {place + 1} is another")
         _require_decoded(decoded, vector, best, 2 * tolerance, here)
         worst, tokens = max(worst, delta), tokens + len(best)

@@ -1,0 +1,323 @@
+"""A graph that is not the model: caught where it is made, and once more where it shall run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import bundles
+import numpy as np
+import onnx
+import pytest
+import tiny_llama
+from enclave_harness import needs_namespaces
+from onnx import numpy_helper
+from random_models import save_random, write_fast
+from staging_runs import FACTS, build_tiny, run_inline
+
+from airgap.enclave import launch
+from airgap.install import install
+from airgap.install.parity import in_order, judge, prover
+from bundle.manifest import Parity as Claim
+from bundle.staging.convert import Made
+from bundle.staging.parity import prove_parity
+from bundle.staging.sign import read_draft, sign
+from bundle.trust import save_trust
+from bundle.vectors import Vector, Vectors, canonical_vectors, parse_vectors
+from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
+
+NOW = bundles.NOW + timedelta(hours=1)
+
+# -- where it is made -----------------------------------------------------------------------------
+
+FAST = Made("fast", "shared", "fast.onnx", ("model.safetensors",), frozenset(), None)
+WORDS = len(tiny_llama.vocabulary())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Return a model whose vocabulary is as large as its feed-forward, with square projections."""
+    folder = tmp_path_factory.mktemp("faults") / "model"
+    save_random(
+        folder,
+        "llama-bias",
+        num_hidden_layers=1,
+        vocab_size=WORDS,
+        intermediate_size=WORDS,
+        max_position_embeddings=1024,
+        bos_token_id=2,
+        eos_token_id=3,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    tiny_llama.write_json(folder / "tokenizer.json", tiny_llama.tokenizer())
+    write_fast(folder)
+    return folder
+
+
+def transpose(graph):
+    """Multiply by a square matrix the wrong way round."""
+    node = next(n for n in graph.node if any("0.self_attn.q_proj.weight" in i for i in n.input))
+    after = next(n for n in graph.node if n.op_type == "Gemm" and n.input[1] in node.output)
+    next(a for a in after.attribute if a.name == "transB").i = 0
+
+
+def wrong_base(graph):
+    """Turn queries and keys by another base."""
+    table = next(one for one in graph.initializer if one.name == "inv_freq")
+    values = numpy_helper.to_array(table)
+    table.CopyFrom(numpy_helper.from_array(values**1.02, "inv_freq"))
+
+
+def swap_heads(graph):
+    """Exchange the keys of the two key-value heads."""
+    node = next(n for n in graph.node if n.op_type == "GroupQueryAttention")
+    order = numpy_helper.from_array(np.array([*range(16, 32), *range(16)]), "order")
+    graph.initializer.append(order)
+    moved = onnx.helper.make_node("Gather", [node.input[1], "order"], ["moved"], axis=2)
+    place = list(graph.node).index(node)
+    graph.node.insert(place, moved)
+    node.input[1] = "moved"
+
+
+def wrong_head(graph):
+    """Take another matrix of the same shape for the head, as one does who finds it by its size."""
+    renamed = {"lm_head.weight": "model.layers.0.mlp.gate_proj.weight"}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            for old, new in renamed.items():
+                node.input[place] = name.replace(old, new) if name == f"{old}.cast" else name
+
+
+FAULTS = {
+    "a transposed matrix": transpose,
+    "another rotary base": wrong_base,
+    "swapped heads": swap_heads,
+    "vocabulary as large as another width": wrong_head,
+}
+
+
+def prove(source, folder, change=lambda _graph: None):
+    graphs = folder / "graphs"
+    graphs.mkdir()
+    (graphs / "model.safetensors").hardlink_to(source / "model.safetensors")
+    model = onnx.load(source / "fast.onnx", load_external_data=False)
+    change(model.graph)
+    (graphs / "fast.onnx").write_bytes(model.SerializeToString())
+    return prove_parity(
+        source, graphs, folder / "out", made=[FAST], run_sealed=run_inline, memory_mb=1
+    )
+
+
+def test_the_untouched_graph_is_proven(source, tmp_path):
+    assert prove(source, tmp_path).full < Decimal("0.0001")
+
+
+@pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
+def test_a_seeded_fault_is_caught_by_the_parity_of_the_staging_side(source, tmp_path, change):
+    with pytest.raises(RefusedError) as caught:
+        prove(source, tmp_path, change)
+    assert caught.value.code == "parity.failed"
+
+
+# -- where it shall run ---------------------------------------------------------------------------
+
+
+@dataclass
+class Permit:
+    permitted: bool = True
+    canonical: bytes = b"{}"
+
+    @property
+    def digest(self):
+        return Digest.of(self.canonical)
+
+
+def run_and_perturb(job):
+    """Run a job; a parity run is followed by another graph in the place of the proven one."""
+    done = run_inline(job)
+    if any(Path(word).name == "parity_main.py" for word in job.argv):
+        path = job.read_only[1] / "fast.onnx"
+        model = onnx.load(path, load_external_data=False)
+        wrong_base(model.graph)
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    return done
+
+
+def sealed_bundle(folder, run_sealed):
+    folder.mkdir()
+    snapshot, out = tiny_llama.write_snapshot(folder / "tiny"), folder / "tiny.agb"
+    build_tiny(snapshot, out, run_sealed=run_sealed, reference=False)
+    trust = bundles.make_trust()
+    for name in ("alice", "bob"):
+        sign(read_draft(out), trust, bundles.signer(name), confirmation=FACTS.model_id, now=NOW)
+    save_trust(trust, folder / "lab" / "trust")
+    return out
+
+
+def take_in(folder, prove):
+    events = []
+    try:
+        done = install(
+            folder / "tiny.agb",
+            root=folder / "lab",
+            now=NOW,
+            gate=lambda *_: Permit(),
+            audit=events.append,
+            prove=prove,
+        )
+    except (RefusedError, FaultError) as error:
+        return error, events
+    return done, events
+
+
+def seal(spec):
+    return contextlib.closing(launch(spec))
+
+
+@needs_namespaces
+def test_a_bundle_whose_graph_answers_otherwise_here_is_not_made_active(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    sealed_bundle(good, run_inline)
+    sealed_bundle(bad, run_and_perturb)
+    prove = prover(seal, state=tmp_path / "enclave")
+
+    done, events = take_in(good, prove)
+    (proof,) = done.proofs
+    assert proof.run == proof.vectors >= 20
+    assert proof.delta < Decimal("0.001")
+    assert events[-1].result == "complete"
+    assert events[-1].proofs == done.proofs
+    assert (good / "lab" / "store" / "current").exists()
+
+    error, events = take_in(bad, prove)
+    assert error.code == "parity.failed"
+    assert "fp32" in error.message
+    assert (events[-1].result, events[-1].code) == ("refused", "parity.failed")
+    assert not (bad / "lab" / "store" / "current").exists()
+    assert not any((bad / "lab" / "store" / "installed").iterdir())
+
+
+CLAIM = Claim(
+    model="m", precision="fp32", provider="CPUExecutionProvider", tolerance="0.001", vectors="v"
+)
+VECTOR = Vector(
+    kind="molecule",
+    prompt="<MoleculeS>",
+    source="a test",
+    prompt_ids=(1, 2),
+    greedy_ids=(5, 6, 7),
+    top_logits=((5, "2.000000e+00"), (9, "1.000000e+00")),
+)
+VECTORS = Vectors(
+    model="m",
+    precision="fp32",
+    provider="CPUExecutionProvider",
+    tolerance="0.001",
+    steps=3,
+    credits=(),
+    vectors=(VECTOR,),
+)
+
+
+def answer(**changes):
+    best = [["2.0", "1.0", "2.0"], ["3.0", "1.0", "3.0"], ["1.0", "0.9995", "1.0"]]
+    return {"top": ["2.0", "1.0"], "best": best, "decoded": [5, 6, 7], **changes}
+
+
+def judged(found):
+    return judge(CLAIM, VECTORS, [VECTOR], [found])
+
+
+WRONG = {
+    "a logit beyond the tolerance": ({"top": ["2.002", "1.0"]}, "parity.failed"),
+    "a logit that is no number": ({"top": ["nan", "1.0"]}, "parity.failed"),
+    "another best token": (
+        {"best": [["2.0", "1.0", "1.0"], *answer()["best"][1:]]},
+        "parity.failed",
+    ),
+    "best is no number": ({"best": [["nan", "1", "1"], *answer()["best"][1:]]}, "parity.failed"),
+    "another token with the cache": ({"decoded": [5, 8]}, "parity.failed"),
+    "logits missing": ({"top": ["2.0"]}, "parity.device"),
+    "steps missing": ({"best": answer()["best"][:2]}, "parity.device"),
+    "no answer": ({"best": None}, "parity.device"),
+    "words": ({"top": ["two", "1.0"]}, "parity.device"),
+}
+
+
+@pytest.mark.parametrize(("change", "code"), WRONG.values(), ids=WRONG)
+def test_the_judge_believes_no_answer(change, code):
+    assert judged(answer()).tokens == 3
+    with pytest.raises((RefusedError, FaultError)) as caught:
+        judged(answer(**change))
+    assert caught.value.code == code
+
+
+def test_behind_a_choice_that_was_near_texts_may_part():
+    assert judged(answer(decoded=[5, 6, 8]))
+
+
+def test_one_vector_of_each_kind_comes_first():
+    long = VECTOR.model_copy(update={"prompt_ids": (1, 2, 3)})
+    other = long.model_copy(update={"kind": "material"})
+    assert in_order([long, VECTOR, other]) == (VECTOR, other, long)
+
+
+class Worker:
+    """Stands for a sealed worker that answers, or raises."""
+
+    def __init__(self, reply):
+        self.reply = reply
+
+    def request(self, _payload, _timeout):
+        if isinstance(self.reply, Exception):
+            raise self.reply
+        return self.reply
+
+
+def ask(tmp_path, reply, **changes):
+    claim = CLAIM.model_copy(update=changes)
+    vectors = VECTORS.model_copy(update=changes)
+    (tmp_path / "v").write_bytes(canonical_vectors(vectors))
+
+    @dataclass
+    class Listing:
+        parity: tuple = (claim,)
+        digest: str = "sha256:" + "0" * 64
+
+    return prover(lambda _: contextlib.nullcontext(Worker(reply)))(tmp_path, Listing())
+
+
+def test_a_model_that_does_not_run_here_is_a_fault_and_one_for_another_device_is_told(tmp_path):
+    (proof,) = ask(tmp_path, json.dumps({"answers": [answer()]}).encode())
+    assert proof.text.isascii()
+    for reply in (RefusedError("model.graph", "no kernel"), b"[]", b"{", b'{"answers":[]}'):
+        with pytest.raises(FaultError) as caught:
+            ask(tmp_path, reply)
+        assert caught.value.code == "parity.device"
+    with pytest.raises(RefusedError) as refused:
+        ask(tmp_path, RefusedError("enclave.rung", "no rung"))
+    assert refused.value.code == "enclave.rung"
+    (proof,) = ask(tmp_path, b"", provider="CUDAExecutionProvider")
+    assert "not run" in proof.text
+    assert replace(proof, run=1).text != proof.text
+
+
+def test_vectors_that_are_not_those_of_the_claim_are_refused():
+    raw = canonical_vectors(VECTORS)
+    assert parse_vectors(raw, CLAIM) == VECTORS
+    for bad, claim in (
+        (raw, CLAIM.model_copy(update={"tolerance": "0.5"})),
+        (raw, CLAIM.model_copy(update={"precision": "int8"})),
+        (raw.replace(b'"steps":3', b'"steps":0'), CLAIM),
+        (raw + b" ", CLAIM),
+        (b"{}", CLAIM),
+    ):
+        with pytest.raises(RefusedError) as caught:
+            parse_vectors(bad, claim)
+        assert caught.value.code == "manifest.vectors"
