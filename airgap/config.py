@@ -189,10 +189,12 @@ class EnclaveSettings(Frozen):
 class SequenceScreener(Frozen):
     """An installed screener for sequences; `mode` says how thorough it is, in its own words.
 
-    `database_sha256` is the digest over the sorted lines `SHA-256  NAME` of its files.
+    `program_sha256` is the digest of that one file, `database_sha256` that over the sorted lines
+    `SHA-256  NAME` of the files of the database.
     """
 
     program: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,400}\.py$")]
+    program_sha256: Annotated[str, StringConstraints(pattern="^sha256:[0-9a-f]{64}$")]
     name: Words
     version: Words
     mode: Words

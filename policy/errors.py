@@ -187,6 +187,7 @@ CODES: dict[str, str] = {
     "site.person": "the account belongs to no person, or to several, of site.toml",
     "site.project": "site.toml holds no such project",
     "site.schema": "site.toml has an unknown field, a missing field or a wrong type",
+    "site.screener": "the sequence screener is not the one that site.toml pins",
     "site.toml": "site.toml is not TOML of a fit size",
     # -- staging: scan --------------------------------------------------------------------------
     "scan.config": "a configuration makes a loader run code, or is not strict JSON",

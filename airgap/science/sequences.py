@@ -15,8 +15,11 @@ Protocol `airgap/sequence-screen/1`. The program is started as::
                    "mode": "...", "results": [{"id": "1", "status": "clear", "classes": []}, ...]}
 
 `status` is `clear`, `hit` or `incomplete`; `classes` are of `biorisk`, `select_agent` and `toxin`.
-Name, version and mode must be those of site.toml and the database must have its digest: the record
-says what looked, with what, and how thoroughly. Whatever goes wrong gives `incomplete`.
+Name, version and mode must be those of site.toml: the record says what looked, with what, and how
+thoroughly. The program is one file; it and the database must have the digests of site.toml before
+every run, and what runs is a copy of the bytes that were hashed. Beside it the program sees only
+the interpreter and packages of this installation. Another program refuses when a broker opens
+(`site.screener`); whatever goes wrong later gives `incomplete`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from airgap.config import SequenceScreener
 from airgap.science.results import ScreenResult
-from policy.errors import AirgapError
+from bundle.keys import read_limited
+from policy.errors import AirgapError, FaultError, RefusedError
 
 REQUEST = "airgap/sequence-request/1"
 RESULT = "airgap/sequence-result/1"
@@ -43,6 +47,7 @@ SEQUENCES_LIMIT = 1_000
 LENGTH_LIMIT = 20_000
 MEMORY_MB = 8_192
 ENTRIES_LIMIT = 10_000
+PROGRAM_LIMIT = 4 * 1024 * 1024
 _WORDS = 64 * 1024
 _RESULT_NAME = "result.json"
 
@@ -100,7 +105,12 @@ class _Reply(_Strict):
 
 
 class SequenceScreen:
-    """Screens sequences with the program that the site named, one sealed run a call."""
+    """Screens sequences with the program that the site named, one sealed run a call.
+
+    Raises:
+        RefusedError: `site.screener`, the program is not the one that site.toml pins.
+
+    """
 
     def __init__(
         self,
@@ -112,16 +122,15 @@ class SequenceScreen:
     ) -> None:
         self._settings, self._run, self._scratch = settings, run, scratch
         self._on_evidence = on_evidence
-        self._database = ""  # digest, computed once
+        self._require_program()
 
     @property
     def mode(self) -> str:
         """What looks at sequences, for records and reports."""
         wanted = self._settings
-        database = wanted.database_sha256.removeprefix("sha256:")[:12]
-        return f"sequences: {wanted.name} {wanted.version}, {wanted.mode}, database {database}"[
-            :200
-        ]
+        program, database = _short(wanted.program_sha256), _short(wanted.database_sha256)
+        words = f"{wanted.name} {wanted.version}, {wanted.mode}"
+        return f"sequences: {words:.140}, program {program}, database {database}"
 
     def __call__(self, sequences: Sequence[str], kind: str = "protein") -> ScreenResult:
         """Screen sequences and return the highest tier; nothing is raised, what fails holds."""
@@ -130,14 +139,15 @@ class SequenceScreen:
         if len(sequences) > SEQUENCES_LIMIT or max(map(len, sequences), default=0) > LENGTH_LIMIT:
             return self._incomplete("too many sequences, or too long")
         try:
+            program = self._require_program()
             self._require_database()
-            reply = self._ask(sequences, kind)
+            reply = self._ask(program, sequences, kind)
         except (AirgapError, OSError, ValueError) as error:
             reason = error.code if isinstance(error, AirgapError) else type(error).__name__
             return self._incomplete(f"the screener failed: {reason}: {error!s:.100}")
         return self._judge(reply, len(sequences))
 
-    def _ask(self, sequences: Sequence[str], kind: str) -> _Reply:
+    def _ask(self, program: bytes, sequences: Sequence[str], kind: str) -> _Reply:
         self._scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="sequences-", dir=self._scratch))
         try:
@@ -149,7 +159,10 @@ class SequenceScreen:
             request, out = work / "in" / "request.json", work / "out"
             request.parent.mkdir(mode=0o755)
             request.write_text(json.dumps({"format": REQUEST, "sequences": entries}))
-            result = self._run(self._job(request, out))
+            copy = work / "program" / "screener.py"
+            copy.parent.mkdir(mode=0o755)
+            copy.write_bytes(program)
+            result = self._run(self._job(copy, request, out))
             self._on_evidence(result.evidence)
             if result.status != 0:
                 raise ValueError(f"it ended with status {result.status}")
@@ -163,8 +176,8 @@ class SequenceScreen:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def _job(self, request: Path, out: Path) -> Job:
-        program, database = Path(self._settings.program), Path(self._settings.database)
+    def _job(self, program: Path, request: Path, out: Path) -> Job:
+        database = Path(self._settings.database)
         arguments = ("--input", request, "--database", database, "--output", out / _RESULT_NAME)
         return Job(
             argv=("python3", str(program), *map(str, arguments)),
@@ -174,10 +187,19 @@ class SequenceScreen:
             timeout_s=float(self._settings.seconds),
         )
 
+    def _require_program(self) -> bytes:
+        path, code = Path(self._settings.program), "site.screener"
+        try:
+            content = read_limited(path, PROGRAM_LIMIT, code=code, what="the screener")
+        except FaultError as error:
+            raise RefusedError(code, error.message, hint=error.hint) from error
+        found = f"sha256:{sha256(content).hexdigest()}"
+        _require_pinned("program", found, self._settings.program_sha256)
+        return content
+
     def _require_database(self) -> None:
-        self._database = self._database or folder_digest(Path(self._settings.database))
-        if self._database != self._settings.database_sha256:
-            raise ValueError(f"the database has digest {self._database[:19]}, another is pinned")
+        found = folder_digest(Path(self._settings.database))
+        _require_pinned("database", found, self._settings.database_sha256)
 
     def _judge(self, reply: _Reply, asked: int) -> ScreenResult:
         wanted = self._settings
@@ -206,6 +228,21 @@ class SequenceScreen:
             classes=[],
             reason=shown,
         )
+
+
+def _require_pinned(what: str, found: str, pinned: str) -> None:
+    if found != pinned:
+        raise RefusedError(
+            "site.screener",
+            f"the {what} of the sequence screener has digest {found[:19]}, and {pinned[:19]} is"
+            " pinned",
+            hint="whoever installed it says what changed; then pin it anew in site.toml,"
+            f" [screen.sequences] {what}_sha256",
+        )
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
 
 
 def _ids(reply: _Reply) -> set[str]:

@@ -15,6 +15,7 @@ from airgap.inference.protocol import Done, Sample
 from airgap.science import sequences
 from airgap.science.sequences import SequenceScreen, folder_digest
 from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
 
 # A screener for tests: it knows one harmless word, and starts no process.
 PROGRAM = """
@@ -36,6 +37,10 @@ json.dump({"format": "airgap/sequence-result/1", "name": "word screen", "version
 WORD = "WWTESTWW".replace("T", "C").replace("E", "D").replace("S", "N")
 
 
+def digest_of(path):
+    return str(Digest.of(path.read_bytes()))
+
+
 @pytest.fixture
 def installed(tmp_path):
     program, database = tmp_path / "bin" / "screen.py", tmp_path / "db"
@@ -45,6 +50,7 @@ def installed(tmp_path):
     (database / "words.txt").write_text(WORD + "\n")
     return SequenceScreener(
         program=str(program),
+        program_sha256=digest_of(program),
         name="word screen",
         version="1",
         mode="words only",
@@ -92,7 +98,7 @@ def test_a_clear_sequence_and_a_hit_and_who_looked(installed, tmp_path):
     assert (clear.status, clear.tier, clear.classes) == ("complete", "H0", [])
     hit = screen(["MKTAYIAK", f"MK{WORD}"])
     assert (hit.status, hit.tier, hit.classes) == ("complete", "H3", ["biorisk"])
-    assert hit.mode.startswith("sequences: word screen 1, words only, database ")
+    assert hit.mode.startswith("sequences: word screen 1, words only, program ")
     assert hit.pack == installed.database_sha256
     assert kept == [{"rung": "A"}] * 2
     assert list((tmp_path / "scratch").iterdir()) == []
@@ -172,6 +178,54 @@ def test_another_database_or_kind_or_size_holds(installed, tmp_path):
     assert missing.status == "incomplete"
 
 
+def test_a_database_is_hashed_before_every_run(installed, tmp_path):
+    screen, words = screen_of(installed, tmp_path), Path(installed.database) / "words.txt"
+    assert screen(["MK"]).status == "complete"
+    before = words.read_text()
+    words.write_text("nothing\n")
+    changed = screen(["MK"])
+    assert (changed.status, "site.screener" in changed.reason) == ("incomplete", True)
+    words.write_text(before)
+    assert screen(["MK"]).status == "complete"
+    (words.parent / "more.txt").write_text("")
+    assert screen(["MK"]).status == "incomplete"
+
+
+CHANGED = {
+    "a byte more": lambda path: path.write_text(PROGRAM + "#"),
+    "gone": lambda path: path.unlink(),
+    "too large": lambda path: path.write_bytes(b" " * (sequences.PROGRAM_LIMIT + 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED.keys())
+def test_another_program_is_refused_at_the_start_and_holds_later(installed, tmp_path, change):
+    calls = []
+    screen = screen_of(installed, tmp_path, lambda job: calls.append(job) or inline()(job))
+    assert screen(["MK"]).status == "complete"
+    change(Path(installed.program))
+    found = screen(["MK"])
+    assert (found.status, "site.screener" in found.reason) == ("incomplete", True)
+    assert len(calls) == 1
+    with pytest.raises(RefusedError) as refused:
+        screen_of(installed, tmp_path)
+    assert refused.value.code == "site.screener"
+
+
+def test_what_runs_is_a_copy_of_what_was_hashed_and_sees_nothing_beside_it(installed, tmp_path):
+    beside = Path(installed.program).parent / "json.py"
+    beside.write_text("raise SystemExit(7)\n")
+
+    def late(job):
+        Path(installed.program).write_text("raise SystemExit(8)\n")
+        assert Path(job.argv[1]).read_text() == PROGRAM
+        assert beside.parent not in {Path(each) for each in job.read_only}
+        assert [each.name for each in Path(job.argv[1]).parent.iterdir()] == ["screener.py"]
+        return inline()(job)
+
+    assert screen_of(installed, tmp_path, late)(["MK"]).status == "complete"
+
+
 def test_the_digest_of_a_folder_is_over_names_and_contents(tmp_path):
     with pytest.raises(ValueError, match="no file"):
         folder_digest(tmp_path)
@@ -196,7 +250,14 @@ def test_it_runs_under_the_seal_without_a_network_or_a_new_process(installed, tm
     program = Path(installed.program)
     for escape in ("import socket; socket.socket()", "import os; os.fork()"):
         program.write_text(f"{escape}\n{PROGRAM}")
-        assert screen(["MKTAYIAK"]).status == "incomplete", escape
+        pinned = installed.model_copy(update={"program_sha256": digest_of(program)})
+        screen = SequenceScreen(
+            pinned,
+            run=lambda job: run_sealed(job, state=tmp_path / "state"),
+            scratch=tmp_path / "scratch",
+        )
+        found = screen(["MKTAYIAK"])
+        assert (found.status, "site.screener" in found.reason) == ("incomplete", False), escape
 
 
 def test_site_toml_names_the_screener(installed):
