@@ -80,6 +80,8 @@ def verify(
     require_options(deep=deep, publishers=publishers, vsa=vsa)
     folder = root_folder(root)
     anchors = load_trust(trust or folder / "trust")
+    if trust is None:
+        Store(folder / "store").require_trust(anchors)
     more = open_help(volume, transit_key, passphrase_file, base, store=folder / "store")
     now = datetime.now(UTC)
     with bar("verify") as progress:

@@ -352,12 +352,16 @@ def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
     from airgap.approvals import on_record
     from airgap.cli.policy import account_name
     from airgap.cli.trust import trust_document, trust_view
+    from airgap.install import Store
     from bundle.trust import require_dated, save_trust
 
     require_dated(trust, datetime.now(UTC))
     folder = root_folder(root)
+    store = Store(folder / "store")
     with on_record(folder, "admin.trust", account_name(), trust.fingerprint):
         save_trust(trust, folder / "trust")
+        if store.folder.is_dir():  # of a lab; a staging tree has none
+            store.note_trust(trust)
     place = folder / "trust"
     show(trust_document(trust, place), trust_view(trust, place), json=json)
 

@@ -150,11 +150,15 @@ def install(
         store.note_time(last_record)
         audit(job.event("intent"))
         try:
+            store.require_trust(trust)
             trust = job.follow_roots(trust, now)
+            if job.trust is not None:
+                store.note_trust(trust)
             floors = store.floors(last_record)
             with open_bundle(
                 path, trust, now=now, floors=floors, more=job.more, rollback=rollback
             ) as sealed:
+                store.note_trust(trust)
                 return job.bring_in(sealed, gate)
         except RefusedError as error:
             job.mark_refused(error)

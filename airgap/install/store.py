@@ -35,6 +35,7 @@ from bundle.canonical import canonical_json, parse_canonical
 from bundle.fields import Count, DigestText, Document, Instant, Name
 from bundle.keys import read_limited
 from bundle.manifest import MANIFEST_LIMIT, FileEntry, Manifest, first_problem, parse_manifest
+from bundle.trust import Trust
 from bundle.verify import Floors
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
@@ -52,6 +53,13 @@ class Mark(Document):
     bundle: DigestText
 
 
+class TrustMark(Document):
+    """The newest root and revocation list that a chain of roots has had here."""
+
+    root: Count
+    revocations: Count = 0
+
+
 class State(Document):
     """What the store must remember even when bundles are removed."""
 
@@ -60,6 +68,7 @@ class State(Document):
     latest_seen: Instant | None = None  # newest time ever seen in the log: a clock set back stays
     marks: dict[Name, Mark] = Field(default_factory=dict)
     active: dict[Name, DigestText] = Field(default_factory=dict)
+    trust: dict[DigestText, TrustMark] = Field(default_factory=dict)  # by the first root of a chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +275,44 @@ class Store:
         if digest is not None:
             active[line] = str(digest)
         self._write_state(state.model_copy(update={"active": active}))
+
+    def note_trust(self, trust: Trust) -> None:
+        """Remember how far roots and revocation list have come.
+
+        Raises:
+            RefusedError: `trust.chain`, `trust.revocation`; as `require_trust`.
+
+        """
+        self.require_trust(trust)
+        state, first = self.state(), str(trust.documents[0].fingerprint)
+        listed = 0 if trust.revocations is None else trust.revocations.version
+        mark = TrustMark(root=trust.version, revocations=listed)
+        if state.trust.get(first) != mark:
+            self._write_state(state.model_copy(update={"trust": {**state.trust, first: mark}}))
+
+    def require_trust(self, trust: Trust) -> None:
+        """Refuse a folder of trust from which the newest root or revocation list was taken away.
+
+        Raises:
+            RefusedError: `trust.chain`, `trust.revocation`.
+
+        """
+        mark = self.state().trust.get(str(trust.documents[0].fingerprint))
+        listed = 0 if trust.revocations is None else trust.revocations.version
+        if mark is not None and trust.version < mark.root:
+            raise RefusedError(
+                "trust.chain",
+                f"this host has held root {mark.root}, but its folder of trust ends with root "
+                f"{trust.version}",
+                hint="bring the newest chain back: airgap trust import FILE",
+            )
+        if mark is not None and listed < mark.revocations:
+            raise RefusedError(
+                "trust.revocation",
+                f"this host has held revocation list {mark.revocations}, but its folder of trust "
+                f"holds {f'list {listed}' if listed else 'none'}",
+                hint="bring the newest list back: airgap trust import-revocations FILE",
+            )
 
     def note_time(self, moment: datetime | None) -> None:
         """Remember a time that has been; without this, one refused attempt would hide it."""

@@ -569,3 +569,28 @@ def test_a_chain_whose_only_root_key_is_revoked_does_not_go_on():
     ):
         both = [*ROOT, bundles.signer("root2")]
         assert code_of(trust.append_root, listed, change, both) == "trust.chain"
+
+
+# -- what was taken out of the folder of trust ------------------------------------------------
+
+
+def test_a_root_or_a_list_that_was_taken_away_is_missed(tmp_path):
+    store = Store(tmp_path / "store")
+    roots = make_trust()
+    listed = with_list(roots, version=2, keys={"0" * 64: "x"})
+    store.require_trust(roots)
+    with store.locked():
+        store.note_trust(listed)
+    store.require_trust(listed)
+    assert code_of(store.require_trust, roots) == "trust.revocation"
+    assert code_of(store.note_trust, with_list(roots)) == "trust.revocation"
+    longer = trust.add_key(listed, public("new", "new", "approver"), ROOT, now=NOW)
+    store.note_trust(longer)
+    assert code_of(store.require_trust, listed) == "trust.chain"
+    store.require_trust(longer)
+    # another chain, begun by a typed fingerprint, has marks of its own
+    other = bundles.make_trust(people=1)
+    assert other.documents[0].fingerprint != roots.documents[0].fingerprint
+    store.require_trust(other)
+    store.note_trust(other)
+    assert code_of(store.require_trust, listed) == "trust.chain"
