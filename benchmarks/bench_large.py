@@ -7,8 +7,8 @@ Obeys docs/design/inference.md, 7:
 - the writer of the fast graph: peak memory below 1.2 times the published bytes, below 60 s;
 - the weights in the bundle have the digests that were published, or the benchmark fails;
 - install on this host, with the parity vectors in the sealed worker, and a text from that worker;
-- one sequence, fp32 and int8 (AIRGAP_BENCH_PRECISIONS): at least 90 % of the memory bound, which is the time in which this
-  machine reads as many bytes (two threads, torch), measured in turn with the decoding.
+- one sequence, fp32 and int8 (AIRGAP_BENCH_PRECISIONS): at least 90 % of the memory bound, which is
+  the time in which this machine reads as many bytes (two threads, torch), measured in turn.
 
 Everything that is measured for memory runs in a process of its own.
 """

@@ -212,6 +212,7 @@ CODES: dict[str, str] = {
     "source.link": "a link that is not one of the hub's own cache",
     "source.missing": "there is no such folder",
     "source.name": "a file name that some host would read in another way",
+    "source.values": "a weight is not a finite number",
     "source.shape": "the tensors are not those of the configuration",
     "source.type": "not a folder, or something in it is neither file nor folder",
     "evidence.anchor": "no anchor of this site fits a piece of evidence, or an anchor is malformed",
@@ -242,6 +243,7 @@ CODES: dict[str, str] = {
     "model.reply": "the sealed worker broke the protocol",
     "model.config": "the configuration of the worker cannot be understood",
     "model.deadline": "a request was not done in its time",
+    "model.engine": "engines of a GPU are not signed, have changed, or are another machine's",
     "model.facts": "graphs.json breaks its schema or contradicts itself",
     "model.file": "a file of the model is missing, unreadable or too large",
     "model.grammar": "no grammar can be applied with this tokenizer, or it does not compile",
@@ -259,6 +261,11 @@ CODES: dict[str, str] = {
     "request.cancelled": "a request was cancelled by the person who sent it",
     "request.limit": "a request to the worker exceeds a limit",
     "request.malformed": "a request to the worker cannot be understood",
+    # -- service: the daemon -------------------------------------------------------------------
+    "service.absent": "there is no daemon at the socket",
+    "service.client": "the other end of the socket does not keep to the protocol",
+    "service.draining": "the daemon is ending and takes no new request",
+    "service.roles": "the file of roles is malformed or may be written by others",
     # -- science: the sealed helper ----------------------------------------------------------
     "science.reply": "the sealed helper sent what is no reply",
     "science.svg": "a drawing holds what no drawing may hold",

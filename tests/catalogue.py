@@ -8,6 +8,7 @@ open and says so in `OPEN`.
 from __future__ import annotations
 
 ATTACKS = "attack/test_bundle_attacks.py"
+TARGET = "attack/test_parity_attacks.py"
 VOLUMES = "unit/test_bundle_volumes.py"
 TRANSIT = "unit/test_bundle_transit.py"
 DELTA = "unit/test_bundle_delta.py"
@@ -251,8 +252,7 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
         f"{STORE}::test_a_file_changed_after_install_is_found_at_start",
     ),
     "parity differs on target": (
-        "attack/test_parity_attacks.py::"
-        "test_a_bundle_whose_graph_answers_otherwise_here_is_not_made_active",
+        f"{TARGET}::test_a_bundle_whose_graph_answers_otherwise_here_is_not_made_active",
     ),
     "hostile `policy.py` in the working folder": (
         "attack/test_catalogue.py::test_a_module_of_the_working_folder_is_not_loaded",

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from bundle.scan.onnx import Onnx, parse_onnx
 from bundle.scan.strict import open_view, parse_object
 from bundle.staging.architecture import Architecture, expected_tensors
@@ -46,6 +48,8 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROGRAM = Path(__file__).with_name("convert_main.py")
 SECONDS = 4 * 3600
 _RECORD_LIMIT = 1 << 20
+_PART = 1 << 24  # bytes of a weight file that are looked at together
+_EXPONENT = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}  # all ones: no finite number
 _GRAPH_LIMIT = 2 * 1024**3
 _READ = frozenset(["config.json", "generation_config.json", "tokenizer.json"])
 
@@ -133,10 +137,11 @@ def convert(
         progress: Told how many matrices have become codes.
 
     Raises:
-        RefusedError: `convert.output`, `convert.none`, or a code of the scan.
+        RefusedError: `convert.output`, `convert.none`, `source.values`, or a code of the scan.
         FaultError: `convert.failed`.
 
     """
+    require_finite(report, source)
     shape = report.architecture
     written = shape is not None and shape.head_dim % HEAD_MULTIPLE == 0
     exported = shape is not None and shape.kind not in NOT_EXPORTED and (reference or not written)
@@ -163,6 +168,29 @@ def convert(
         others = [_write_other(report, out, placed, each, progress) for each in more]
         graphs = (fast, *graphs, *others)
     return Converted(out, graphs, versions, seal)
+
+
+def require_finite(report: InspectReport, source: Path) -> None:
+    """Refuse weights that hold what is no number, before any work is done with them.
+
+    Raises:
+        RefusedError: `source.values`.
+
+    """
+    views = {name: open_view(source / name) for name in set(report.holders.values())}
+    for name, tensor in report.tensors.items():
+        mask = _EXPONENT[tensor.dtype]
+        kind = np.dtype("<u4" if tensor.dtype == "F32" else "<u2")
+        for start in range(tensor.start, tensor.end, _PART):
+            part = views[report.holders[name]][start : min(start + _PART, tensor.end)]
+            # A tensor may begin at any byte, so its numbers need not lie at their own multiples.
+            values = np.frombuffer(part, dtype=kind)
+            if ((values & mask) == mask).any():
+                raise RefusedError(
+                    "source.values",
+                    f"{name} in {report.holders[name]!r:.80} holds what is no finite number",
+                    hint="download the snapshot again; if it stays so, tell its publisher",
+                )
 
 
 def _export(
