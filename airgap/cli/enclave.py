@@ -252,9 +252,21 @@ def doctor(
     channels: Annotated[
         bool, typer.Option("--channels", help="Print what was tried, channel by channel.")
     ] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Cards, driver and GPU libraries instead of the seal.")
+    ] = False,
+    system: Annotated[
+        bool, typer.Option("--system", help="Files, clock, disk and kernel instead of the seal.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Probe the seal on this host: the rung that it reaches, and what would raise it."""
+    if gpu:
+        _doctor_gpu(json=json)
+        return
+    if system:
+        _doctor_system(root_folder(root), json=json)
+        return
     from airgap.enclave.doctor import examine
 
     folder = root_folder(root)
@@ -262,6 +274,53 @@ def doctor(
         found = examine(min_rung=_min_rung(folder), state=folder / "enclave")
     show(found.as_document(), _page(found, channels=channels), json=json)
     if found.reached is None:
+        raise typer.Exit(1)
+
+
+def _doctor_gpu(*, json: bool) -> None:
+    """Print what a session on CUDA or TensorRT would meet; exit 1 where neither would come up."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from airgap.enclave.inventory import examine as examine_gpu
+    from airgap.enclave.inventory import take
+
+    found = examine_gpu(take())
+    table = Table.grid(padding=(0, 2))
+    fixes: list[Any] = []
+    for check in (*found.checks, *found.tensorrt_checks):
+        word = Text("fits", "green") if check.good else Text("no", "red")
+        table.add_row(Text(check.name), word, Text(check.found))
+        if check.fix:
+            fixes.append(Text.assemble((f"{check.name}: ", "dim"), check.fix))
+    verdict = "may be demanded: cpu"
+    verdict += ", cuda" * found.cuda + ", tensorrt" * found.tensorrt
+    note = Text("what fits has been compared, not run: the first session is the proof", "dim")
+    show(found.as_document(), Group(table, *fixes, Text(verdict, "bold"), note), json=json)
+    if not found.cuda:
+        raise typer.Exit(1)
+
+
+def _doctor_system(folder: Path, *, json: bool) -> None:
+    """Print what this host should be before it serves; exit 1 where something is bad."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from airgap.host_check import Host, examine
+
+    found = examine(Host(folder))
+    table = Table.grid(padding=(0, 2))
+    colours = {"good": "green", "look": "yellow", "bad": "red"}
+    fixes: list[Any] = []
+    for check in found.checks:
+        table.add_row(Text(check.name), Text(check.state, colours[check.state]), Text(check.found))
+        if check.fix:
+            fixes.append(Text.assemble((f"{check.name}: ", "dim"), check.fix))
+    heading = [Text("\nwhat to do", "bold"), *fixes] if fixes else []
+    show(found.as_document(), Group(table, *heading), json=json)
+    if not found.good:
         raise typer.Exit(1)
 
 

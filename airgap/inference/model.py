@@ -24,6 +24,7 @@ from airgap.inference.graphs import (
     ModelFacts,
     parse_graphs,
 )
+from airgap.inference.options import Setup
 from airgap.inference.providers import NATIVE_ERRORS, open_session
 from airgap.inference.vocabulary import TOKENIZER_LIMIT, Vocabulary
 
@@ -162,7 +163,13 @@ class Cache:
 
 
 def load_model(
-    folder: Path, *, precision: str, demand: str, threads: int, interface: str | None = None
+    folder: Path,
+    *,
+    precision: str,
+    demand: str,
+    threads: int,
+    interface: str | None = None,
+    setup: Setup | None = None,
 ) -> Model | FastModel:
     """Load the model in `folder` and check that it is what `graphs.json` says.
 
@@ -176,6 +183,7 @@ def load_model(
         threads: Of the session.
         interface: Which kind of graph; None takes the fast one where there is one and the provider
             knows its operators (TensorRT does not).
+        setup: How the session runs, beside its threads.
 
     Raises:
         ProgramError: A code of room `model`.
@@ -195,7 +203,9 @@ def load_model(
     for name, _ in graph.external:
         if not (folder / name).is_file():
             raise ProgramError("model.file", f"{name} is missing", "install the bundle again")
-    session = open_session(path, demand=demand, threads=threads)
+    session = open_session(
+        path, demand=demand, threads=threads, setup=setup, facts=facts, described=graph
+    )
     kind = FastModel if graph.interface == FAST else Model
     return kind(facts, graph, session, vocabulary)
 

@@ -22,6 +22,7 @@ from airgap.inference.engine import Engine, out_of_memory
 from airgap.inference.fast import FastModel
 from airgap.inference.graphs import INTERFACES
 from airgap.inference.model import Model, load_model
+from airgap.inference.options import PROVIDERS, Setup
 from airgap.inference.protocol import (
     Forget,
     Forgotten,
@@ -35,7 +36,6 @@ from airgap.inference.protocol import (
     encode_info,
     parse_request,
 )
-from airgap.inference.providers import PROVIDERS
 from airgap.inference.strict import Fields, MalformedError
 from airgap.inference.valence import Valence
 
@@ -55,7 +55,8 @@ def create(config: dict[str, Any]) -> InferenceProgram:
     Args:
         config: `folder` (absolute, of one model), `precision`, `threads`; optional `provider`
             ("cpu"), `interface` (which kind of graph), `memory_mb` for one request (half of what
-            is free at warm-up), `most_rows`, `valence` (load the filter of that name).
+            is free at warm-up), `most_rows`, `valence` (load the filter of that name),
+            `spin`, `arena`, `device` and `device_mb` (`options.Setup`).
 
     Raises:
         ProgramError: `model.config`.
@@ -72,6 +73,7 @@ def create(config: dict[str, Any]) -> InferenceProgram:
             memory_mb=fields.integer("memory_mb", 1, 1 << 30) if "memory_mb" in fields else None,
             most_rows=fields.integer("most_rows", 1, 4096) if "most_rows" in fields else MOST_ROWS,
             valence=fields.flag("valence") if "valence" in fields else False,
+            setup=_setup(fields),
         )
         fields.done()
     except MalformedError as error:
@@ -97,7 +99,9 @@ class InferenceProgram:
         memory_mb: int | None,
         most_rows: int,
         valence: bool = False,
+        setup: Setup | None = None,
     ) -> None:
+        self._setup = setup or Setup()
         self._valence = valence
         self._folder = folder
         self._precision = precision
@@ -121,6 +125,7 @@ class InferenceProgram:
             demand=self._provider,
             threads=self._threads,
             interface=self._interface,
+            setup=self._setup,
         )
         self._budget = self._budget or half_of_free_memory(_memory_table())
         self._decoder = _decoder_of(self._model, budget=self._budget, most_rows=self._most_rows)
@@ -249,6 +254,7 @@ class InferenceProgram:
             "graph_sha256": self._model.graph.sha256,
             "tokenizer_sha256": facts.tokenizer_sha256,
             "provider": self._provider,
+            **self._setup.document(),
             "threads": self._threads,
             "vocab_size": facts.vocab_size,
             "layers": facts.layers,
@@ -269,6 +275,16 @@ class InferenceProgram:
             "scientific_use": facts.scientific_use,
             "onnxruntime": ort.__version__,
         }
+
+
+def _setup(fields: Fields) -> Setup:
+    """Read what a site may set of the session; the rest stays as it is."""
+    return Setup(
+        spin=fields.flag("spin") if "spin" in fields else True,
+        arena=fields.flag("arena") if "arena" in fields else True,
+        device=fields.integer("device", 0, 63) if "device" in fields else 0,
+        device_mb=fields.integer("device_mb", 1, 1 << 30) if "device_mb" in fields else None,
+    )
 
 
 def _decoder_of(model: Model | FastModel, *, budget: int, most_rows: int) -> Decoder | Engine:
