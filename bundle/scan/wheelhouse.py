@@ -2,7 +2,7 @@
 
 Decides whether the lists name exactly the wheels that are there, by digest, and say the same as
 `runtimes` of the manifest. Both sides call it; the installer repeats it before it starts pip.
-FORMAT.md section 22.
+FORMAT.md section 23.
 """
 
 from __future__ import annotations

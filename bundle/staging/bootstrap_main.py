@@ -4,7 +4,7 @@ It runs from inside the shell script on a host that has nothing of ours. It deci
 on a medium is sealed by the people of the trust root whose fingerprint a person typed, takes the
 wheels for this host out of it, makes an environment of its own from them, and hands over to
 `airgap bootstrap`, which verifies everything once more and completely. Until all checks hold it
-writes nothing outside of a temporary folder; FORMAT.md sections 8 to 10, 14 and 22.
+writes nothing outside of a temporary folder; FORMAT.md sections 8 to 10, 14 and 23.
 """
 
 from __future__ import annotations

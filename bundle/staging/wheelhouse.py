@@ -4,7 +4,7 @@ pip resolves for the machine that the lab has and not for this one, under the pi
 what it reports is walked again with the target's own markers, the edge to the hub client is cut,
 and each name must stand on the list below. Each wheel passes `bundle.scan.wheel`. The result is
 flat: wheels, and for each target one list that pip is later given with `--require-hashes`.
-docs/design/bundle.md, 7; docs/design/dependencies.md, 5 and 6.
+docs/design/bundle.md, 7.
 """
 
 from __future__ import annotations
