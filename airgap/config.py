@@ -227,9 +227,23 @@ class AuditSettings(Frozen):
 
 
 class InferenceSettings(Frozen):
-    """In which precision the model runs; the installed bundle must hold it."""
+    """In which precision the model runs, on which provider, and what it may use of the machine.
+
+    The installed bundle must hold the precision; the provider is a demand and never a wish.
+    """
 
     precision: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "fp32"
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    threads: int | None = Field(default=None, ge=1, le=1_024)  # None: every core
+    spin: bool = True
+    arena: bool = True
+    memory_mb: int | None = Field(default=None, ge=64, le=1 << 30)  # None: half of what is free
+    device: int = Field(default=0, ge=0, le=63)
+    device_mb: int | None = Field(default=None, ge=256, le=1 << 30)  # None: all of it
+    deterministic: bool = True
+    engine_rows: int = Field(default=32, ge=1, le=4_096)
+    engine_positions: int = Field(default=2_048, ge=1, le=1 << 20)
+    engine_piece: int = Field(default=256, ge=1, le=65_536)
 
 
 class Limits(Frozen):
@@ -561,6 +575,17 @@ refuse_overdue_export = false  # true: no new work when the last export is over 
 
 [inference]
 precision = "fp32"             # fp32, bf16, fp16, int8, int4; airgap verify tells what each costs
+provider = "cpu"               # cpu, cuda, tensorrt: a demand; airgap doctor --gpu says what fits
+# threads = 8                  # of the CPU; default every core
+# spin = true                  # threads wait by spinning; false where others need the cores
+# arena = true                 # memory of the CPU is kept from run to run
+# memory_mb = 16384            # of one request; default half of what is free at the start
+# device = 0                   # number of the GPU
+# device_mb = 40960            # most of its memory that we take; default all
+# deterministic = true         # kernels that add up in one order, where the GPU has them
+# engine_rows = 32             # tensorrt: widest batch, most positions, most ids at once that the
+# engine_positions = 2048      # engines are built for; airgap engine build
+# engine_piece = 256
 
 [limits]
 samples = 10000                # of one request

@@ -191,8 +191,8 @@ RULES: Final[dict[str, _Rule]] = {
     "decision": _Rule(_EVENT_ONLY, {"action": str, "resource": str}),
     "inference": _Rule(("intent", "chunk", "outcome"), {
         "task": str, "n": int, "seed": int, "max_new_tokens": int, "precision": str,
-        "settings": str, "evidence": str, "screen": str, "tier": str, "samples": int,
-        "result": str,
+        "provider": str, "settings": str, "evidence": str, "screen": str, "tier": str,
+        "samples": int, "result": str,
     }, person=True),
     "denial": _Rule(_EVENT_ONLY, {
         "count": int, "stage": str, "task": str, "tier": str,

@@ -66,6 +66,9 @@ def run(
     ] = False,
     project: Annotated[str, typer.Option(help="Project of site.toml that this is for.")] = "",
     model: Annotated[str, typer.Option(help="Installed bundle; default the current one.")] = "",
+    provider: Annotated[
+        str, typer.Option(help="cpu, cuda or tensorrt: a demand; default that of site.toml.")
+    ] = "",
     csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
     sdf: Annotated[Path | None, typer.Option(help="Write the molecules as SDF.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report with drawings.")] = None,
@@ -106,7 +109,9 @@ def run(
 
     name = find_task(task).name  # an unknown task is told before anything starts
     check_outputs(name, outputs)
-    with open_broker(root_folder(root), model=model, project=project, valence=valence) as opened:
+    with open_broker(
+        root_folder(root), model=model, project=project, valence=valence, provider=provider
+    ) as opened:
         broker, chosen = opened
         job = Job(name, given_only(given), chosen, given_only(options))
         answer = infer_with_progress(broker, job)

@@ -75,6 +75,7 @@ class Model:
     context: Mapping[str, Any]
     reference_model: bool
     scientific_use: bool
+    provider: str = "cpu"  # that was demanded of the worker
 
 
 class UsePolicy(Protocol):
@@ -368,6 +369,7 @@ class Broker:
                 "seed": settings.seed,
                 "max_new_tokens": settings.max_new_tokens,
                 "precision": self.model.precision,
+                "provider": self.model.provider,
                 "settings": cited,
             },
         )
@@ -378,6 +380,7 @@ class Broker:
             "format": "airgap/settings/1",
             "model": str(self.model.bundle),
             "precision": self.model.precision,
+            "provider": self.model.provider,
             "n": settings.n,
             "max_new_tokens": settings.max_new_tokens,
             "temperature": str(settings.temperature),

@@ -36,6 +36,13 @@ from airgap.install.record import actor_of
 from airgap.install.standing import require_standing, require_valid
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
+from airgap.serve.provider import (
+    SHOWN_ON,
+    demanded,
+    profile_of,
+    require_host,
+    worker_settings,
+)
 from airgap.site_rules import read_signature, verify_file
 from bundle.graphs import Graphs, parse_graphs
 from bundle.trust import RootDocument, load_trust
@@ -46,7 +53,6 @@ from policy.terms import Digest
 
 WORKER = "airgap.inference.program:create"
 HELPER = "airgap.science.program:create"
-CPU = "CPUExecutionProvider"
 IN_FLIGHT = 32  # requests at once at one worker
 HOLDS_COUNT = timedelta(days=30)
 SCREEN_PACKS = Path("policy") / "screens"
@@ -68,6 +74,7 @@ def open_broker(
     model: str = "",
     project: str = "",
     valence: bool = False,
+    provider: str = "",
     clock: Clock = utc_now,
 ) -> Iterator[tuple[Broker, str]]:
     """Open a broker on the tree `root` and yield it with the project that the job runs under.
@@ -77,6 +84,7 @@ def open_broker(
         model: Digest, name or name-version of an installed bundle; empty for the current one.
         project: Its id in site.toml; empty where the person has exactly one.
         valence: Load the worker's filter of that name, for jobs that ask for it.
+        provider: What is demanded of the worker; empty for that of site.toml.
         clock: Wall clock, UTC.
 
     Raises:
@@ -86,7 +94,7 @@ def open_broker(
 
     """
     require_extras("cpu", "science")
-    house = House.of(root, model=model, valence=valence, clock=clock)
+    house = House.of(root, model=model, valence=valence, provider=provider, clock=clock)
     person = house.site.require_account(os.getuid(), account_name())
     chosen = choose_project(house.site, person, project)
     with open_site_log(root, house.site) as log, house.sealed_pair(log) as pair:
@@ -108,10 +116,18 @@ class House:
 
     @classmethod
     def of(
-        cls, root: Path, *, model: str = "", valence: bool = False, clock: Clock = utc_now
+        cls,
+        root: Path,
+        *,
+        model: str = "",
+        valence: bool = False,
+        provider: str = "",
+        clock: Clock = utc_now,
     ) -> House:
         """Load and check site, rules, trust and bundle; raises as `open_broker`."""
         site = load_site(root)
+        demand = demanded(site.inference, provider)
+        require_host(demand)
         rules = gate.load_rules(root)
         installed = find_installed(root, model)
         require_valid(installed, clock())
@@ -119,7 +135,7 @@ class House:
         for alarm in require_standing(installed, trusted, now=clock()):
             operator.warning("revocation", alarm=alarm)
         verify_installed(installed.folder)
-        described = describe(installed, site.inference.precision)
+        described = describe(installed, site.inference.precision, demand)
         packs = screen_packs(root)
         wanted = specs(installed, described, site, root / "enclave", packs, valence=valence)
         return cls(root, site, rules, installed, described, trusted.standing, wanted, clock)
@@ -295,12 +311,12 @@ def specs(
     """Return what to seal: the worker with the model, and the helper without it."""
     min_rung, reverify_s = site.enclave.min_rung, float(site.enclave.reverify_s)
     worker = SealSpec(
-        profile="worker",
+        profile=profile_of(model.provider),
         program=WORKER,
         config={
             "folder": str(installed.model_folder(model.id)),
             "precision": model.precision,
-            "threads": os.cpu_count() or 1,
+            **worker_settings(site.inference, model.provider),
             **({"valence": True} if valence else {}),
         },
         read_only=(installed.folder,),
@@ -391,8 +407,8 @@ def running(installed: InstalledBundle, precision: str) -> InstalledBundle:
     return replace(installed, manifest=manifest.model_copy(update={"models": models}))
 
 
-def require_precision(installed: InstalledBundle, precision: str) -> None:
-    """Refuse a precision that the bundle does not hold, or not for this machine's provider.
+def require_precision(installed: InstalledBundle, precision: str, demand: str = "cpu") -> None:
+    """Refuse a precision that the bundle does not hold, or not for the provider `demand`.
 
     Raises:
         RefusedError: `model.precision`.
@@ -402,9 +418,10 @@ def require_precision(installed: InstalledBundle, precision: str) -> None:
     claims = [each for each in installed.manifest.parity if each.precision == precision]
     if precision not in entry.precisions:
         problem = f"{entry.id} comes in {', '.join(entry.precisions)}, not in {precision}"
-    elif claims and all(each.provider != CPU for each in claims):
+    elif claims and all(each.provider not in SHOWN_ON[demand] for each in claims):
         problem = (
-            f"{entry.id} in {precision} is for {claims[0].provider}, and this worker runs {CPU}"
+            f"{entry.id} in {precision} is for {claims[0].provider}, and this worker runs "
+            f"{SHOWN_ON[demand][0]}"
         )
     else:
         return
@@ -416,14 +433,14 @@ def require_precision(installed: InstalledBundle, precision: str) -> None:
     )
 
 
-def describe(installed: InstalledBundle, precision: str = "fp32") -> Model:
+def describe(installed: InstalledBundle, precision: str = "fp32", demand: str = "cpu") -> Model:
     """Return what the broker and the helper must know of the installed model.
 
     Raises:
         RefusedError: `model.precision`.
 
     """
-    require_precision(installed, precision)
+    require_precision(installed, precision, demand)
     entry = installed.manifest.models[0]
     graphs: Graphs = parse_graphs((installed.model_folder(entry.id) / "graphs.json").read_bytes())
     return Model(
@@ -441,6 +458,7 @@ def describe(installed: InstalledBundle, precision: str = "fp32") -> Model:
         },
         reference_model=entry.reference_model,
         scientific_use=entry.scientific_use,
+        provider=demand,
     )
 
 
