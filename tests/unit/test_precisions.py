@@ -7,13 +7,18 @@ from copy import deepcopy
 from dataclasses import replace
 from decimal import Decimal
 
+import policy_cases
 import pytest
 import tiny_llama
+from policy_cases import demo_site
+from policy_site import put_signed
 from staging_runs import build_tiny
+from test_gate import CLEAN, FAIR, entry
 from test_staging_build import member
 from test_staging_parity import MADE, PROMPTS, figures
 
 from airgap.cli.precisions import count_valid, wanted_precisions
+from airgap.gate import TaskFacts, decide_admission, decide_use, load_rules
 from airgap.install import InstalledBundle
 from airgap.serve.session import describe, require_precision, running
 from bundle.graphs import parse_graphs
@@ -177,6 +182,45 @@ def test_the_policy_sees_at_use_the_one_that_runs(built, tmp_path):
     bundle = installed(built, tmp_path)
     assert running(bundle, "int8").manifest.models[0].precisions == ("int8",)
     assert bundle.manifest.models[0].precisions == ("fp32", "bf16", "int8")
+
+
+def decide(rules, bundle, *, use):
+    shared = {"bundle_digest": policy_cases.BUNDLE, "project": FAIR, "as_of": policy_cases.DAY}
+    models = [entry(precisions=bundle.manifest.models[0].precisions)]
+    if not use:
+        return decide_admission(
+            demo_site(), rules, models, known_at=policy_cases.NOW, verified=True, **shared
+        )
+    return decide_use(
+        demo_site(),
+        rules,
+        models,
+        person="ada",
+        task=TaskFacts("molecule", "molecule"),
+        screen=CLEAN,
+        known_at=policy_cases.NOW,
+        admitted=True,
+        hazard_holds=0,
+        **shared,
+    )
+
+
+def test_a_site_forbids_a_precision_at_admission_or_at_use(built, tmp_path):
+    bundle = installed(built, tmp_path)
+    no_int8 = "{contains: [bundle.precisions, int8]}"
+    for scope in ("admission", "use"):
+        root = tmp_path / scope
+        root.mkdir()
+        text = policy_cases.pack_text(
+            policy_cases.rule(id="SITE-NO-INT8", scope=scope, when=no_int8), pack_id="site"
+        )
+        put_signed(root, "own.yaml", text)
+        rules = load_rules(root)
+        use = scope == "use"
+        forbidden = decide(rules, running(bundle, "int8") if use else bundle, use=use)
+        assert policy_cases.blocking(forbidden) == {"SITE-NO-INT8"}
+        allowed = decide(rules, running(bundle, "fp32"), use=use)
+        assert not policy_cases.blocking(allowed)
 
 
 @pytest.mark.parametrize("precision", ["int4", "bf16"])
