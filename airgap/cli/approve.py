@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,17 @@ import typer
 from rich.text import Text
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.signing import (
+    EXPIRES,
+    Confirm,
+    Filed,
+    Key,
+    Passphrase,
+    Reason,
+    document_digest,
+    require_typed,
+    signer_of,
+)
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -21,16 +31,6 @@ if TYPE_CHECKING:
     from bundle.envelope import Envelope
     from policy.approvals import Approval
     from policy.terms import Digest
-
-DOCUMENT_LIMIT = 64 * 1024 * 1024  # bytes of the filed document
-
-Key = Annotated[str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")]
-Confirm = Annotated[
-    str | None, typer.Option("--confirm", help="What you would type: the project's id.")
-]
-Passphrase = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,15 +50,10 @@ def new(
     key: Key,
     bundle: Annotated[str, typer.Option("--bundle", help="Bundle file, name or digest.")],
     project: Annotated[str, typer.Option("--project", help="The only project it counts for.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
-    expires: Annotated[
-        datetime,
-        typer.Option("--expires", formats=["%Y-%m-%d"], help="First day it no longer counts."),
-    ],
+    reason: Reason,
+    expires: Annotated[datetime, EXPIRES],
     task: Annotated[str, typer.Option("--task", help="The only task. Default: all.")] = "",
-    document: Annotated[
-        Path | None, typer.Option("--document", help="The memo on file; its digest is kept.")
-    ] = None,
+    document: Filed = None,
     authority: Annotated[
         str, typer.Option("--authority", help="For a government waiver: who granted it.")
     ] = "",
@@ -173,7 +168,7 @@ def revoke(
     approval: Annotated[Path, typer.Argument(help="File of the approval.")],
     *,
     key: Key,
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
+    reason: Reason,
     passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,
@@ -420,41 +415,14 @@ def bundle_digest(bundle: str, tree: Path) -> Digest:
     return found.digest
 
 
-def document_digest(path: Path | None) -> Digest | None:
-    """The digest of the filed document."""
-    from bundle.keys import read_limited
-    from policy.terms import Digest
-
-    if path is None:
-        return None
-    content = read_limited(path, DOCUMENT_LIMIT, code="policy.approval", what="the document")
-    return Digest.of(content)
-
-
-def signer_of(key: str, passphrase_file: Path | None, tree: Path) -> Any:
-    """Open a person's private key: a file, or a name in keys/ of the tree; two of a cnsa2 name."""
-    from bundle.keyring import open_signers
-    from bundle.keys import read_passphrase
-
-    return open_signers([key], tree / "keys", passphrase=read_passphrase(passphrase_file))
-
-
 def require_confirmed(statement: OverrideStatement, confirm: str | None) -> None:
     """Show what will be signed and have the project typed; RefusedError otherwise."""
     override = statement.predicate
     rules = ", ".join(each.id for each in override.rules)
-    stderr.print(
+    require_typed(
         f"You approve {rules} for bundle sha256:{statement.subject[0].digest.sha256},"
         f" project {override.project}, until {override.expires}: {override.reason}",
-        markup=False,
-        soft_wrap=True,
+        override.project,
+        confirm,
+        code="policy.approval",
     )
-    if confirm is None and sys.stdin.isatty():
-        stderr.print(f"Type {override.project!r} to sign, anything else to stop: ", end="")
-        confirm = sys.stdin.readline()
-    if (confirm or "").strip() != override.project:
-        raise RefusedError(
-            "policy.approval",
-            "nothing was signed: the confirmation is not the project's id",
-            hint=f"read it, then add: --confirm {override.project}",
-        )

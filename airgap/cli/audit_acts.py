@@ -546,7 +546,7 @@ def account() -> str:
 
 
 def _signer(key: str, passphrase_file: Path | None, tree: Path) -> Any:
-    from airgap.cli.approve import signer_of
+    from airgap.cli.signing import signer_of
 
     return signer_of(key, passphrase_file, tree)
 

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.approve import Confirm, Key, Passphrase, document_digest, signer_of
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.signing import (
+    EXPIRES,
+    REASON,
+    Confirm,
+    Filed,
+    Key,
+    Passphrase,
+    document_digest,
+    require_typed,
+    signer_of,
+)
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -126,14 +136,9 @@ def release(
     hold: Reference,
     *,
     key: Key,
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")] = "",
-    expires: Annotated[
-        datetime | None,
-        typer.Option("--expires", formats=["%Y-%m-%d"], help="First day it no longer counts."),
-    ] = None,
-    document: Annotated[
-        Path | None, typer.Option("--document", help="The memo on file; its digest is kept.")
-    ] = None,
+    reason: Annotated[str, REASON] = "",
+    expires: Annotated[datetime | None, EXPIRES] = None,
+    document: Filed = None,
     confirm: Confirm = None,
     passphrase_file: Passphrase = None,
     root: Root = None,
@@ -146,8 +151,9 @@ def release(
 
     desk = Desk.of(root)
     found = desk.holds.find(hold)
-    desk.require_releasable(found)
     signer = signer_of(key, passphrase_file, desk.tree)
+    mine = desk.require_releaser(found, signer)  # before anything is told of what holds it
+    desk.require_releasable(found)
     open_release = desk.current(found)
     if open_release is None:
         if not reason or expires is None:
@@ -175,13 +181,6 @@ def release(
         desk.confirm(found, open_release.release.reason, confirm)
         envelope = holds.countersign_release(open_release.envelope, signer)
     signed = holds.verify_release(envelope, desk.trust)
-    mine = next(iter(desk.trust.people_of(each.public_key.keyid for each in signer)), None)
-    if mine is None or mine not in {each.person for each in signed.people}:
-        raise RefusedError(
-            "hold.release",
-            "this key releases nothing here: it needs a person of the trust root who did not ask",
-            hint="airgap trust show lists the people",
-        )
     with on_record(desk.tree, "admin.hold", mine, Digest.of(envelope.payload)):
         path = desk.holds.add_release(envelope)
     row = desk.row(found) | {"file": str(path), "people": [p.person for p in signed.people]}
@@ -411,22 +410,26 @@ class Desk:
                     hint="the hazard officer decides what happens to it outside this program",
                 )
 
-    def confirm(self, hold: Hold, reason: str, confirm: str | None) -> None:
-        """Show what will be signed and have the number of the hold typed; RefusedError if not."""
-        import sys
+    def require_releaser(self, hold: Hold, signer: Any) -> str:
+        """Return who signs: a person of the trust root who did not ask; else `hold.release`."""
+        from policy.approvals import same_person
 
-        stderr.print(
+        people = self.trust.people_of(each.public_key.keyid for each in signer)
+        for each in sorted(people):
+            if same_person(each) != same_person(hold.person):
+                return str(each)
+        raise RefusedError(
+            "hold.release",
+            "this key releases nothing here: it needs a person of the trust root who did not ask",
+            hint="airgap trust show lists the people",
+        )
+
+    def confirm(self, hold: Hold, reason: str, confirm: str | None) -> None:
+        """Show what will be signed and have the project typed; RefusedError if not."""
+        require_typed(
             f"You release {hold.reference}: {hold.task} ({hold.stage}) asked by {hold.person} for"
             f" project {hold.project}: {reason}",
-            markup=False,
-            soft_wrap=True,
+            hold.project,
+            confirm,
+            code="hold.release",
         )
-        if confirm is None and sys.stdin.isatty():
-            stderr.print(f"Type {hold.project!r} to sign, anything else to stop: ", end="")
-            confirm = sys.stdin.readline()
-        if (confirm or "").strip() != hold.project:
-            raise RefusedError(
-                "hold.release",
-                "nothing was signed: the confirmation is not the project's id",
-                hint=f"read it, then add: --confirm {hold.project}",
-            )

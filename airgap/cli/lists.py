@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.approve import Key, Passphrase, signer_of
 from airgap.cli.common import Json, Root, root_folder, show
 from airgap.cli.rules import AsOf, load, write_new
+from airgap.cli.signing import Key, Passphrase, Reason, signer_of
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def adjudicate(
     list_id: Annotated[str, typer.Option("--list", help="The list.")],
     edition: Annotated[str, typer.Option("--edition", help="The edition; another is asked anew.")],
     same: Annotated[bool, typer.Option("--same/--not-same", help="Whether both mean one party.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")],
+    reason: Reason,
     expires: Day,
     key: Key,
     passphrase_file: Passphrase = None,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.approve import Passphrase, signer_of
 from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.signing import Key, Passphrase, signer_of
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def review(
         typer.Option("--text", help="File with the text that you read; its digest is signed."),
     ] = None,
     note: Annotated[str, typer.Option("--note", help="What you read, in your words.")] = "",
-    key: Annotated[
-        str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")
-    ] = "",
+    key: Key = "",
     passphrase_file: Passphrase = None,
     root: Root = None,
     json: Json = False,

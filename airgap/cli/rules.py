@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.approve import Key, Passphrase, signer_of
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.signing import Key, Passphrase, signer_of
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:

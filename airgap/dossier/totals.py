@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from airgap.audit.query import Filter
 from airgap.audit.record import Record
 from airgap.dossier.chart import Chart, Item
 from airgap.dossier.page import Page, Section
@@ -92,9 +93,8 @@ def add_up(folder: Path, log: LogFacts, *, since: str = "", until: str = "") -> 
     """Add up the requests under the newest signed head; `until` is not included."""
     found = Totals()
     open_: dict[str, tuple[Usage, Total]] = {}
-    for record in signed_records(folder, log):
-        if (since and record["ts"] < since) or (until and record["ts"] >= until):
-            continue
+    within = Filter(since=since, until=until)
+    for record in filter(within, signed_records(folder, log)):
         found.examined += 1
         found.first_ts, found.last_ts = found.first_ts or record["ts"], record["ts"]
         if record["kind"] not in {"inference", "denial"}:

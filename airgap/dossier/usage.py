@@ -12,7 +12,7 @@ from typing import Any
 from airgap.audit import verify_log
 from airgap.audit.checkpoint import Keys
 from airgap.audit.layout import Layout
-from airgap.audit.query import read_records
+from airgap.audit.query import Filter, read_records
 from airgap.audit.record import Record
 from bundle.keys import read_limited
 from policy.errors import RefusedError
@@ -169,14 +169,17 @@ def gather(
         since: UTC text; `until` is not included.
         until: The same.
 
+    Raises:
+        RefusedError: `usage.argument`, more requests than a report holds.
+        UsageError: `since` or `until` is no UTC time.
+
     """
     uses: dict[str, Usage] = {}
     kinds: Counter[str] = Counter()
     projects: Counter[str] = Counter()
     examined, first_ts, last_ts = 0, "", ""
-    for record in signed_records(folder, log):
-        if (since and record["ts"] < since) or (until and record["ts"] >= until):
-            continue
+    within = Filter(since=since, until=until)
+    for record in filter(within, signed_records(folder, log)):
         examined += 1
         first_ts, last_ts = first_ts or record["ts"], record["ts"]
         kinds[record["kind"]] += 1

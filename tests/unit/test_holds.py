@@ -350,6 +350,83 @@ def test_a_quiet_flag_is_kept_for_review_and_holds_nothing(broker, tmp_path):
         broker.holds.alerts()
 
 
+# -- two holds look alike to the one who asked ----------------------------------------------------
+
+UNSCREENED = "C." * 50 + "C"
+
+
+class Counting:
+    """A helper that notes what it was asked to do."""
+
+    def __init__(self, helper):
+        self.helper, self.asked = helper, []
+
+    def request(self, payload, timeout):
+        self.asked.append(json.loads(payload)["op"])
+        return self.helper.request(payload, timeout)
+
+    def stream(self, payload, timeout):
+        self.asked.append(json.loads(payload)["op"])
+        return self.helper.stream(payload, timeout)
+
+
+def seen_by_the_user(broker, capsys, asked, frames):
+    """Return all that she sees of a held job, but for its number, and each step that was taken."""
+    helper = broker.helper = Counting(broker.helper)
+    broker.worker.frames, worked = frames, len(broker.worker.asked)
+    before = len(list(read_records(broker.log.folder)))
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(asked)
+    broker.helper = helper.helper
+    hold = broker.holds.every()[-1]
+    told = []
+    capsys.readouterr()
+    for as_json in (False, True):
+        show_error(refused.value, json=as_json)
+        shown = capsys.readouterr()
+        told.append((shown.out + shown.err).replace(hold.reference, "REF"))
+    records = list(read_records(broker.log.folder))[before:]
+    steps = [(each["kind"], each["phase"], each.get("err"), each.get("data")) for each in records]
+    for *_, data in steps:
+        data.pop("settings", None)
+    decided = [
+        (each["decision"]["outcome"], each["decision"]["rule"])
+        for each in records
+        if each["kind"] == "denial"
+    ]
+    kept = sorted(
+        (each["task"], each["stage"], bool(each.get("output")))
+        for each in (json.loads(hold.to_bytes()),)
+    )
+    return (
+        told,
+        refused.value.exit_status,
+        helper.asked,
+        len(broker.worker.asked) - worked,
+        steps,
+        decided,
+        kept,
+    )
+
+
+@pytest.mark.parametrize("other", [EXACT, UNSCREENED], ids=["H4", "not screened to its end"])
+@pytest.mark.parametrize("stage", ["input", "output"])
+def test_tiers_are_told_alike_and_cost_the_same_steps(broker, capsys, stage, other):
+    def run(smiles):
+        if stage == "output":
+            return seen_by_the_user(broker, capsys, job(), writes(smiles))
+        asked = job(inputs={"smiles": smiles, "fix": True})
+        return seen_by_the_user(broker, capsys, asked, None)
+
+    family, another = run(FAMILY), run(other)
+    assert family == another
+    told, status, helped, worked, *_ = family
+    assert (status, json.loads(told[1])["code"]) == (1, "policy.held")
+    assert "Held for review. Reference REF." in told[0]
+    assert helped == ["prepare"] + ["assess"] * (stage == "output")
+    assert worked == (stage == "output")
+
+
 # -- commands -------------------------------------------------------------------------------------
 
 
@@ -461,6 +538,29 @@ def test_what_cannot_be_released_is_told_without_a_rule(call, tmp_path):
     assert (status, refused["code"]) == (1, "hold.release")
     assert call("hold", "show", "no-such")[1]["code"] == "hold.missing"
     assert [each["state"] for each in call("hold", "list")[1]["holds"]] == ["held", "held"]
+
+
+OUTSIDERS = {"she who asked": "ada", "a stranger": "mallory"}
+
+
+@pytest.mark.parametrize("key", OUTSIDERS.values(), ids=OUTSIDERS.keys())
+def test_who_may_not_release_learns_nothing_by_trying(call, tree, tmp_path, key):
+    if key == "mallory":
+        keys.new_key(tree / "keys", key, person=key, roles=("ehs",))
+    told = []
+    for hold in call("hold", "list")[1]["holds"]:
+        status, refused = sign(call, hold["reference"], key, *first_words(tmp_path))
+        told.append((status, refused, call("hold", "show", hold["reference"])[1]))
+    (*family, family_row), (*exact, exact_row) = told
+    assert family == exact
+    assert family[1]["code"] == "hold.release"
+    assert set(family_row) == set(exact_row)
+    own = {"reference", "opened"}
+    assert all(family_row[name] == exact_row[name] for name in set(family_row) - own)
+    # Somebody who may release is told that there is nothing to sign.
+    exact_reference = call("hold", "list")[1]["holds"][1]["reference"]
+    _, refused = sign(call, exact_reference, "eve", *first_words(tmp_path))
+    assert "admits no release" in refused["error"]
 
 
 def test_the_status_of_a_tree_counts_what_is_held(tree):
