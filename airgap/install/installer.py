@@ -227,6 +227,12 @@ class _Job:
         """Steps 6 to 12 for a bundle whose seal holds."""
         self.sealed = sealed
         line = sealed.manifest.bundle_id
+        if not sealed.manifest.models:
+            raise RefusedError(
+                "store.missing",
+                f"{self.path.name!r:.100} holds wheels and no model, so nothing to admit",
+                hint="sh install.sh --bundle installs wheels; it lies beside the bundle",
+            )
         if self.act == "update" and self.store.active(line) is None:
             raise RefusedError(
                 "install.update",

@@ -226,3 +226,11 @@ def test_programs_give_their_document_or_their_last_words():
     good.foreign("true")
     with pytest.raises(FaultError):
         good.foreign("/bin/sh", "-c", "exit 1")
+
+
+def test_wheels_alone_are_nothing_to_admit(tmp_path, medium, capsys):
+    set_up(tmp_path, medium / "wheels.agb", site=medium / "site.toml")
+    words = ["install", str(medium / "wheels.agb"), "--root", str(tmp_path / "tree"), "--json"]
+    assert invoke(words) == 1
+    assert json.loads(capsys.readouterr().out)["code"] == "store.missing"
+    assert list((tmp_path / "tree" / "store" / "quarantine").iterdir()) == []
