@@ -23,7 +23,7 @@ def make(*, facts=FACTS, rung="A", read_only=(), writable=(), uid=None, profile=
         facts,
         rung=rung,
         profile=profile,
-        part="convert" if profile == "convert" else "worker",
+        part="convert" if profile in {"convert", "engine"} else "worker",
         read_only=list(read_only),
         writable=list(writable),
         environment={},

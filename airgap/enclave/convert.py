@@ -96,6 +96,7 @@ def run_sealed(
     threads: int = 2,
     rung: str | None = None,
     state: Path | None = None,
+    profile: str = "convert",
 ) -> SealedResult:
     """Run `job` under the seal and accept what it leaves, or raise.
 
@@ -107,6 +108,7 @@ def run_sealed(
         threads: OMP_NUM_THREADS of the program.
         rung: Try this rung alone.
         state: Folder that keeps the probe's result between processes.
+        profile: `convert`, or `engine` for a job that needs the GPU.
 
     Raises:
         SealRefused: The seal could not be proven, or the program left something unacceptable; `out`
@@ -130,13 +132,16 @@ def run_sealed(
         limit=(out_limit_mb or 1024 + 4 * plans.folder_bytes(inputs) // _MIB) * _MIB,
         expected=expected,
         threads=threads,
+        profile=profile,
     )
     rungs, left_out = host.candidate_rungs(facts, least)
     tried = [{"rung": name, "reason": reason} for name, reason in sorted(left_out.items())]
+    rungs = [name for name in rungs if plans.runs_on(profile, name)]
+    probed = "worker-gpu" if profile == "engine" else "worker"
     for name in [name for name in rungs if rung in (None, name)]:
         try:
             with _cleared_on_error(work.out):
-                report = twin.probe_rung(name, None, facts, state)
+                report = twin.probe_rung(name, None, facts, state, profile=probed)
                 twin.require_sealed(report)
                 return run_on(name, work, tried=tried, probe=report)
         except SealRefused as refused:
@@ -161,6 +166,7 @@ class Work:
     expected: Sequence[str] | None = None
     threads: int = 2
     uid: int | None = None
+    profile: str = "convert"
 
 
 def run_on(
@@ -185,7 +191,7 @@ def run_on(
             leaked=leaked,
         )
         try:
-            document = _seal(process, work.facts, tried, probe)
+            document = _seal(process, work, tried, probe)
             started = time.monotonic()
             process.send(channel.REQUEST, json.dumps(work.program).encode())
             _wait(process, (out, scratch), work.limit, started + job.timeout_s)
@@ -213,7 +219,7 @@ def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
         plan = plans.build(
             work.facts,
             rung=rung,
-            profile="convert",
+            profile=work.profile,
             part="convert",
             read_only=work.inputs,
             writable=[str(folder) for folder in writable],
@@ -231,12 +237,12 @@ def _plan(work: Work, rung: str, writable: tuple[Path, Path]) -> Plan:
 
 def _seal(
     process: Process,
-    facts: HostSurvey,
+    work: Work,
     tried: Sequence[dict[str, str]],
     probe: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Let the stub close exec and verify it twice, as for a worker."""
-    plan = process.plan
+    plan, facts = process.plan, work.facts
     process.expect(channel.LOADED)
     loaded = process.verify(facts, own_filters=2, dumpable=None)
     process.send(channel.SEAL, b"")
@@ -244,14 +250,14 @@ def _seal(
     sealed = process.verify(facts, own_filters=2, dumpable=False)
     last = filters.no_exec(facts.arch)
     live = process.verify_filters(facts, last)
-    wanted = {"profile": "convert", "limits": plan["limits"], "binds": plan["binds"]}
+    wanted = {"profile": work.profile, "limits": plan["limits"], "binds": plan["binds"]}
     content = json.dumps(wanted, sort_keys=True, separators=(",", ":")).encode()
     return evidence.seal_document(
         facts,
         plan,
         loaded,
         sealed,
-        policy={"profile": "convert", "sha256": hashlib.sha256(content).hexdigest()},
+        policy={"profile": work.profile, "sha256": hashlib.sha256(content).hexdigest()},
         live=live,
         last_filter=last,
         artifacts={

@@ -295,7 +295,7 @@ def build(
     }
     if row.gpu:
         del limits["AS"]  # the driver reserves addresses for the memory of every device
-        limits["FSIZE"] = megabytes  # its memfds are files; no folder can be written to
+        limits["FSIZE"] = max(limits["FSIZE"], megabytes)  # its memfds are files
     return {
         "rung": rung,
         "profile": profile,

@@ -1,4 +1,4 @@
-"""The four profiles of the one launcher: what each may read, write and ask of the kernel.
+"""The five profiles of the one launcher: what each may read, write and ask of the kernel.
 
 Obeys docs/design/enclave.md, 1. The plan is built from this table, and nothing else widens it:
 `airgap enclave profiles` prints it for an auditor together with the digests of the filters.
@@ -47,7 +47,7 @@ class Profile:
     @property
     def gpu(self) -> bool:
         """True when it gets a GPU."""
-        return self.last_filter == "stage2_gpu"
+        return set(GPU_NODES) <= set(self.nodes)
 
 
 # What every profile may read: nothing of this is data of the site but the inputs.
@@ -59,6 +59,9 @@ READS = (
 )
 # onnxruntime and torch size their thread pools by these; the rest of /proc and /sys is absent.
 KERNEL = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
+# Beside those: what the driver reads of itself and of the cards.
+GPU_KERNEL = ("/proc/cpuinfo", "/proc/meminfo", "/proc/driver/nvidia", "/sys")
+GPU_ENVIRONMENT = (("CUDA_MODULE_LOADING", "EAGER"), ("CUDA_CACHE_DISABLE", "1"))
 NODES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 GPU_NODES = (
     "/dev/nvidiactl",
@@ -86,12 +89,12 @@ PROFILES: dict[str, Profile] = {
             name="worker-gpu",
             purpose="inference on an NVIDIA GPU; a larger kernel surface than `worker`",
             rungs=("A", "B"),
-            kernel=("/proc/cpuinfo", "/proc/meminfo", "/proc/driver/nvidia", "/sys"),
+            kernel=GPU_KERNEL,
             nodes=(*NODES, *GPU_NODES),
             writes="the channel, the error pipe, the GPU's nodes, names of its own threads",
             filters=("stage1", "stage2_gpu"),
             proc=True,
-            environment=(("CUDA_MODULE_LOADING", "EAGER"), ("CUDA_CACHE_DISABLE", "1")),
+            environment=GPU_ENVIRONMENT,
         ),
         Profile(
             name="screen",
@@ -110,6 +113,18 @@ PROFILES: dict[str, Profile] = {
             nodes=NODES,
             writes="one fresh folder for results and one for scratch, limited in size",
             filters=("stage1", "no_exec"),
+        ),
+        Profile(
+            name="engine",
+            purpose="building TensorRT engines on this lab's GPU at install: files must open",
+            rungs=("A", "B"),
+            kernel=GPU_KERNEL,
+            nodes=(*NODES, *GPU_NODES),
+            writes="one fresh folder for engines and one for scratch, limited in size; the GPU's "
+            "nodes, names of its own threads",
+            filters=("stage1", "no_exec"),
+            proc=True,
+            environment=GPU_ENVIRONMENT,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""Four profiles, one table: what it says is what a plan gives; a GPU is found node by node."""
+"""Five profiles, one table: what it says is what a plan gives; a GPU is found node by node."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ def found(folder, *names):
     return gpu.find_nodes(tree(folder, *names), node=os.path.isfile)
 
 
-def test_there_are_four_profiles_and_each_has_two_published_filters():
-    assert set(profiles.PROFILES) == {"worker", "worker-gpu", "screen", "convert"}
+def test_there_are_five_profiles_and_each_has_two_published_filters():
+    names = {"worker", "worker-gpu", "screen", "convert", "engine"}
+    assert set(profiles.PROFILES) == names
+    assert {name for name in names if profiles.PROFILES[name].gpu} == {"worker-gpu", "engine"}
     for row in profiles.PROFILES.values():
         assert row.filters[0] == "stage1"
         for arch in tables.ARCHITECTURES:
             assert f"{row.last_filter}.{arch}" in filters.PUBLISHED
     assert "C" not in profiles.PROFILES["convert"].rungs
+    assert "C" not in profiles.PROFILES["engine"].rungs
     assert "C" not in profiles.PROFILES["worker-gpu"].rungs
 
 
@@ -147,6 +150,23 @@ def test_a_gpu_plan_adds_nodes_environment_and_its_own_proc(devices):
     assert made["last"] == "stage2_gpu"
     assert "AS" not in made["limits"]
     assert set(made["check"]) >= {f"{devices}/{name}" for name in NAMES}
+
+
+def test_engines_are_built_with_the_nodes_of_a_gpu_and_written_to_one_folder(devices, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    worker = make(profile="worker-gpu", devices=devices)
+    made = make(profile="engine", devices=devices, writable=[str(out)])
+    binds = [{(bind["path"], bind["mode"]) for bind in each["binds"]} for each in (worker, made)]
+    assert binds[1] - binds[0] == {(str(out), "write")}
+    assert not binds[0] - binds[1]
+    assert made["last"] == "no_exec"
+    assert (made["env"], "AS" in made["limits"]) == (worker["env"], False)
+    with pytest.raises(PlanError) as caught:
+        make(profile="engine", rung="U", devices=devices)
+    assert caught.value.layer == "rung"
+    with pytest.raises(PlanError, match="nvidiactl"):
+        make(profile="engine", devices=str(tmp_path))
 
 
 def test_on_rung_b_a_gpu_process_may_name_its_own_threads_alone(devices):
