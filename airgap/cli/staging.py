@@ -256,6 +256,7 @@ def build(
     no_wheels: wheels.NoWheels = False,
     airgap_source: wheels.AirgapSource = None,
     wheels_from: wheels.WheelsFrom = None,
+    attestations: wheels.AttestationsFrom = None,
     root: Root = None,
     json: Json = False,
 ) -> int:
@@ -272,7 +273,9 @@ def build(
         raise UsageError(
             "usage.argument", "--parity is of volumes", hint="add --volume-size, such as 4.7GB"
         )
-    wanted = wheels.Wanted(tuple(target or ()), accelerator, airgap_source, wheels_from)
+    wanted = wheels.Wanted(
+        tuple(target or ()), accelerator, airgap_source, wheels_from, attestations, publishers
+    )
     wanted.require(no_wheels=no_wheels, alone=source is None)
     require_extras(*(("staging",) if source is None else ("cpu", "staging")))
     if source is None:

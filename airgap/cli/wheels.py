@@ -18,6 +18,7 @@ from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from bundle.keys import Signer
+    from bundle.staging.wheel_attestations import Attestations
     from bundle.staging.wheelhouse import Wheelhouse
 
 Tell = Callable[[str, int, int], None]
@@ -50,6 +51,14 @@ WheelsFrom = Annotated[
 ]
 
 
+AttestationsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--attestations", help="Folder of NAME.whl.provenance (PEP 740), held against --publishers."
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the options say of wheels."""
@@ -58,6 +67,8 @@ class Wanted:
     accelerator: str
     source: Path | None
     folder: Path | None
+    attestations: Path | None = None
+    publishers: Path | None = None
 
     def require(self, *, no_wheels: bool, alone: bool) -> None:
         """Refuse options that contradict each other: UsageError `usage.argument`."""
@@ -96,7 +107,25 @@ class Wanted:
             work = Path(name) / "work"
             work.mkdir()
             accelerator: Accelerator = "cuda" if self.accelerator == "cuda" else "cpu"
-            yield collect(targets, accelerator, work, own=own, pip=pip, progress=tell)
+            yield collect(
+                targets,
+                accelerator,
+                work,
+                own=own,
+                pip=pip,
+                attest=self._attestations(),
+                progress=tell,
+            )
+
+    def _attestations(self) -> Attestations | None:
+        """Return what proves who published the wheels, where a folder of it is given."""
+        if self.attestations is None:
+            return None
+        with staging():
+            from bundle.evidence.anchors import Anchors, load_anchors
+            from bundle.staging.wheel_attestations import Attestations
+        anchors = Anchors() if self.publishers is None else load_anchors(self.publishers)
+        return Attestations(self.attestations, anchors)
 
 
 def build_alone(

@@ -148,7 +148,7 @@ def _wheels(wheelhouse: Wheelhouse) -> list[dict[str, Any]]:
     others = [
         _file(member.path, hashlib.sha256(member.source).hexdigest(), len(member.source))
         for member in wheelhouse.members
-        if isinstance(member.source, bytes)
+        if isinstance(member.source, bytes) and member.path.startswith("payload/")
     ]
     return [*libraries, *others]
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ Accelerator = Literal["cpu", "cuda"]
 EXTRAS: Mapping[Accelerator, str] = {"cpu": "cpu,science,serve", "cuda": "gpu,science,serve"}
 OWN = "airgap"
 CONSTRAINTS = "airgap/packaging/constraints.txt"  # inside our own wheel
+PROVENANCE = "META/attest/wheels"
 OLDEST_PYTHON = 11
 DEFAULT_GLIBC = 31
 OLDEST_GLIBC = 17
@@ -105,6 +106,14 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Proved:
+    """What is proved about who published a wheel, in words; `document` is kept and travels."""
+
+    words: str
+    document: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Wheel:
     """One wheel that was fetched and passed every check."""
 
@@ -115,6 +124,7 @@ class Wheel:
     licence: str
     findings: tuple[str, ...]
     attestation: str = "absent"
+    provenance: bytes | None = None
 
     @property
     def member_path(self) -> str:
@@ -205,7 +215,7 @@ def collect(
     *,
     own: Path,
     pip: Pip | None = None,
-    attest: Callable[[Wheel], str] | None = None,
+    attest: Callable[[Wheel], Proved] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Wheelhouse:
     """Gather every wheel of the targets.
@@ -468,7 +478,7 @@ def _fetch(
 def _checked(
     folder: Path,
     chosen: Mapping[str, Mapping[str, Resolved]],
-    attest: Callable[[Wheel], str] | None,
+    attest: Callable[[Wheel], Proved] | None,
     tell: Callable[[str, int, int], None],
 ) -> tuple[Wheel, ...]:
     """Parse every file of the folder: exactly what was resolved must be there."""
@@ -484,20 +494,15 @@ def _checked(
             raise RefusedError("build.wheels", f"{path.name!r:.100} is not what was resolved")
         findings = check_wheel(data, path.name)
         wheel = Wheel(path, known.name, known.version, sha256, licence_of(path), findings)
-        wheels.append(
-            wheel
-            if attest is None or known.name == OWN
-            else Wheel(path, *_facts_of(wheel), attest(wheel))
-        )
+        if attest is not None and known.name != OWN:
+            proved = attest(wheel)
+            wheel = replace(wheel, attestation=proved.words, provenance=proved.document)
+        wheels.append(wheel)
     tell("wheels", len(paths), len(paths))
     if wanted:
         names = ", ".join(sorted(each.name for each in wanted.values()))
         raise RefusedError("build.wheels", f"not fetched: {names:.300}")
     return tuple(wheels)
-
-
-def _facts_of(wheel: Wheel) -> tuple[str, str, str, str, tuple[str, ...]]:
-    return wheel.name, wheel.version, wheel.sha256, wheel.licence, wheel.findings
 
 
 def _runtime(target: Target, accelerator: Accelerator, found: Mapping[str, Resolved]) -> Runtime:
@@ -521,6 +526,11 @@ def _members(
     members = [
         Member(wheel.member_path, wheel.path, "wheel", "application/zip", sha256=wheel.sha256)
         for wheel in wheels
+    ]
+    members += [
+        Member(f"{PROVENANCE}/{wheel.path.name}.provenance", wheel.provenance, "attestation")
+        for wheel in wheels
+        if wheel.provenance is not None
     ]
     for runtime in runtimes:
         pairs = {name: (each.version, each.sha256) for name, each in chosen[runtime.target].items()}
