@@ -7,6 +7,7 @@ beside the bundle, where a host without any program of ours can check it with `s
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 ATTEST = "META/attest/wheels.json"
 REPORT_FORMAT = "airgap-wheelhouse-report/1"
 _MARK = "@PROGRAM@"
+# What stands between the two halves where they are two modules.
+_BETWEEN = re.compile(
+    r"^from __future__ import annotations\n"
+    r"|^from bundle\.staging\.bootstrap_seal import \([^)]*\)\n",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,10 @@ def installer_text() -> bytes:
     """Return `install.sh`: the shell part with the Python part inside, one file to check."""
     folder = resources.files("bundle.staging")
     shell = (folder / "install.sh").read_text("utf-8")
-    program = (folder / "bootstrap_main.py").read_text("utf-8")
+    seal, rest = (
+        (folder / name).read_text("utf-8") for name in ("bootstrap_seal.py", "bootstrap_main.py")
+    )
+    program = f"{seal}\n\n{_BETWEEN.sub('', rest)}"
     if shell.count(_MARK) != 1 or "\nEND_OF_PROGRAM" in program:
         raise RefusedError("build.wheels", "the installer cannot be put together")
     return shell.replace(_MARK, program.rstrip("\n")).encode()

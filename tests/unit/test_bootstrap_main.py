@@ -3,10 +3,13 @@
 import contextlib
 import fcntl
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -192,6 +195,36 @@ def test_a_program_that_refuses_leaves_nothing(tmp_path, medium, monkeypatch):
     monkeypatch.setenv("HOME", "/refused")  # the stand-in refuses then, like a revoked bundle
     assert install(tmp_path, medium / "good.agb") == 1
     assert tree(tmp_path) == {}
+
+
+def test_the_script_is_one_program_of_two_halves(medium):
+    text = (medium / "install.sh").read_text()
+    assert text.count("from __future__") == 1
+    assert "import bundle" not in text
+    assert "from bundle" not in text
+    assert "@PROGRAM@" not in text
+
+
+@pytest.mark.soak
+def test_an_installer_that_is_killed_anywhere_is_gone_on_with(tmp_path, medium, house):
+    wide = replace(FACTS, expires=bundles.NOW + timedelta(days=4 * 365))  # by the true clock
+    bundle = sealed(house, tmp_path / "x.agb", facts=wide)
+    argv = ["sh", medium / "install.sh", "--python", sys.executable]
+    argv += ["--bundle", bundle, "--prefix", tmp_path / "p", "--root", tmp_path / "t"]
+    argv += ["--fingerprint", PRINT]
+    link, chance = tmp_path / "p" / "bin", random.Random(20260630)
+    for _ in range(30):
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+            time.sleep(chance.uniform(0.05, 4.0))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        if link.is_symlink():  # whole, or not there
+            subprocess.run([link.resolve() / "python", "-I", "-c", "import airgap"], check=True)
+            shutil.rmtree(tmp_path / "p")
+            shutil.rmtree(tmp_path / "t", ignore_errors=True)
+    subprocess.run(argv, check=True)
+    assert link.is_symlink()
+    assert len(list((tmp_path / "p" / "runtimes").iterdir())) == 1
 
 
 # -- refusals -------------------------------------------------------------------------------------
