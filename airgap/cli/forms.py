@@ -31,6 +31,12 @@ TransitKeys = Annotated[
     list[Path] | None,
     typer.Option("--transit-key", help="Private transit key, NAME.transit.pem; repeatable."),
 ]
+Project = Annotated[
+    str | None, typer.Option("--project", help="Project of site.toml that it is for.")
+]
+Discs = Annotated[
+    bool, typer.Option("--discs", help="Ask for the next volume when one is not there.")
+]
 Passphrase = Annotated[
     Path | None, typer.Option("--passphrase-file", help="Its first line opens the transit key.")
 ]

@@ -8,14 +8,22 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from airgap.cli.approve import owed
 from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
-from airgap.cli.forms import Passphrase, TransitKeys, Volumes, disc_asker, open_help
+from airgap.cli.forms import (
+    Discs,
+    Passphrase,
+    Project,
+    TransitKeys,
+    Volumes,
+    disc_asker,
+    open_help,
+)
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
@@ -40,13 +48,9 @@ def register(app: typer.Typer) -> None:
 def install(
     bundle: BundlePath,
     *,
-    project: Annotated[
-        str | None, typer.Option("--project", help="Project of site.toml that it is for.")
-    ] = None,
+    project: Project = None,
     volume: Volumes = None,
-    discs: Annotated[
-        bool, typer.Option("--discs", help="Ask for the next volume when one is not there.")
-    ] = False,
+    discs: Discs = False,
     transit_key: TransitKeys = None,
     passphrase_file: Passphrase = None,
     root: Root = None,
@@ -275,8 +279,8 @@ def list_view(found: list[dict[str, Any]]) -> str:
     if not found:
         return "nothing is installed; airgap install BUNDLE.agb"
     lines = [
-        f"{'*' if item['current'] else '+' if item['active'] else ' '} {item['name']} {item['version']}  "
-        f"epoch {item['epoch']}  until {item['expires'][:10]}  "
+        f"{'*' if item['current'] else '+' if item['active'] else ' '} "
+        f"{item['name']} {item['version']}  epoch {item['epoch']}  until {item['expires'][:10]}  "
         f"models {', '.join(item['models'])}  {item['digest']}"
         for item in found
     ]

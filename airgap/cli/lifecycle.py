@@ -11,7 +11,7 @@ import typer
 
 from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
-from airgap.cli.forms import Passphrase, TransitKeys, Volumes
+from airgap.cli.forms import Discs, Passphrase, Project, TransitKeys, Volumes
 from airgap.cli.install import bundle_document, open_lab, take_in
 from policy.errors import UsageError
 
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from airgap.audit import Actor, AuditLog
     from airgap.install.lifecycle import Switched
     from bundle.envelope import Envelope
-
-Project = Annotated[
-    str | None, typer.Option("--project", help="Project of site.toml that it is for.")
-]
-Discs = Annotated[
-    bool, typer.Option("--discs", help="Ask for the next volume when one is not there.")
-]
 
 
 def register(app: typer.Typer) -> None:

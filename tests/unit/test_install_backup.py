@@ -6,14 +6,12 @@ import random
 import shutil
 import signal
 import socket
-import sys
-from pathlib import Path
 
+import kills
 import lab_trees
 import pytest
 from lab_trees import run
 
-from airgap import cli
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import Layout, read_lines
 from airgap.install import Store, backup, verify_installed
@@ -356,12 +354,12 @@ def test_a_kill_leaves_the_old_tree_whole_or_the_new(act, place, tmp_path, lab_c
         "backup": ("backup", "-o", out, *to(place), "--root", lab_copy),
         "restore": (*words_of(place), "--root", root),
     }[act]
-    total = in_child(words, 0, tmp_path)
+    total = kills.operations(words, tmp_path)
     ring = load_ring(place / "audit.vkey")
     for point in random.Random(act).sample(range(1, total), 6):
         shutil.rmtree(root, ignore_errors=True)
         out.unlink(missing_ok=True)
-        assert in_child(words, point, tmp_path) == -signal.SIGKILL
+        assert kills.run_killed(words, point, tmp_path) == -signal.SIGKILL
         if act == "backup":
             assert verify_log(lab_copy / "audit", vkey=ring).code != "audit.tampered"
             if out.exists():
@@ -379,33 +377,3 @@ def lab_copy(place, tmp_path):
     root = tmp_path / "lab"
     shutil.copytree(place / "lab", root, symlinks=True)
     return root
-
-
-def in_child(words, kill_at, folder):
-    """Run a command in a fork, killed at its n-th operation; with 0 return how many there are."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event, _):
-            nonlocal count
-            if event.startswith(("open", "os.", "shutil.", "fcntl.")):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 70
-        try:
-            with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - before the hook
-                sys.stdout = sys.stderr = nowhere
-                sys.addaudithook(hook)
-                status = cli.invoke([str(word) for word in words])
-        finally:
-            (folder / "count").write_text(str(count))
-            os._exit(status)
-    _, found = os.waitpid(child, 0)
-    ended = os.waitstatus_to_exitcode(found)
-    if kill_at:
-        return ended
-    assert ended == 0
-    return int(Path(folder / "count").read_text())

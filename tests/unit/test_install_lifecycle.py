@@ -1,19 +1,17 @@
 """After an install: a release returns, one becomes the default, one goes; kills at any point."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import kills
 import lab_trees
 import pytest
 from lab_trees import run
 
-from airgap import cli
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import read_lines
 from airgap.install import Store, verify_installed
@@ -301,37 +299,6 @@ def test_remove_all_keeps_what_an_auditor_needs(lab, staging, call):
 # -- kills ------------------------------------------------------------------------------------
 
 
-def act_in_child(words, *, kill_at):
-    """Run a command in a fork that is killed at its n-th operation; return how it ended.
-
-    Operations are what the interpreter reports to audit hooks: files opened, renamed, removed,
-    folders made. A hook cannot be taken out again, so it lives in the fork alone.
-    """
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event, _):
-            nonlocal count
-            if event.startswith(("open", "os.", "shutil.", "fcntl.")):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 70
-        try:
-            with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - before the hook
-                sys.stdout = sys.stderr = nowhere
-                sys.addaudithook(hook)
-                status = cli.invoke([str(word) for word in words])
-        finally:
-            if kill_at == 0:
-                (Path(str(words[-1])).parent / "count").write_text(str(count))
-            os._exit(status)
-    _, found = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(found)
-
-
 @pytest.mark.parametrize("act", ["install", "update", "rollback", "remove"])
 def test_a_kill_at_any_point_leaves_the_old_or_the_new(act, lab, staging, releases, tmp_path):
     """Ten random points of each act: the store answers with one of the two, the log verifies."""
@@ -352,15 +319,14 @@ def test_a_kill_at_any_point_leaves_the_old_or_the_new(act, lab, staging, releas
         shutil.copytree(lab, trial, symlinks=True)
 
     fresh()
-    assert act_in_child((*words, "--root", trial), kill_at=0) == 0
-    total = int((tmp_path / "count").read_text())
+    total = kills.operations((*words, "--root", trial), tmp_path)
     assert total > 50
     assert Store(trial / "store").current().digest == new
     chosen = random.Random(f"kills of {act}").sample(range(1, total + 1), 10)
     ends = set()
     for point in sorted(chosen):
         fresh()
-        ended = act_in_child((*words, "--root", trial), kill_at=point)
+        ended = kills.run_killed((*words, "--root", trial), point, tmp_path)
         assert ended in {-signal.SIGKILL, 0}, (point, ended)
         store = Store(trial / "store")
         found = store.current()
