@@ -246,6 +246,13 @@ class InferenceSettings(Frozen):
     engine_piece: int = Field(default=256, ge=1, le=65_536)
 
 
+class ServiceSettings(Frozen):
+    """Where the daemon is that serves this site; `airgap run` asks it then."""
+
+    socket: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,100}$")] | None = None
+    per_person: int = Field(default=4, ge=1, le=256)  # requests at once
+
+
 class Limits(Frozen):
     """Caps of one request."""
 
@@ -269,6 +276,7 @@ class Site(Frozen):
     audit: AuditSettings = AuditSettings()
     screen: ScreenSettings = ScreenSettings()
     inference: InferenceSettings = InferenceSettings()
+    service: ServiceSettings = ServiceSettings()
     limits: Limits = Limits()
 
     def find_project(self, project: str) -> Project | None:
@@ -586,6 +594,10 @@ provider = "cpu"               # cpu, cuda, tensorrt: a demand; airgap doctor --
 # engine_rows = 32             # tensorrt: widest batch, most positions, most ids at once that the
 # engine_positions = 2048      # engines are built for; airgap engine build
 # engine_piece = 256
+
+[service]                      # of `airgap serve`: many people, one daemon
+# socket = "/run/airgap/broker.sock"  # then `airgap run` asks the daemon
+# per_person = 4               # requests of one person at once
 
 [limits]
 samples = 10000                # of one request

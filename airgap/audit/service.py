@@ -183,6 +183,7 @@ class Service:
     path: Path
     mode: int = 0o600
     group: int = -1
+    brokers: frozenset[int] = frozenset()  # accounts that may speak for others: the daemon's
     _stop: threading.Event = field(default_factory=threading.Event)
     _clients: set[socket.socket] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -287,14 +288,23 @@ class Service:
         match message:
             case {"op": "hello"}:
                 return {"origin": self.log.origin, "folder": str(self.log.folder)}
-            case {"op": "append", "event": dict(fields)}:
-                return {"receipt": self._append(fields, peer, opened)}
+            case {"op": "append", "event": dict(fields), **rest}:
+                return {"receipt": self._append(fields, self._for_whom(rest, peer), opened)}
             case {"op": "store", "content": str(text), "payload": bool(payload)}:
                 return {"digest": self._store(text, payload=payload)}
-            case {"op": "denials", "since": str(since)}:
-                found = self.log.denials(peer.uid, since)
+            case {"op": "denials", "since": str(since), **rest}:
+                found = self.log.denials(self._for_whom(rest, peer).uid, since)
                 return {"records": [dict(record) for record in found]}
         return self._do_of_owner(message, peer)
+
+    def _for_whom(self, rest: dict[str, Any], peer: Peer) -> Peer:
+        """Return who a record is about: the peer, or whom a daemon names that serves many."""
+        match rest:
+            case {"peer": [int(uid), int(pid)]} if peer.uid in self.brokers and uid >= 0:
+                return Peer(uid, pid)
+            case {"peer": _}:
+                raise RefusedError(CODE, f"account {peer.uid} may not speak for others")
+        return peer
 
     def _do_of_owner(self, message: dict[str, Any], peer: Peer) -> dict[str, Any]:
         """Answer what the owner's account asks beside records; see `steward`."""
@@ -419,15 +429,18 @@ class RemoteLog:
         self.origin = str(hello.get("origin", ""))
         self.folder = Path(str(hello.get("folder", "")))
 
-    def append(self, event: Event) -> Receipt:
+    def append(self, event: Event, *, peer: Peer | None = None) -> Receipt:
         """Return the receipt once the event is durable and signed, within the deadline.
+
+        `peer`: for whom a daemon speaks; the service must know the daemon's account as a broker.
 
         Raises:
             RefusedError: As `AuditLog.append`.
             FaultError: As there, or `audit.service`; deny the request.
 
         """
-        answer = self._ask({"op": "append", "event": event_to_wire(event)})
+        message = {"op": "append", "event": event_to_wire(event)}
+        answer = self._ask(message | _named(peer))
         return parse_receipt(str(answer.get("receipt", "")).encode())
 
     def put_object(self, content: bytes) -> Digest:
@@ -444,9 +457,10 @@ class RemoteLog:
         blob = self._payload_key.seal(payload, nonce, origin=self.origin, req=req, side=side)
         return Commit(commit.commit, commit.bytes, str(self._put(blob, payload=True)))
 
-    def denials(self, uid: int, since: str) -> Iterator[Record]:
-        """Yield one's own denials; the service knows the uid and takes no other."""
-        for record in self._ask({"op": "denials", "since": since}).get("records", []):
+    def denials(self, uid: int, since: str, *, peer: Peer | None = None) -> Iterator[Record]:
+        """Yield one's own denials, or those of whom a daemon speaks for."""
+        message = {"op": "denials", "since": since}
+        for record in self._ask(message | _named(peer)).get("records", []):
             if record["actor"]["uid"] == uid:
                 yield record
 
@@ -518,6 +532,10 @@ class RemoteLog:
             f"no audit service at {self._path}: {why[:120]}",
             hint="start it: airgap audit serve; nothing is admitted without a record",
         )
+
+
+def _named(peer: Peer | None) -> dict[str, Any]:
+    return {} if peer is None else {"peer": [peer.uid, peer.pid]}
 
 
 def _error_of(answer: dict[str, Any]) -> AirgapError:

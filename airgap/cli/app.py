@@ -30,6 +30,7 @@ GROUPS = (
     "airgap.cli.bootstrap",
     "airgap.cli.lifecycle",
     "airgap.cli.run",
+    "airgap.cli.serve",
     "airgap.cli.policy",
     "airgap.cli.hold",
     "airgap.cli.audit",

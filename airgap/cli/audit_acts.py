@@ -467,10 +467,14 @@ def serve(
     group: Annotated[
         str, typer.Option("--group", help="Whose members may connect. Default: you alone.")
     ] = "",
+    broker: Annotated[
+        str, typer.Option("--broker", help="Account of `airgap serve`, which speaks for its users.")
+    ] = "",
     root: Root = None,
 ) -> None:
     """Own the log and serve it to brokers on a Unix socket, until interrupted."""
     import grp
+    import pwd
 
     from airgap.audit.daily import Daily
     from airgap.audit.service import Service
@@ -489,8 +493,12 @@ def serve(
             number = grp.getgrnam(group).gr_gid
         except KeyError:
             raise UsageError("usage.argument", f"--group: no group {group!r:.40}") from None
+    try:
+        brokers = frozenset({pwd.getpwnam(broker).pw_uid}) if broker else frozenset[int]()
+    except KeyError:
+        raise UsageError("usage.argument", f"--broker: no account {broker!r:.40}") from None
     with open_own_log(tree, site, mode="service") as log:
-        service = Service(log, path.absolute(), 0o660 if group else 0o600, number)
+        service = Service(log, path.absolute(), 0o660 if group else 0o600, number, brokers)
         daily = Daily(log)
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: service.stop())

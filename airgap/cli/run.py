@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +75,10 @@ def run(
     sdf: Annotated[Path | None, typer.Option(help="Write the molecules as SDF.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report with drawings.")] = None,
     receipt: Annotated[Path | None, typer.Option(help="Write the receipt (tlog-proof).")] = None,
+    socket: Annotated[
+        Path | None,
+        typer.Option(help="Ask the daemon there; default [service] socket of site.toml, if any."),
+    ] = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -109,6 +115,21 @@ def run(
 
     name = find_task(task).name  # an unknown task is told before anything starts
     check_outputs(name, outputs)
+    daemon = socket or daemon_of(root_folder(root))
+    if daemon is not None:
+        if model or valence or provider:
+            raise UsageError(
+                "usage.argument",
+                "the administrator of the daemon chooses --model, --valence and --provider",
+                hint="leave them out",
+            )
+        from airgap.service.client import run as run_there
+
+        job = Job(name, given_only(given), project, given_only(options))
+        with progress_bar() as tell:
+            presented = run_there(daemon, job, outputs, tell)
+        show(presented.json, presented.text, json=json)
+        return
     with open_broker(
         root_folder(root), model=model, project=project, valence=valence, provider=provider
     ) as opened:
@@ -159,8 +180,25 @@ def read_text(path: Path | None, option: str) -> str:
     return text
 
 
+def daemon_of(tree: Path) -> Path | None:
+    """Return the socket of the daemon that site.toml names, None where it names none."""
+    from airgap.config import FILE_NAME, load_site
+
+    if not (tree / FILE_NAME).is_file():
+        return None
+    named = load_site(tree).service.socket
+    return Path(named) if named else None
+
+
 def infer_with_progress(broker: Broker, job: Job) -> Answer:
     """Run the job with a bar on standard error: samples done, tokens, time."""
+    with progress_bar() as tell:
+        return broker.infer(job, tell)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, int], None]]:
+    """Show a bar on standard error; yields who is to be told of tokens, samples done and wanted."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -177,4 +215,4 @@ def infer_with_progress(broker: Broker, job: Job) -> Answer:
             state = f"{finished}/{n} samples, {tokens} tokens"
             progress.update(bar, completed=finished, total=n, state=state)
 
-        return broker.infer(job, tell)
+        yield tell

@@ -65,6 +65,7 @@ _BY_ROOM = {
     "scan": "take the file out or replace it by one that the format allows, then run it again",
     "science": "run it again; airgap doctor shows what this host offers",
     "seal": "airgap trust show lists people and roles; ask the staging host for the sealed bundle",
+    "service": "ask the administrator for: systemctl status airgap",
     "sign": "read the report, then type the name of the model",
     "site": "airgap site show; airgap site init writes a template",
     "source": "mend the snapshot or download it again, then run `airgap inspect DIR`",

@@ -14,12 +14,14 @@ from airgap.enclave import profiles
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 UNITS = sorted((PACKAGING / "systemd").glob("*.service"))
+SERVE, SOCKET = PACKAGING / "systemd/airgap.service", PACKAGING / "systemd/airgap.socket"
 DROP_IN = PACKAGING / "systemd/gpu.conf"
 RUN, AUDIT = (
     PACKAGING / "systemd" / name for name in ("airgap-run@.service", "airgap-audit.service")
 )
 # What a unit is, rather than what it may: no reason is asked for.
 PLAIN = {"Type", "ExecStart", "EnvironmentFile", "Description", "Documentation", "WantedBy"}
+PLAIN |= {"ListenStream", "Also"}
 
 
 def options(path):
@@ -40,7 +42,7 @@ def values(path, name):
     return [value for option, value, _ in options(path) if option == name]
 
 
-@pytest.mark.parametrize("path", [*UNITS, DROP_IN], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*UNITS, SOCKET, DROP_IN], ids=lambda path: path.name)
 def test_every_option_of_a_unit_has_its_reason(path):
     found = list(options(path))
     assert len(found) > 3
@@ -53,13 +55,16 @@ def test_a_unit_is_valid(path, tmp_path):
         pytest.skip("no systemd-analyze")
     copy = tmp_path / path.name
     copy.write_text(path.read_text().replace("/opt/airgap/bin/airgap ", "/usr/bin/true "))
+    shutil.copy(SOCKET, tmp_path)  # a unit that needs it looks beside itself
     done = subprocess.run(
         ["systemd-analyze", "verify", copy], check=False, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("path", "most"), [(AUDIT, 10), (RUN, 60)], ids=["audit", "run"])
+@pytest.mark.parametrize(
+    ("path", "most"), [(AUDIT, 10), (RUN, 60), (SERVE, 45)], ids=["audit", "run", "serve"]
+)
 def test_a_unit_is_as_confined_as_it_can_be(path, most):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze")
@@ -75,6 +80,20 @@ def test_the_log_speaks_unix_sockets_alone_and_has_no_capability():
     assert values(AUDIT, "CapabilityBoundingSet") == [""]
     assert values(AUDIT, "PrivateNetwork") == ["yes"]
     assert values(AUDIT, "User") == ["airgap-audit"]
+
+
+def test_the_daemon_has_no_capability_and_its_socket_is_for_a_group():
+    assert values(SERVE, "CapabilityBoundingSet") == [""]
+    assert values(SERVE, "PrivateNetwork") == ["yes"]
+    assert values(SERVE, "User") == ["airgap"]
+    assert (values(SOCKET, "SocketUser"), values(SOCKET, "SocketMode")) == (["root"], ["0660"])
+    text = SERVE.read_text()
+    names = {name for name, _, _ in options(SERVE)}
+    broken = {"RestrictAddressFamilies", "RestrictNamespaces", "MemoryDenyWriteExecute"}
+    broken |= {"SystemCallFilter", "ProtectProc", "ProtectKernelTunables", "IPAddressDeny"}
+    assert not names & broken
+    for name in broken:
+        assert f"{name}=" in text, f"it is not said why {name} is left out"
 
 
 def test_a_request_has_no_network_and_nothing_that_would_break_its_proof():

@@ -1,0 +1,117 @@
+"""`airgap serve`: the broker as a daemon; `airgap roles lint`: who may do what there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from airgap.cli.common import Json, Root, root_folder, show, stderr
+from policy.errors import UsageError
+
+RolesFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--roles",
+        help="File of roles. Default: roles.toml of the tree, else /etc/airgap/roles.toml.",
+        show_default=False,
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(name="serve")(serve)
+    group = typer.Typer(help="Roles and projects of accounts and groups, for `airgap serve`.")
+    group.command(name="lint")(lint)
+    app.add_typer(group, name="roles")
+
+
+def serve(
+    *,
+    socket: Annotated[
+        Path | None, typer.Option("--socket", help="Default: [service] socket of site.toml.")
+    ] = None,
+    group: Annotated[
+        str, typer.Option("--group", help="Whose members may connect. Default: you alone.")
+    ] = "",
+    roles: RolesFile = None,
+    model: Annotated[str, typer.Option(help="Installed bundle; default the current one.")] = "",
+    drain: Annotated[
+        int, typer.Option(help="Seconds that requests under way get after SIGTERM.", min=0)
+    ] = 600,
+    root: Root = None,
+) -> None:
+    """Serve many people on a Unix socket, each decided and logged, until SIGTERM."""
+    import grp
+
+    from airgap.audit.service import RemoteLog
+    from airgap.audit.site import open_own_log, payload_key
+    from airgap.extras import require_extras
+    from airgap.serve.session import House
+    from airgap.service.daemon import Daemon, listening, on_signals, tell_systemd
+    from airgap.service.roles import find_roles
+
+    require_extras("cpu", "science")
+    tree = root_folder(root)
+    house = House.of(tree, model=model)
+    number = -1
+    if group:
+        try:
+            number = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise UsageError("usage.argument", f"--group: no group {group!r:.40}") from None
+    site = house.site
+    path = socket or (Path(site.service.socket) if site.service.socket else None)
+    log = (
+        RemoteLog(Path(site.audit.socket), payload_key=payload_key(tree, site.audit))
+        if site.audit.socket
+        else open_own_log(tree, site, mode="service")
+    )
+    with log:
+        daemon = Daemon(house, log, roles or find_roles(tree), drain_s=float(drain))
+        server = listening(path, number)
+        on_signals(daemon)
+
+        def ready() -> None:
+            tell_systemd("READY=1")
+            stderr.print(f"serving {house.model.name} {house.model.version}", markup=False)
+
+        daemon.run(server, ready)
+
+
+def lint(
+    *,
+    roles: RolesFile = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Check the file of roles: owner, mode, names, groups that this host knows."""
+    import grp
+    import pwd
+
+    from airgap.config import load_site
+    from airgap.service.roles import find_roles, load_roles
+
+    tree = root_folder(root)
+    site = load_site(tree)
+    path = roles or find_roles(tree)
+    if path is None:
+        raise UsageError("usage.argument", "there is no roles.toml", hint="--roles FILE")
+    found = load_roles(path, site)
+    unknown: list[str] = []
+    for grant in found.grant:
+        try:
+            if grant.account is not None:
+                pwd.getpwnam(grant.account)
+            if grant.group is not None:
+                grp.getgrnam(grant.group)
+        except KeyError:
+            unknown.append(grant.account or grant.group or "")
+    document = {"file": str(path), "grants": len(found.grant), "unknown": unknown}
+    lines = [f"{path}: {len(found.grant)} grants, owner and mode as they must be"]
+    lines += [
+        f"this host knows no account or group {name}: nobody has that grant" for name in unknown
+    ]
+    show(document, "\n".join(lines), json=json)

@@ -1,0 +1,309 @@
+"""The daemon, with real accounts: two people, one worker; denied, cancelled, killed, drained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket as sockets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+from enclave_harness import needs_namespaces, needs_root
+
+from airgap.audit import load_ring, verify_log
+from airgap.audit.query import read_records
+from airgap.serve import Job
+from airgap.service import client, wire
+from policy.errors import AirgapError, FaultError, RefusedError
+
+pytestmark = [needs_root, needs_namespaces]
+ADA, BEN, NOBODY = 40404, 40405, 40406
+GROUP = 100  # `users`, on every Debian
+AIRGAP = Path(sys.executable).with_name("airgap")
+JOB = {"task": "retrosynthesis", "inputs": {"smiles": "CC(=O)Nc1ccccc1"}, "options": {"n": 2}}
+BEN_TOML = """
+[[person]]
+id = "ben"
+name = "Ben Example"
+uid = 40405
+roles = ["researcher"]
+projects = ["sensor-coatings"]
+training_until = 2027-06-30
+us_person = true
+record = "export office, file 2026-015"
+affiliations = []
+"""
+
+
+class Running:
+    """A daemon on a lab of its own, and people who ask it."""
+
+    def __init__(self, lab, folder):
+        self.lab, self.socket = lab, folder / "broker.sock"
+        self.process = None
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [AIRGAP, "serve", "--root", self.lab, "--socket", self.socket, "--group", "users"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "AIRGAP_LOG": "info"},
+        )
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if line.startswith("serving "):
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return self
+        raise AssertionError("".join(lines)[-3000:])
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def records(self, kind=None):
+        found = read_records(self.lab / "audit")
+        return [record for record in found if kind in (None, record["kind"])]
+
+
+@pytest.fixture(scope="module")
+def lab(road):
+    folder = Path(tempfile.mkdtemp(prefix="airgap-service-", dir="/var/tmp"))
+    copy = shutil.copytree(road.lab, folder / "lab", symlinks=True)
+    site = (copy / "site.toml").read_text()
+    assert "uid = 0 " in site
+    site = site.replace("uid = 0 ", f"uid = {ADA} ") + BEN_TOML
+    (copy / "site.toml").write_text(site + "\n[service]\nper_person = 2\n")
+    yield copy
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def daemon(lab):
+    with tempfile.TemporaryDirectory(prefix="airgap-run-") as folder:
+        Path(folder).chmod(0o755)
+        running = Running(lab, Path(folder)).start()
+        yield running
+        running.stop()
+
+
+class Person:
+    """A forked child that gave up root and does one thing; its result comes as JSON."""
+
+    def __init__(self, uid, act):
+        self._from, to = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(to)
+            return
+        try:
+            os.setgroups([GROUP])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            try:
+                found = act()
+            except AirgapError as error:
+                found = {"code": error.code, "message": error.message}
+            os.write(to, json.dumps(found).encode())
+        except BaseException:  # noqa: BLE001 - a child that must not return into the tests
+            os.write(to, json.dumps({"trace": traceback.format_exc()}).encode())
+        os._exit(0)
+
+    def result(self):
+        with os.fdopen(self._from, "rb") as pipe:
+            found = json.loads(pipe.read() or b"null")
+        os.waitpid(self.pid, 0)
+        assert found is None or "trace" not in found, found["trace"]
+        return found
+
+
+def run(running, uid, outputs=None, project="", **change):
+    wanted = {**JOB, **change}
+    job = Job(wanted["task"], wanted["inputs"], project, wanted["options"])
+
+    def act():
+        done = client.run(running.socket, job, outputs or {}, lambda *_: None)
+        return done.json
+
+    return Person(uid, act)
+
+
+def cut_short(running, uid):
+    """Ask for much and leave at the first word of progress."""
+
+    def act():
+        with client.connect(running.socket) as connection:
+            options = {"n": 400, "seed": 3}
+            message = {"op": "run", **JOB, "options": options, "project": "route-design"}
+            wire.send(connection, {**message, "held": "", "files": []})
+            found = wire.receive(connection, wire.MESSAGE_LIMIT)
+            wire.send(connection, {"op": "cancel"})
+            while found and found["event"] == "progress":
+                found = wire.receive(connection, wire.MESSAGE_LIMIT)
+            return found
+
+    return Person(uid, act)
+
+
+def outcomes(running):
+    return [
+        (record["actor"]["uid"], record["data"]["result"])
+        for record in running.records("inference")
+        if record["phase"] == "outcome"
+    ]
+
+
+def test_people_are_served_each_by_her_own_rights(daemon):
+    ada = run(daemon, ADA, project="route-design", options={"n": 2, "seed": 5})
+    again = run(daemon, ADA, project="route-design", options={"n": 2, "seed": 5})
+    ben, nobody = run(daemon, BEN), run(daemon, NOBODY)
+    first, second = ada.result(), again.result()
+    assert first["rows"] == second["rows"]
+    assert first["request"] != second["request"]
+    assert ben.result()["code"].startswith("policy.")
+    assert nobody.result()["code"] == "site.person"
+    assert outcomes(daemon) == [(ADA, "complete")] * 2
+    assert {r["actor"]["uid"] for r in daemon.records("denial")} == {BEN}
+    auth = {r["actor"]["auth"] for r in daemon.records("inference")}
+    assert auth == {"peercred"}
+
+
+def test_one_that_leaves_is_cancelled_and_the_other_is_answered(daemon):
+    before = len(outcomes(daemon))
+    gone, stays = cut_short(daemon, ADA), run(daemon, ADA, project="route-design")
+    assert gone.result()["code"] == "request.cancelled"
+    assert stays.result()["rows"]
+    assert sorted(outcomes(daemon)[before:]) == [(ADA, "cancelled"), (ADA, "complete")]
+
+
+def test_a_person_has_so_many_requests_at_once_and_sees_no_others(daemon):
+    many = [cut_short(daemon, ADA) for _ in range(4)]
+    codes = sorted(each.result()["code"] for each in many)
+    assert set(codes) <= {"request.busy", "request.cancelled"}
+    status = Person(BEN, lambda: client.status(daemon.socket)).result()
+    assert (status["person"], status["running"]) == ("ben", 0)
+    assert "route-design" not in json.dumps(status)
+
+
+def test_a_killed_worker_is_an_incident_and_a_new_one_serves(daemon):
+    seals = len(daemon.records("enclave.seal"))
+    before = len(daemon.records("enclave.incident"))
+    victim = cut_long(daemon)
+    until = time.monotonic() + 60
+    while not daemon.records("inference") and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(worker_of(daemon), signal.SIGKILL)
+    assert victim.result()["code"] == "enclave.worker"
+    while len(daemon.records("enclave.seal")) < seals + 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    (incident,) = daemon.records("enclave.incident")[before:]
+    assert (incident["data"]["profile"], incident["data"]["signal"]) == ("worker", 9)
+    while time.monotonic() < until:
+        found = run(daemon, ADA, project="route-design").result()
+        if "rows" in found:
+            break
+        assert found["code"] == "enclave.worker"
+        time.sleep(0.2)
+    assert found["rows"]
+
+
+def cut_long(running):
+    return run(running, ADA, project="route-design", options={"n": 2000, "seed": 1})
+
+
+def worker_of(running):
+    paths = (running.lab / "enclave" / "running").glob("*.json")
+    documents = [json.loads(path.read_text()) for path in paths]
+    (pid,) = [d["proc"]["pid"] for d in documents if d["profile"] == "worker"]
+    return pid
+
+
+def test_sigterm_lets_those_under_way_end_takes_no_new_one_and_the_log_verifies(daemon):
+    slow = run(daemon, ADA, project="route-design", options={"n": 60, "seed": 1})
+    before = len(outcomes(daemon))
+    until = time.monotonic() + 60
+    intents = len([r for r in daemon.records("inference") if r["phase"] == "intent"])
+    while intents <= before and time.monotonic() < until:
+        intents = len([r for r in daemon.records("inference") if r["phase"] == "intent"])
+        time.sleep(0.02)
+    daemon.process.send_signal(signal.SIGTERM)
+    assert len(slow.result()["rows"]) > 0
+    assert daemon.process.wait(60) == 0
+    with pytest.raises(FaultError):
+        client.status(daemon.socket)
+    assert daemon.records()[-1]["kind"] == "shutdown"
+    assert not daemon.records("enclave.incident")[1:]
+    found = verify_log(daemon.lab / "audit", vkey=load_ring(daemon.lab / "keys" / "audit.vkey"))
+    assert (found.exit, found.size) == (3, found.records)  # 3: no anchor was kept elsewhere
+
+
+def test_without_the_service_of_the_log_nothing_is_answered(lab, tmp_path_factory):
+    del tmp_path_factory
+    with tempfile.TemporaryDirectory(prefix="airgap-run-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        site = (lab / "site.toml").read_text()
+        line = f'\n[audit]\nsocket = "{folder}/audit.sock"\n'
+        (lab / "site.toml").write_text(
+            site.replace("\n[audit]\n", line) if "\n[audit]" in site else site + line
+        )
+        owner = subprocess.Popen(
+            [AIRGAP, "audit", "serve", "--root", lab, "--broker", "root"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert "serving" in owner.stderr.readline()
+            running = Running(lab, folder).start()
+            found = run(running, ADA, project="route-design").result()
+            assert found["rows"]
+            (last,) = [r for r in running.records("inference") if r["req"] == found["request"]][1:]
+            assert (last["actor"]["uid"], last["actor"]["auth"]) == (ADA, "peercred")
+            owner.send_signal(signal.SIGSTOP)
+            paused = run(running, ADA, project="route-design").result()
+            owner.send_signal(signal.SIGCONT)
+            assert paused["code"] == "audit.timeout"
+            assert run(running, ADA, project="route-design").result()["rows"]
+            owner.send_signal(signal.SIGTERM)
+            owner.wait(60)
+            gone = run(running, ADA, project="route-design").result()
+            assert gone["code"] == "audit.service"
+            running.stop()
+        finally:
+            owner.kill()
+            owner.wait()
+            (lab / "site.toml").write_text(site)
+
+
+def test_what_is_no_request_is_cut_off(daemon):
+    for message in ({"op": "run"}, {"op": "run", **JOB, "uid": 0}, {"op": "x"}):
+        with client.connect(daemon.socket) as connection:
+            wire.send(connection, message)
+            assert wire.receive(connection, 100) is None
+    with sockets.socket(sockets.AF_UNIX) as raw:
+        raw.connect(str(daemon.socket))
+        raw.sendall(b"\xff\xff\xff\xff")
+        assert raw.recv(10) == b""
+    assert Person(ADA, lambda: client.status(daemon.socket)).result()["person"] == "ada"
+    with pytest.raises(RefusedError):
+        wire.receive(FakeEnd(b"\0\0\0\2[]"), 100)
+
+
+class FakeEnd:
+    """A socket that holds bytes."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def recv(self, count):
+        part, self.content = self.content[:count], self.content[count:]
+        return part
