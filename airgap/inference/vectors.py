@@ -157,11 +157,10 @@ class Program:
             return found
         slots = model.slots(rows=1, capacity=len(prompt) + count)
         model.prefill(prompt[:-1], slots)
-        last = prompt[-1]
         while len(found) < count:
+            ids = _row([*prompt[-1:], *found][-1:])
             at = _length(len(prompt) + len(found))
-            last = int(model.run(_row([last]), at, slots, Head(select=np.array([0]))).ids[0, 0])
-            found.append(last)
+            found.append(int(model.run(ids, at, slots, Head(select=np.array([0]))).ids[0, 0]))
         return found
 
 

@@ -133,9 +133,10 @@ def _ask(
     seal: Seal, spec: SealSpec, claim: Claim, vectors: Sequence[Vector]
 ) -> list[Mapping[str, Any]]:
     """Run the vectors in a sealed worker; FaultError `parity.device` if that cannot be done."""
+    least = len({each.kind for each in vectors})
     request = {
         "seconds": RUN_S,
-        "least": len({each.kind for each in vectors}),
+        "least": least,
         "vectors": [
             {
                 "prompt_ids": each.prompt_ids,
@@ -159,7 +160,7 @@ def _ask(
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise _odd(claim) from error
-    if not isinstance(answers, list) or not request["least"] <= len(answers) <= len(vectors):
+    if not isinstance(answers, list) or not least <= len(answers) <= len(vectors):
         raise _odd(claim)
     return answers
 
