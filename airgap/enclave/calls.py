@@ -36,7 +36,7 @@ class _Call:
     timeout: float
     frames: queue.SimpleQueue[Frame | ChannelError] = field(default_factory=queue.SimpleQueue)
     received: int = 0
-    untaken: int = 0  # bytes of parts that came and whose credit was not given back
+    untaken: int = 0  # cost of the parts that came and whose credit was not given back
     taken: int = 0
     over: float | None = None  # cancelled: by when the last word must have come
 
@@ -66,14 +66,15 @@ class Calls:
 
         """
         last = None if total_s is None else time.monotonic() + total_s
-        if not self._places.acquire(timeout=timeout):
+        wait = timeout if total_s is None else max(0.0, min(timeout, total_s))
+        if not self._places.acquire(timeout=wait):
             raise RefusedError(
                 "request.busy",
                 f"the worker has {self._caps.in_flight} requests under way, and none has ended "
-                f"within {timeout:g} s",
+                f"within {wait:g} s",
                 hint="send it again later",
             )
-        call = self._begin(payload, timeout, last)
+        call = self._begin(payload, timeout)
         ended = False
         try:
             while not ended:
@@ -81,7 +82,7 @@ class Calls:
                 ended = frame.kind != channel.PART
                 yield frame
                 if not ended:
-                    self._give_back(call, len(frame.payload))
+                    self._give_back(call, channel.cost(frame.payload))
         finally:
             if not ended:
                 self._abandon(call)
@@ -96,7 +97,8 @@ class Calls:
             finally:
                 self._writing.release()
 
-    def _begin(self, payload: bytes, timeout: float, last: float | None) -> _Call:
+    def _begin(self, payload: bytes, timeout: float) -> _Call:
+        """Open a request and send it; its own end never cuts a frame, which would end the rest."""
         with self._table:
             self.count += 1
             call = _Call(self.count & 0xFFFFFFFF, timeout)
@@ -104,11 +106,7 @@ class Calls:
                 self._places.release()
                 raise self._broken
             self._open[call.number] = call
-        until = time.monotonic() + timeout
-        self._send(
-            channel.encode(channel.REQUEST, payload, call.number),
-            until if last is None else min(until, last),
-        )
+        self._send(channel.encode(channel.REQUEST, payload, call.number), timeout)
         return call
 
     def _next(self, call: _Call, last: float | None) -> Frame:
@@ -136,7 +134,7 @@ class Calls:
         with self._table:
             call.untaken -= call.taken
         credit, call.taken = call.taken, 0
-        self._send(channel.encode_credit(credit, call.number), time.monotonic() + _WRITE_S)
+        self._send(channel.encode_credit(credit, call.number), _WRITE_S)
 
     def _abandon(self, call: _Call) -> None:
         """Cancel a request whose caller is gone."""
@@ -145,15 +143,13 @@ class Calls:
                 return
             call.over = time.monotonic() + call.timeout
         with contextlib.suppress(ChannelError):  # whoever reads next hears of it
-            self._send(
-                channel.encode(channel.CANCEL, b"", call.number), time.monotonic() + _WRITE_S
-            )
+            self._send(channel.encode(channel.CANCEL, b"", call.number), _WRITE_S)
 
-    def _send(self, frame: bytes, deadline: float) -> None:
-        """Write one frame; half of one would be the end of the channel."""
+    def _send(self, frame: bytes, within_s: float) -> None:
+        """Write one frame, in `within_s` of its turn; half of one is the end of the channel."""
         with self._writing:
             try:
-                self._write(frame, deadline)
+                self._write(frame, time.monotonic() + within_s)
             except ChannelError as error:
                 raise self._break(error) from error
 
@@ -195,7 +191,7 @@ class Calls:
                 del self._open[frame.request]
                 self._places.release()
             elif call.over is None:
-                call.untaken += size
+                call.untaken += channel.cost(frame.payload)
                 if call.untaken > self._caps.frame_bytes:
                     raise ChannelError(
                         "over", "a request sent more parts than its caller has let come"

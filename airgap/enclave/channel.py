@@ -30,6 +30,7 @@ LOADED, READY, PART, REPLY, ERROR, FAULT = b"l", b"r", b"e", b"a", b"f", b"x"
 
 _CHUNK = 1 << 16
 _BYTES = struct.Struct(">I")  # payload of a CREDIT frame
+_PART_COST = 128  # what a part costs its receiver beside its bytes, roughly
 ERROR_TEXT_LIMIT = 4000  # characters of a message or hint that a program may send
 
 
@@ -75,8 +76,13 @@ def encode(kind: bytes, payload: bytes, request: int = 0) -> bytes:
     return HEAD.pack(len(payload), kind, request) + payload
 
 
+def cost(part: bytes) -> int:
+    """Return the credit that a part takes: small ones are not free, or millions would wait."""
+    return max(len(part), _PART_COST)
+
+
 def encode_credit(count: int, request: int) -> bytes:
-    """Return the bytes of the frame that lets a request send `count` more bytes of parts."""
+    """Return the bytes of the frame that lets a request send parts that cost `count` more."""
     return encode(CREDIT, _BYTES.pack(count), request)
 
 
@@ -231,7 +237,7 @@ class Inbox:
 
 
 def decode_credit(payload: bytes) -> int:
-    """Return the bytes that a CREDIT frame gives."""
+    """Return the credit that a CREDIT frame gives."""
     return int(_BYTES.unpack(payload)[0])
 
 

@@ -149,8 +149,8 @@ def seal(name: str) -> None:
 def serve(program: Program, cap: int, window: int = 0) -> None:
     """Answer requests until the broker closes the channel.
 
-    One at a time, or several at once where the program can and the broker gives a `window`: bytes
-    of parts that a request may send before the broker has taken them.
+    One at a time, or several at once where the program can and the broker gives a `window`: what
+    the parts of a request may cost (`channel.cost`) before the broker has taken them.
     """
     if window and hasattr(program, "begin"):
         several: Any = program
@@ -267,9 +267,11 @@ class Desk:
     def _flush(self, number: int, request: _Open) -> None:
         """Send what the credit covers; a part above the whole window is for the broker to judge."""
         waiting = request.waiting
-        while waiting and (len(waiting[0]) <= request.credit or len(waiting[0]) > self._window):
+        while waiting and (
+            channel.cost(waiting[0]) <= request.credit or len(waiting[0]) > self._window
+        ):
             part = waiting.popleft()
-            request.credit -= len(part)
+            request.credit -= channel.cost(part)
             channel.send(CHANNEL_OUT, channel.PART, part, number)
         if not waiting and request.last is not None:
             del self._open[number]

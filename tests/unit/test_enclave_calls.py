@@ -172,6 +172,40 @@ def test_more_parts_than_its_caller_lets_come_end_the_worker(worker):
     assert "more parts than its caller" in caught.value.message
 
 
+def test_parts_without_bytes_are_not_free(worker):
+    """Each waits as an object of the broker: empty ones took hundreds of MiB of its memory."""
+    parts = channel.encode(channel.PART, b"", 1) * (FRAME // channel.cost(b"") + 1)
+    victim = worker.stream(payload(op="raw", frame=parts.hex()), 20.0)
+    next(victim)
+    await_end(worker)
+    with pytest.raises(FaultError) as caught:
+        list(victim)
+    assert "more parts than its caller" in caught.value.message
+
+
+def test_small_parts_above_the_window_come_as_they_are_taken(worker):
+    """What the worker counts is what the broker counts."""
+    many = 3 * FRAME // channel.cost(b"")
+    assert len(list(worker.stream(payload(parts=many), 20.0))) == many + 1
+
+
+def test_a_request_whose_time_ends_before_its_turn_ends_alone(worker):
+    """The others hold every place until its time is over; the worker goes on for them."""
+    endless = [worker.stream(payload(parts=5000, sleep=0.01), 20.0) for _ in range(4)]
+    for stream in endless:
+        next(stream)
+    for total_s in (0.2, 0.0, -1.0):
+        with pytest.raises(RefusedError) as caught:
+            worker.request(payload(), 20.0, total_s=total_s)
+        assert caught.value.code == "request.busy"
+    assert [stream.close() for stream in endless] == [None] * 4
+    assert worker.request(payload(letter="y"), 20.0) == b"y"
+    with pytest.raises(RefusedError) as caught:
+        worker.request(payload(parts=5000, sleep=0.01), 20.0, total_s=-1.0)
+    assert caught.value.code == "model.deadline"
+    assert worker.request(payload(letter="z"), 20.0) == b"z"
+
+
 def await_end(worker):
     until = time.monotonic() + 20
     while worker.alive and time.monotonic() < until:
