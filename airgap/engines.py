@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,12 @@ RECORD_LIMIT = 1 << 20
 FILES_LIMIT = 256
 FILE_LIMIT = 64 << 30
 _BLOCK = 1 << 20
+_OF_A_RUN = {
+    "trt_dump_ep_context_model",
+    "trt_engine_cache_path",
+    "trt_ep_context_file_path",
+    "trt_timing_cache_path",
+}
 _FIX = "build them again on this host: engines serve one GPU, driver, TensorRT and onnxruntime"
 
 
@@ -62,12 +68,19 @@ class EngineRecord(Document):
     graph: DigestText
     place: Place
     profiles: dict[str, str] = Field(min_length=3, max_length=3)
+    options: DigestText
     files: tuple[EngineFile, ...] = Field(min_length=1, max_length=FILES_LIMIT)
     built: Instant
 
     def to_bytes(self) -> bytes:
         """Return the canonical form."""
         return canonical_json(self.model_dump(mode="json"))
+
+
+def options_digest(options: Mapping[str, str]) -> Digest:
+    """Return the digest of a provider's options but for where files lie and whether it builds."""
+    kept = {name: options[name] for name in options if name not in _OF_A_RUN}
+    return Digest.of(canonical_json(kept))
 
 
 def place_of(gpu: Gpu, versions: Mapping[str, str]) -> Place:
@@ -102,6 +115,7 @@ def record_engines(
     graph: Digest,
     place: Place,
     profiles: Mapping[str, str],
+    options: Digest,
     now: datetime,
 ) -> EngineRecord:
     """Return the record of the engines that lie in `folder`."""
@@ -111,6 +125,7 @@ def record_engines(
             graph=str(graph),
             place=place,
             profiles=dict(profiles),
+            options=str(options),
             files=tuple(_files(folder)),
             built=now.replace(microsecond=0),
         )
@@ -120,7 +135,7 @@ def record_engines(
         ) from error
 
 
-def sign_engines(record: EngineRecord, signer: Signer) -> Envelope:
+def sign_engines(record: EngineRecord, signer: Signer | Sequence[Signer]) -> Envelope:
     """Return the record signed by a key of the lab."""
     return sign_statement(record.to_bytes(), ENGINES_TYPE, signer)
 
@@ -134,6 +149,7 @@ def require_engines(
     graph: Digest,
     place: Place,
     profiles: Mapping[str, str],
+    options: Digest,
 ) -> EngineRecord:
     """Return the record if a key of the lab signed exactly what would be loaded, for this machine.
 
@@ -145,6 +161,7 @@ def require_engines(
         graph: The graph that they were built from.
         place: This machine, as it is now.
         profiles: The shapes that the session will ask for.
+        options: Of all the options that it will ask for; see `options_digest`.
 
     Raises:
         RefusedError: `model.engine`, naming the first difference; `seal.type`.
@@ -164,6 +181,8 @@ def require_engines(
             )
     if record.profiles != dict(profiles):
         raise RefusedError(CODE, "engines were built for other shapes than are asked", hint=_FIX)
+    if record.options != str(options):
+        raise RefusedError(CODE, "engines were built with other options than are set", hint=_FIX)
     lying = {file.name: file for file in _files(folder)}
     signed = {file.name: file for file in record.files}
     for name in sorted({*lying, *signed}):

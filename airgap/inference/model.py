@@ -8,6 +8,7 @@ swaps them; nothing is allocated in a step.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Model:
         self.kv_type = _require_signature(facts, graph, session)
         self.logits_type = _element(session.get_outputs(), "logits")
         self.runs = 0
+        self.longest_piece: int | None = None  # engines are built for pieces up to a length
         self._past_names, self._present_names = facts.past_inputs, facts.present_outputs
 
     @property
@@ -63,7 +65,8 @@ class Model:
     @property
     def piece(self) -> int:
         """How many ids of one row run at once, so that their logits stay small."""
-        return max(1, PIECE_BYTES // (4 * self.facts.vocab_size))
+        small = max(1, PIECE_BYTES // (4 * self.facts.vocab_size))
+        return small if self.longest_piece is None else min(small, self.longest_piece)
 
     def run(self, ids: Ids, cache: Cache, length: int) -> Logits:
         """Run the graph on new ids after `length` cached ones and swap the cache.
@@ -206,8 +209,14 @@ def load_model(
     session = open_session(
         path, demand=demand, threads=threads, setup=setup, facts=facts, described=graph
     )
-    kind = FastModel if graph.interface == FAST else Model
-    return kind(facts, graph, session, vocabulary)
+    if graph.interface == FAST:
+        return FastModel(facts, graph, session, vocabulary)
+    sizes = None if setup is None else setup.shapes
+    if sizes is not None:  # a run beyond them would make TensorRT build engines while serving
+        facts = replace(facts, max_context=min(facts.max_context, sizes.capacity))
+    model = Model(facts, graph, session, vocabulary)
+    model.longest_piece = None if sizes is None else sizes.piece
+    return model
 
 
 def _read(path: Path, limit: int) -> bytes:

@@ -22,7 +22,7 @@ from airgap.inference.engine import Engine, out_of_memory
 from airgap.inference.fast import FastModel
 from airgap.inference.graphs import INTERFACES
 from airgap.inference.model import Model, load_model
-from airgap.inference.options import PROVIDERS, Setup
+from airgap.inference.options import PROVIDERS, Setup, Shapes
 from airgap.inference.protocol import (
     Forget,
     Forgotten,
@@ -56,7 +56,8 @@ def create(config: dict[str, Any]) -> InferenceProgram:
         config: `folder` (absolute, of one model), `precision`, `threads`; optional `provider`
             ("cpu"), `interface` (which kind of graph), `memory_mb` for one request (half of what
             is free at warm-up), `most_rows`, `valence` (load the filter of that name),
-            `spin`, `arena`, `device` and `device_mb` (`options.Setup`).
+            `spin`, `arena`, `device`, `device_mb` and `deterministic` (`options.Setup`), and for
+            `tensorrt` the folder `engines` with its sizes `rows`, `positions` and `piece`.
 
     Raises:
         ProgramError: `model.config`.
@@ -279,7 +280,18 @@ class InferenceProgram:
 
 def _setup(fields: Fields) -> Setup:
     """Read what a site may set of the session; the rest stays as it is."""
+    engines, shapes = None, None
+    if "engines" in fields:
+        engines = Path(fields.text("engines", 4096))
+        shapes = Shapes(
+            rows=fields.integer("rows", 1, 4096),
+            capacity=fields.integer("positions", 1, 1 << 20),
+            piece=fields.integer("piece", 1, 65536),
+        )
     return Setup(
+        engines=engines,
+        shapes=shapes,
+        deterministic=fields.flag("deterministic") if "deterministic" in fields else True,
         spin=fields.flag("spin") if "spin" in fields else True,
         arena=fields.flag("arena") if "arena" in fields else True,
         device=fields.integer("device", 0, 63) if "device" in fields else 0,

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from airgap.config import InferenceSettings
 from airgap.enclave.inventory import installed
+from airgap.engine_store import Engines
 from policy.errors import RefusedError, UsageError
 
 # On which of onnxruntime's providers the parity of a precision must have been claimed. A GPU also
@@ -22,6 +23,7 @@ SHOWN_ON = {
     "cuda": (_CUDA, _CPU),
     "tensorrt": ("TensorrtExecutionProvider", _CUDA, _CPU),
 }
+MOST_ROWS = 64  # of a batch, as the worker has it by itself
 _CHOICES = get_args(InferenceSettings.model_fields["provider"].annotation)
 
 
@@ -86,4 +88,18 @@ def worker_settings(settings: InferenceSettings, demand: str) -> dict[str, Any]:
         "threads": settings.threads or os.cpu_count() or 1,
         **({} if demand == "cpu" else {"provider": demand}),
         **{name: value for name, value in said.items() if value != getattr(usual, name)},
+    }
+
+
+def engine_settings(engines: Engines | None) -> dict[str, Any]:
+    """Return what the worker is told of signed engines: where they lie, and for which sizes."""
+    if engines is None:
+        return {}
+    shapes = engines.shapes
+    return {
+        "engines": str(engines.folder),
+        "rows": shapes.rows,
+        "positions": shapes.capacity,
+        "piece": shapes.piece,
+        "most_rows": min(MOST_ROWS, shapes.rows),
     }

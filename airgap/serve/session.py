@@ -28,7 +28,9 @@ from airgap.audit.service import Log, RemoteLog
 from airgap.audit.site import open_site_log
 from airgap.config import Person, Site, load_site
 from airgap.enclave import Caps, Enclave, SealSpec, launch, run_sealed
+from airgap.enclave.inventory import take
 from airgap.enclave.running import noted
+from airgap.engine_store import Engines, Wanted, require
 from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
@@ -39,6 +41,7 @@ from airgap.serve.broker import Broker, Job, Model, canonical
 from airgap.serve.provider import (
     SHOWN_ON,
     demanded,
+    engine_settings,
     profile_of,
     require_host,
     worker_settings,
@@ -136,8 +139,21 @@ class House:
             operator.warning("revocation", alarm=alarm)
         verify_installed(installed.folder)
         described = describe(installed, site.inference.precision, demand)
+        engines = (
+            signed_engines(root, installed, described, site, trusted.standing)
+            if demand == "tensorrt"
+            else None
+        )
         packs = screen_packs(root)
-        wanted = specs(installed, described, site, root / "enclave", packs, valence=valence)
+        wanted = specs(
+            installed,
+            described,
+            site,
+            root / "enclave",
+            packs,
+            valence=valence,
+            engines=engines,
+        )
         return cls(root, site, rules, installed, described, trusted.standing, wanted, clock)
 
     @contextlib.contextmanager
@@ -307,6 +323,7 @@ def specs(
     packs: tuple[Path, ...] = (),
     *,
     valence: bool = False,
+    engines: Engines | None = None,
 ) -> tuple[SealSpec, SealSpec]:
     """Return what to seal: the worker with the model, and the helper without it."""
     min_rung, reverify_s = site.enclave.min_rung, float(site.enclave.reverify_s)
@@ -317,11 +334,15 @@ def specs(
             "folder": str(installed.model_folder(model.id)),
             "precision": model.precision,
             **worker_settings(site.inference, model.provider),
+            **engine_settings(engines),
             **({"valence": True} if valence else {}),
         },
-        read_only=(installed.folder,),
+        read_only=(installed.folder, *(() if engines is None else (engines.folder,))),
         caps=Caps(in_flight=IN_FLIGHT),
-        artifacts={"bundle": str(installed.digest)},
+        artifacts={
+            "bundle": str(installed.digest),
+            **({} if engines is None else {"engines": str(engines.digest)}),
+        },
         min_rung=min_rung,
         state=state,
         reverify_s=reverify_s,
@@ -337,6 +358,14 @@ def specs(
         reverify_s=reverify_s,
     )
     return worker, helper
+
+
+def signed_engines(
+    root: Path, installed: InstalledBundle, model: Model, site: Site, trust: RootDocument
+) -> Engines:
+    """Return the engines of this host's GPU, all compared; RefusedError `model.engine`."""
+    wanted = Wanted.of(installed, model.id, model.precision, site.inference, take())
+    return require(root, wanted, trust)
 
 
 def screen_packs(root: Path) -> tuple[Path, ...]:

@@ -8,6 +8,7 @@ import pytest
 from airgap.enclave.inventory import Gpu
 from airgap.engines import (
     Place,
+    options_digest,
     place_of,
     record_engines,
     require_engines,
@@ -22,6 +23,7 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
 BUNDLE, GRAPH = Digest.of(b"bundle"), Digest.of(b"graph")
 GPU = Gpu(0, "NVIDIA H100", "GPU-1", "590.44.01", 81559, "9.0", "Disabled")
 VERSIONS = {"onnxruntime-gpu": "1.28.0", "tensorrt-cu13": "10.16.1.11"}
+OPTIONS = options_digest({"device_id": "0"})
 PROFILES = {f"trt_profile_{kind}_shapes": "input_ids:1x1" for kind in ("min", "opt", "max")}
 
 
@@ -43,7 +45,7 @@ def engines(tmp_path):
 
 
 def facts(**change):
-    given = {"bundle": BUNDLE, "graph": GRAPH, "profiles": PROFILES}
+    given = {"bundle": BUNDLE, "graph": GRAPH, "profiles": PROFILES, "options": OPTIONS}
     return {**given, "place": place_of(GPU, VERSIONS), **change}
 
 
@@ -88,6 +90,7 @@ OTHERS = {
     "driver": {"place": place_of(replace(GPU, driver="590.44.02"), VERSIONS)},
     "tensorrt": {"place": place_of(GPU, {**VERSIONS, "tensorrt-cu13": "10.16.1.12"})},
     "onnxruntime": {"place": place_of(GPU, {**VERSIONS, "onnxruntime-gpu": "1.28.1"})},
+    "options": {"options": options_digest({"device_id": "1"})},
     "shapes": {"profiles": {**PROFILES, "trt_profile_max_shapes": "input_ids:2x1"}},
 }
 
