@@ -596,7 +596,7 @@ provider = "cpu"               # cpu, cuda, tensorrt: a demand; airgap doctor --
 # engine_piece = 256
 
 [service]                      # of `airgap serve`: many people, one daemon
-# socket = "/run/airgap/broker.sock"  # then `airgap run` asks the daemon
+# socket = "/run/airgap-broker.sock"  # then `airgap run` asks the daemon
 # per_person = 4               # requests of one person at once
 
 [limits]
