@@ -87,6 +87,13 @@ def register(app: typer.Typer) -> None:
 
 
 def explain(
+    decision: Annotated[
+        str,
+        typer.Argument(
+            help="A decision of the log: its id or the beginning, a request, or a record such as"
+            " '#12'. Without it a what-if is explained."
+        ),
+    ] = "",
     *,
     bundle: Bundle = "",
     model: Model = "",
@@ -104,7 +111,8 @@ def explain(
 ) -> None:
     """Explain a decision: rules, citations, facts and their source, what is missing, dates.
 
-    Facts that only a run has (seal, installation, screens) are assumed to be good, and listed.
+    One of the log is made again, with the rules and approvals of then. In a what-if, facts that
+    only a run has (seal, installation, screens) are assumed to be good, and listed.
     """
     from airgap.cli.explanation import show_view, view
     from policy import report
@@ -112,6 +120,15 @@ def explain(
     asked = Asked(
         bundle, model, project, person, scope, task, action, as_of, known_at, assume or []
     )
+    if decision:
+        if draft or asked != NOTHING_ASKED:
+            raise UsageError(
+                "usage.argument",
+                "a decision of the log has its own question, rules and day",
+                hint="give it alone: airgap policy explain DECISION",
+            )
+        explain_logged(decision, root, json=json)
+        return
     answer = decide(asked, root_folder(root), what_if=True, drafts=draft or [])
     if json:
         document = report.public_document(answer.decision, hazard_role=answer.hazard_role)
@@ -121,6 +138,25 @@ def explain(
     show_view(
         stdout, view(explained, title=answer.title, assumed=answer.assumed, idle=answer.idle_words)
     )
+
+
+def explain_logged(name: str, root: Path | None, *, json: bool) -> None:
+    """Explain a decision of the log."""
+    from rich.text import Text
+
+    from airgap.cli.explanation import show_view, view
+    from policy import report
+
+    found = replay.explained(name, root)
+    if found.made is None:
+        show({**found.public, **found.beside}, Text(found.words), json=json)
+        return
+    made, role = found.made.decision, found.hazard_role
+    if json:
+        show({**report.public_document(made, hazard_role=role), **found.beside}, "", json=True)
+        return
+    told = report.explain(made, hazard_role=role)
+    show_view(stdout, view(told, title=found.title, assumed=()))
 
 
 def check(
@@ -189,6 +225,9 @@ class Asked:
     as_of: datetime | None
     known_at: str
     assume: list[str]
+
+
+NOTHING_ASKED = Asked("", "", "", "", None, "", "infer", None, "", [])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +17,14 @@ from airgap.cli.common import Json, Root, root_folder, show
 from policy.errors import RefusedError
 
 if TYPE_CHECKING:
-    from airgap.rule_history import History
+    from airgap.cli.report import Desk
+    from airgap.rule_history import History, Replay
     from policy.approvals import Approval
 
 RECORD_LIMIT = 8 << 20
+NUMBER = 7  # digits of a record's number, written alone; a longer one is the beginning of an id
+_ULID = re.compile("[0-7][0-9A-HJKMNP-TV-Z]{25}")
+_COMMIT = re.compile("[0-9a-f]{64}")
 SHOWN = 40  # lines on a terminal; --json gives all
 
 
@@ -121,30 +127,35 @@ class _Bench:
     history: History
 
     def answer(self, wanted: _Wanted) -> _Answer:
-        """Make one decision again."""
-        from airgap.rule_history import made_with, replay
+        """Make one decision again and say how it came out."""
+        made, word, detail = self.again(wanted)
+        outcome = str(wanted.document.get("outcome", ""))
+        if made is not None:
+            word, detail = "same" if made.same else "differs", made.differs
+        return _Answer(wanted.digest, outcome, word, detail)
+
+    def again(self, wanted: _Wanted) -> tuple[Replay | None, str, str]:
+        """The decision made again, or a word and the reason why that is not possible."""
+        from airgap.rule_history import made_with
+        from airgap.rule_history import replay as make
 
         document = wanted.document
-        outcome = str(document.get("outcome", ""))
         if wanted.fault:
-            return _Answer(wanted.digest, outcome, "not possible", wanted.fault)
+            return None, "not possible", wanted.fault
         if "facts_digest" not in document.get("request", {}):
-            return _Answer(wanted.digest, outcome, "public part only")
+            return None, "public part only", ""
         missing = "no load of rules is on record before it"
         try:
             for load in self.history.before(wanted.seq):
                 rules = self.history.rules_of(load)
                 other = made_with(document, rules)
                 if not other:
-                    made = replay(
-                        document, rules, self._approvals(document), leads=self._leads(document)
-                    )
-                    word = "same" if made.same else "differs"
-                    return _Answer(wanted.digest, outcome, word, made.differs)
+                    approvals, leads = self._approvals(document), self._leads(document)
+                    return make(document, rules, approvals, leads=leads), "", ""
                 missing = f"rules that the log did not keep: {other}"
         except RefusedError as error:
             missing = f"{error.code}: {error.message}"
-        return _Answer(wanted.digest, outcome, "not possible", missing)
+        return None, "not possible", missing
 
     def _approvals(self, document: dict[str, Any]) -> Any:
         """Those of the site that were held then, and releases that the record names."""
@@ -177,6 +188,103 @@ class _Bench:
         project = document["request"].get("project")
         chosen = load_site(self.tree).find_project(project) if project else None
         return chosen.principal_investigators if chosen else frozenset()
+
+
+# -- one decision of the log, explained -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A decision of the log: made again, or its public part where the whole one is not here."""
+
+    title: str
+    made: Replay | None
+    hazard_role: bool
+    public: dict[str, Any]
+    beside: dict[str, Any]
+
+    @property
+    def words(self) -> str:
+        """The public part in words."""
+        lines = [self.title, str(self.public["summary"])]
+        if self.public.get("held_for_review"):
+            lines.append("Held for review by the hazard officer; details are restricted.")
+        for each in self.public["reasons"]:
+            lines += [f"{each['rule']} ({each['state']}): {each['plain']}", f"  {each['citation']}"]
+        return "\n".join(lines)
+
+
+def explained(name: str, root: Path | None) -> Explained:
+    """Find one decision of the log and make it again, with the rules and approvals of then.
+
+    Raises:
+        RefusedError: `policy.record`, there is none, several, or it cannot be made again.
+
+    """
+    from airgap.cli.policy import account_name
+    from airgap.cli.report import Desk
+    from airgap.inquiry import find_reader
+    from airgap.rule_history import History
+    from policy.report import HAZARD_ROLE
+
+    desk = Desk.of(root, None)
+    wanted = _one(desk, name)
+    whole = _whole(desk.tree, wanted)
+    made, word, detail = _Bench(desk.tree, History.of(desk.audit, desk.log)).again(whole)
+    if made is None and word == "not possible":
+        raise RefusedError(
+            "policy.record",
+            f"decision {wanted.digest[:19]} cannot be made again: {detail}",
+            hint="airgap dossier shows the record itself",
+        )
+    reader = find_reader(desk.site, "", os.getuid(), account_name())
+    asked = wanted.document["request"]
+    about = ", ".join(str(asked[key]) for key in ("task", "project", "person") if asked.get(key))
+    if made is not None:
+        word = "made again, the same to the byte" if made.same else f"DIFFERS in {made.differs}"
+    return Explained(
+        title=f"record #{wanted.seq} of the log: {about} ({word})",
+        made=made,
+        hazard_role=reader is not None and HAZARD_ROLE in reader.roles,
+        public=wanted.document,
+        beside={"logged": {"decision": wanted.digest, "record": wanted.seq, "replay": word}},
+    )
+
+
+def _one(desk: Desk, name: str) -> _Wanted:
+    """The decision that a reference, a request (its last one) or the beginning of an id names."""
+    from airgap.dossier.usage import signed_records
+
+    request, (_, mark, number) = "", name.rpartition("#")
+    if (mark or len(number) <= NUMBER) and number.isascii() and number.isdigit():
+        records = signed_records(desk.audit, desk.log)
+        named = next((each for each in records if each["seq"] == int(number)), None)
+        found = [] if named is None else [named]
+    elif _ULID.fullmatch(name):
+        request = name
+        found = [e for e in signed_records(desk.audit, desk.log) if e.get("req") == name]
+    else:
+        found = []
+    ids = [each["decision"]["id"] for each in found if "decision" in each]
+    prefix = ids[-1] if ids else "" if found or mark or request else name
+    wanted = list(_of_log(desk.audit, desk.log, prefix)) if prefix else []
+    if len(wanted) != 1:
+        raise RefusedError(
+            "policy.record",
+            f"{len(wanted) or 'no'} decisions of this log answer to {name!r:.80}",
+            hint="airgap audit show lists decisions; give an id, a request, or a number such as"
+            " '#12'",
+        )
+    return wanted[0]
+
+
+def _whole(tree: Path, wanted: _Wanted) -> _Wanted:
+    """The whole record of a hazard decision, where this account can read it."""
+    commit = str(wanted.document.get("restricted", ""))
+    path = tree / "restricted" / f"{commit}.json"
+    if not _COMMIT.fullmatch(commit) or not path.is_file():
+        return wanted
+    return replace(_of_file(path), seq=wanted.seq)
 
 
 def _of_log(folder: Path, log: Any, prefix: str) -> Iterator[_Wanted]:

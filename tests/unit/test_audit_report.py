@@ -117,7 +117,7 @@ def test_no_report_is_made_from_a_log_that_was_changed_or_is_not_there(tree, tmp
 
 
 def test_an_empty_period_has_a_page_too(tree):
-    page = render(report(tree, since="2031"))
+    page = render(report(tree, since="2031-01-01"))
     assert "no request in these records" in page
     assert "<svg" not in page
 

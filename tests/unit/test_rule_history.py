@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from datetime import UTC, date, datetime
 
@@ -172,6 +173,69 @@ def test_every_decision_of_the_log_comes_out_the_same_to_the_byte(call, lab):
     (restricted,) = (lab[0] / "restricted").glob("*.json")
     status, whole = call("replay", restricted)
     assert (status, whole["same"], whole["decisions"][0]["outcome"]) == (0, 1, "needs_approval")
+
+
+def cited(root, kind):
+    return [r for r in rulework_records(root) if r["kind"] == kind and "decision" in r]
+
+
+def test_a_decision_of_the_log_is_explained_by_id_request_and_number(call, lab):
+    root = lab[0]
+    record = [r for r in cited(root, "inference") if r["phase"] == "outcome"][-1]
+    digest = record["decision"]["id"]
+    status, by_id = call("explain", digest)
+    assert status == 0
+    assert by_id["logged"] == {
+        "decision": digest,
+        "record": by_id["logged"]["record"],
+        "replay": "made again, the same to the byte",
+    }
+    assert (by_id["outcome"], by_id["scope"]) == (record["decision"]["outcome"], "use")
+    assert {each["state"] for each in by_id["trace"]} >= {"fired", "not_fired"}
+    for name in (digest[7:19], record["req"], f"#{record['seq']}", f"{record['seq']}"):
+        assert call("explain", name) == (0, by_id), name
+    for name in ("#999999", "0" * 26, "sha256:", "nobody", "x#", "#0"):
+        status, refused = call("explain", name)
+        assert (status, refused["code"]) == (1, "policy.record"), name
+    assert call("explain", digest, "--project", PROJECT)[1]["code"] == "usage.argument"
+
+
+def test_of_a_hazard_decision_only_its_officer_is_told_the_rule(call, lab, tmp_path):
+    root = lab[0]
+    record = cited(root, "denial")[-1]
+    status, told = call("explain", f"#{record['seq']}")
+    assert (status, told["held_for_review"], told["outcome"]) == (0, True, "needs_approval")
+    assert "HAZ-CWC1" not in json.dumps(told)
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    site = (other / "site.toml").read_text()
+    (other / "site.toml").write_text(
+        site.replace('["principal_investigator"]', '["hazard_officer"]')
+    )
+    _, whole = call("explain", f"#{record['seq']}", root=other)
+    assert "HAZ-CWC1" in {each["rule"] for each in whole["reasons"]}
+    # Where the whole record is not there, the public part is told, and says so.
+    shutil.rmtree(other / "restricted")
+    _, part = call("explain", f"#{record['seq']}", root=other)
+    assert part["logged"]["replay"] == "public part only"
+    assert "HAZ-CWC1" not in json.dumps(part)
+
+
+def test_an_explained_decision_is_shown_in_words(lab, capsys):
+    app = typer.Typer()
+    commands.register(app)
+    root = lab[0]
+    held_, answered = cited(root, "denial")[-1], cited(root, "inference")[-1]
+
+    def show(record, where=root):
+        line = ["policy", "explain", f"#{record['seq']}", "--root", str(where)]
+        assert not app(args=line, standalone_mode=False)
+        return capsys.readouterr().out
+
+    shown = show(answered)
+    assert "BASE-USE" in shown
+    assert "made again, the same to the byte" in " ".join(shown.replace("│", " ").split())
+    assert "Held for review" in show(held_)
 
 
 def test_another_record_is_told_from_the_one_that_was_made(lab, history):
