@@ -7,6 +7,7 @@ it: memory for one node a level, proofs for the newest leaves, and files of 256 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,9 @@ from bundle.merkle import root as merkle_root
 WIDTH: Final = 256  # hashes in a full tile
 HEIGHT: Final = 8  # levels of the tree that one level of tiles spans
 SEGMENT: Final = 65_536  # records in a segment, a power of WIDTH
+
+# Level, index in groups of three digits, and the width of a partial one.
+_TILE: Final = re.compile(r"(0|[1-9]\d?)/((?:x\d{3}/){0,20}\d{3})(?:\.p/([1-9]\d{0,2}))?")
 
 Node = tuple[int, int]  # (level above the leaves, index within the level)
 
@@ -148,6 +152,21 @@ def tile_name(level: int, index: int, width: int = WIDTH) -> str:
         groups.append(f"x{index % 1000:03d}")
     name = "/".join(reversed(groups))
     return f"{level}/{name}" + ("" if width == WIDTH else f".p/{width}")
+
+
+def is_tile_of(name: str, size: int) -> bool:
+    """Tell whether a path below `tile/` is that of a tile of a tree of this size.
+
+    The size is what somebody claims, so nothing is counted up to it.
+    """
+    found = _TILE.fullmatch(name)
+    if found is None:
+        return False
+    level, index = int(found[1]), int(found[2].replace("/", "").replace("x", ""))
+    width = int(found[3] or WIDTH)
+    whole, rest = divmod(size >> (HEIGHT * level), WIDTH)
+    there = index < whole if width == WIDTH else (index, width) == (whole, rest)
+    return there and name == tile_name(level, index, width)
 
 
 class Tiles:

@@ -279,6 +279,7 @@ ATTACKS = {
     "T45 row missing": edit("records.jsonl", lambda c: c[: c.rindex(b"{", 0, -900)]),
     "T45 row added": edit("records.jsonl", lambda c: c + b"{}\n"),
     "T48 manifest of another size": manifest(size=5),
+    "T48 manifest of more records than there can be": manifest(size=1 << 64),
     "T48 manifest of another log": manifest(origin="lab.example/audit/ffff"),
     "T48 manifest that begins later": manifest(first=65_536),
     "T49 .. in a path": listed("log/../../x"),

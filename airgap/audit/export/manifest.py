@@ -22,7 +22,7 @@ from airgap.audit.export.sign import MAX_FILE, SCHEMES, ExportPublic
 from airgap.audit.findings import NOTE, TAMPERED, Finding
 from airgap.audit.layout import Layout, read_lines, segment_range
 from airgap.audit.record import parse_line
-from airgap.audit.tiles import SEGMENT, WIDTH, tile_name
+from airgap.audit.tiles import SEGMENT, WIDTH, is_tile_of, tile_name
 from airgap.audit.witness import parse_request
 from bundle.merkle import verify_consistency
 from policy.errors import RefusedError
@@ -260,15 +260,8 @@ def _check_tile_names(layout: Layout, size: int) -> Iterator[Finding]:
         for path in layout.tiles.rglob("*")
         if path.is_file()
     }
-    level, nodes = 0, size
-    while nodes:
-        whole, rest = divmod(nodes, WIDTH)
-        there -= {tile_name(level, index) for index in range(whole)}
-        if rest:
-            there.discard(tile_name(level, whole, rest))
-        level, nodes = level + 1, whole
     for name in sorted(there):
-        if not name.startswith(f"{BUNDLES}/"):
+        if not name.startswith(f"{BUNDLES}/") and not is_tile_of(name, size):
             yield Finding(
                 TAMPERED, "tile", f"log/tile/{name}", found="of records that are not there"
             )
