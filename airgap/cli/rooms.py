@@ -165,6 +165,11 @@ ROOMS: dict[str, Room] = {
         _VERIFY,
         "bundle/FORMAT.md, section 10",
     ),
+    "service": Room(
+        "The daemon and its socket: who connects, what the file of roles says, and who wrote it.",
+        _RUN,
+        "docs/operator.md",
+    ),
     "sign": Room(
         "That the person who signs has read what she signs.",
         "Nothing was signed.",

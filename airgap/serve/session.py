@@ -156,6 +156,18 @@ class House:
         )
         return cls(root, site, rules, installed, described, trusted.standing, wanted, clock)
 
+    def require_standing(self) -> None:
+        """Refuse to go on with a bundle that was revoked or has expired since this was loaded.
+
+        Raises:
+            RefusedError: `trust.expired`, or as `require_standing`.
+
+        """
+        now = self.clock()
+        require_valid(self.installed, now)
+        for alarm in require_standing(self.installed, load_trust(self.root / "trust"), now=now):
+            operator.warning("revocation", alarm=alarm)
+
     @contextlib.contextmanager
     def sealed_pair(self, log: Log, *, lasting: bool = False) -> Iterator[tuple[Enclave, Enclave]]:
         """Start worker and helper, their evidence on record before they are given.
@@ -182,7 +194,6 @@ class House:
     ) -> Broker:
         """Return the broker of one person; `site` where it knows more of her than site.toml."""
         site = site or self.site
-        require_valid(self.installed, self.clock())
         holds = Holds(self.root, self.trust, person.id)
         policy = UseRules(
             site,

@@ -330,6 +330,7 @@ class Daemon:
                 self._running[caller.uid] -= 1
 
     def _run(self, connection: socket.socket, job: Job, files: list[str], caller: Caller) -> None:
+        self.house.require_standing()
         person, site = self._person(caller)
         job = Job(
             job.task, job.inputs, choose_project(site, person, job.project), job.options, job.held
