@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from airgap.audit import Event
+from airgap.audit.service import Log
 from airgap.config import InferenceSettings
+from airgap.enclave import SealedResult
 from airgap.enclave.channel import ProgramError
 from airgap.enclave.inventory import Gpu, Host, parse_smi
 from airgap.engines import (
@@ -213,6 +216,26 @@ def build(
         _readable(made)
         _replace(made, place, Path(scratch) / "old")
     return Engines(place / FILES, wanted.shapes, record)
+
+
+def on_record(log: Log, run: Callable[[EngineJob], SealedResult]) -> Seal:
+    """Return a seal whose evidence, and how the program in it ended, are in the log."""
+
+    def seal(job: EngineJob) -> SealedResult:
+        ended = run(job)
+        evidence = json.dumps(ended.evidence, sort_keys=True).encode()
+        data: dict[str, Any] = {
+            "rung": str(ended.evidence["rung"]),
+            "profile": "engine",
+            "evidence": log.put_object(evidence),
+        }
+        log.append(Event("enclave.seal", data=data))
+        end = {"status": ended.status, "signal": ended.signal}
+        known = {name: value for name, value in end.items() if value is not None}
+        log.append(Event("enclave.exit", data={**data, **known}))
+        return ended
+
+    return seal
 
 
 def require(root: Path, wanted: Wanted, trust: RootDocument) -> Engines:

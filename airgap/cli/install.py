@@ -113,6 +113,7 @@ def take_in(
                 partial(sealed, log),
                 state=folder / "enclave",
                 min_rung=lab.site.enclave.min_rung,
+                providers=("cpu", "cuda") if lab.site.inference.provider == "cuda" else ("cpu",),
             ),
             progress=progress,
             update=update,
@@ -142,6 +143,11 @@ def take_in(
             *(("answers", each.text) for each in done.proofs),
             ("on record", f"audit log, record {done.receipt.seq}"),
             ("folder", str(done.bundle.folder)),
+            *(
+                [("engines", "build those of this GPU before use: airgap engine build --key KEY")]
+                if lab.site.inference.provider == "tensorrt"
+                else []
+            ),
         ]
     )
     show(document, text, json=json)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import inference_models as models
@@ -12,11 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import airgap
+from airgap.cli import engine as engine_cli
+from airgap.cli.app import dispatch
 from airgap.config import InferenceSettings
+from airgap.enclave import inventory
 from airgap.enclave.channel import ProgramError
 from airgap.enclave.convert import run_sealed
 from airgap.enclave.inventory import Host
-from airgap.engine_store import FILES, RECORD, Wanted, build, require, require_lab
+from airgap.engine_store import FILES, RECORD, Wanted, build, on_record, require, require_lab
 from airgap.inference import engine_build
 from airgap.inference.graphs import Graph, parse_graphs
 from airgap.inference.model import load_model
@@ -38,6 +44,7 @@ HOST = Host(
     versions={"onnxruntime-gpu": "1.28.0", "tensorrt-cu13": "10.16.1.11"},
     libraries=frozenset(),
 )
+DEMO_SITE = Path(airgap.__file__).with_name("demo_site.toml")
 SETTINGS = InferenceSettings(engine_rows=4, engine_positions=64, engine_piece=16, threads=1)
 
 
@@ -314,3 +321,47 @@ def test_the_profiles_of_any_manifest_name_every_input_once_and_bound_it(
 
 def tiny_facts():
     return parse_graphs((models.model_folder() / "graphs.json").read_bytes())
+
+
+def test_the_seal_of_a_build_and_its_end_are_in_the_log(bundle, keys, tmp_path):
+    objects, events = [], []
+
+    def put_object(content):
+        objects.append(json.loads(content))
+        return Digest.of(content)
+
+    log = SimpleNamespace(put_object=put_object, append=events.append)
+
+    def run(job):
+        ended = seal_with(stand_in)(job)
+        return SimpleNamespace(**vars(ended), signal=None, evidence={"rung": "A"})
+
+    build(tmp_path, wanted_of(bundle), seal=on_record(log, run), signer=keys["ann"], now=NOW)
+    assert [event.kind for event in events] == ["enclave.seal", "enclave.exit"]
+    assert objects == [{"rung": "A"}]
+    assert events[1].data["profile"] == "engine"
+    assert events[1].data["status"] == 0
+
+
+@pytest.mark.parametrize("words", [["build", "--key", "nobody"], ["verify"]], ids=lambda w: w[0])
+def test_the_commands_refuse_an_environment_without_the_libraries(words, tmp_path, capsys):
+    if {"onnxruntime-gpu"} & set(inventory.installed()):
+        pytest.skip("this environment has onnxruntime-gpu")
+    shutil.copy(DEMO_SITE, tmp_path / "site.toml")
+    assert dispatch(["engine", *words, "--root", str(tmp_path), "--json"]) == 1
+    said = json.loads("".join(capsys.readouterr()))
+    assert said["code"] == "model.provider"
+    assert "TensorRT" in said["error"]
+
+
+def test_what_is_shown_fits_a_terminal(bundle, keys, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    wanted = wanted_of(bundle)
+    made = built(tmp_path, wanted, keys)
+    bench = engine_cli.Bench(tmp_path, None, None, wanted)
+    engine_cli._show(bench, made, "built and signed", json=False)
+    out = capsys.readouterr().out
+    assert "NVIDIA H100, compute 9.0, driver 590.44.01" in out
+    assert all(len(line) <= 80 or line.startswith("folder") for line in out.splitlines())
+    engine_cli._show(bench, made, "built and signed", json=True)
+    assert json.loads(capsys.readouterr().out)["record"]["place"]["tensorrt"] == "10.16.1.11"
