@@ -17,7 +17,7 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,6 +54,7 @@ _LOG_LEFT_OUT: Final = (".lock", "reserve")
 
 Mode = Annotated[int, Field(ge=0, le=0o777)]
 OpenLog = Callable[[Path], AuditLog]
+_Stamp = tuple[int, ...]
 
 
 class Item(Document):
@@ -175,7 +176,7 @@ def back_up(
         raise RefusedError(
             "backup.tree", f"{out} lies in the tree itself", hint="write it to a medium: -o FILE"
         )
-    inventory = _take_inventory(root, now, releases=releases, progress=progress)
+    inventory, stamps = _take_inventory(root, now, releases=releases, progress=progress)
     digest, request = Digest.of(inventory.to_bytes()), new_ulid()
 
     def record(log: AuditLog, **data: str) -> Receipt:
@@ -190,7 +191,7 @@ def back_up(
         with _frozen(root / "audit") as files:
             head = _head_of(root, inventory, files)
             note = LogLayout(root / "audit").checkpoint.read_text("utf-8")
-            source = TreeSource(root, head, inventory)
+            source = TreeSource(root, head, inventory, stamps)
             digested = sum(item.size for item in inventory.files)
 
             def second(done: int, _: int) -> None:
@@ -210,18 +211,20 @@ def back_up(
 class TreeSource:
     """The backup as one file that lies nowhere; a `bundle.source.Source`."""
 
-    def __init__(self, root: Path, head: Head, inventory: Inventory) -> None:
+    def __init__(
+        self, root: Path, head: Head, inventory: Inventory, stamps: Mapping[str, _Stamp]
+    ) -> None:
         self.path = root
         self._layout = head.layout()
         self.size = self._layout.size
         self._small = (head.to_bytes(), inventory.to_bytes())
         self._places = [
-            *(root / item.path for item in head.files),
-            *(root / "audit" / item.path for item in head.log),
+            *((root / item.path, stamps[item.path]) for item in head.files),
+            *((root / "audit" / item.path, None) for item in head.log),
         ]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer`: FaultError `host.io` when a file is not as long as it was."""
+        """Fill `buffer`: FaultError `host.io` when a file is not the one that was digested."""
         low, high = offset, offset + len(buffer)
         for at, gap, _ in self._layout.gaps(low, high):
             start, end = max(at, low), min(at + len(gap), high)
@@ -231,7 +234,8 @@ class TreeSource:
             if number < len(self._small):
                 part[:] = self._small[number][within : within + len(part)]
             else:
-                _read_at(self._places[number - len(self._small)], within, part)
+                path, stamp = self._places[number - len(self._small)]
+                _read_at(path, within, part, stamp)
 
     def map(self) -> memoryview | None:
         """Return nothing: it lies nowhere."""
@@ -243,23 +247,34 @@ class TreeSource:
 
 def _take_inventory(
     root: Path, now: datetime, *, releases: bool, progress: Progress | None
-) -> Inventory:
+) -> tuple[Inventory, dict[str, _Stamp]]:
     places, links = [], dict[str, str]()
     for path in _walk(root, releases=releases):
         if path.is_symlink():
             links[path.relative_to(root).as_posix()] = os.fspath(path.readlink())
         else:
             places.append(path)
+    try:  # a name that no restore takes back is better told now
+        _require_listed([path.relative_to(root).as_posix() for path in places], links)
+    except RefusedError as error:
+        raise RefusedError(
+            "backup.tree",
+            f"the tree: {error.message}",
+            hint="rename it, or move it out of the tree",
+        ) from error
     total = sum(path.stat().st_size for path in places)
-    done, items = 0, []
+    done, items, stamps = 0, [], dict[str, _Stamp]()
     for path in places:
         hasher, size = hashlib.sha256(), 0
+        stamp = stamps[path.relative_to(root).as_posix()] = _stamp(path.lstat())
         for part in _parts(path):
             hasher.update(part)
             size += len(part)
             done += len(part)
             if progress is not None:
                 progress(done, 2 * total)
+        if _stamp(path.lstat()) != stamp:
+            raise _changed(path)
         items.append(
             Item(
                 path=path.relative_to(root).as_posix(),
@@ -269,7 +284,8 @@ def _take_inventory(
             )
         )
     created = now.replace(microsecond=0)
-    return Inventory(created=created, releases=releases, files=tuple(items), links=links)
+    inventory = Inventory(created=created, releases=releases, files=tuple(items), links=links)
+    return inventory, stamps
 
 
 def _walk(root: Path, *, releases: bool) -> Iterator[Path]:
@@ -297,8 +313,8 @@ def _walk(root: Path, *, releases: bool) -> Iterator[Path]:
 
 
 def _stays(target: str) -> bool:
-    """Tell whether a link leads to something beside or below it."""
-    return not target.startswith("/") and ".." not in target.split("/")
+    """Tell whether a link leads to something beside or below it, by a name that can be written."""
+    return bool(target) and not target.startswith("/") and ".." not in target.split("/")
 
 
 @contextmanager
@@ -434,6 +450,8 @@ def _read_heads(source: Source) -> tuple[Head, Inventory]:
     layout = head.layout()
     if source.size != layout.size:
         raise RefusedError(CODE, f"the backup has {source.size:,} bytes, not {layout.size:,}")
+    if head.inventory_size > HEAD_LIMIT:
+        raise RefusedError(CODE, f"an inventory of {head.inventory_size:,} bytes")
     buffer = bytearray(head.inventory_size)
     source.read_into(layout.offsets[1], memoryview(buffer))
     if str(Digest.of(bytes(buffer))) != head.inventory:
@@ -461,7 +479,7 @@ def _require_names(head: Head, inventory: Inventory) -> None:
     """Let no name of the backup leave the tree, or pass for the log."""
     names = [*(item.path for item in head.files), *inventory.links]
     try:
-        require_paths(names)
+        _require_listed([item.path for item in head.files], inventory.links)
         require_paths([f"audit/{item.path}" for item in head.log])
     except RefusedError as error:
         raise RefusedError(CODE, f"the backup: {error.message}") from error
@@ -473,13 +491,22 @@ def _require_names(head: Head, inventory: Inventory) -> None:
             raise RefusedError(CODE, f"the backup: the link {name!r:.100} leads away")
 
 
+def _require_listed(names: Sequence[str], links: Mapping[str, str]) -> None:
+    """Refuse names and targets of links that cannot be written again as they are."""
+    require_paths([*names, *links])
+    for text in [*names, *links, *links.values()]:
+        if not text.isprintable():  # a byte that is no UTF-8 is not, either
+            raise RefusedError("manifest.paths", f"{text!r:.80} holds odd characters")
+
+
 def _write_files(
     source: Source, head: Head, inventory: Inventory, partial: Path, progress: Progress | None
 ) -> None:
     layout = head.layout()
     digests = {f"files/{item.path}": item.sha256 for item in inventory.files}
     modes = {f"files/{item.path}": item.mode for item in head.files}
-    modes |= {f"audit/{item.path}": item.mode for item in head.log}
+    # Nothing vouches for the modes of the log's files: whoever made them, others write none.
+    modes |= {f"audit/{item.path}": item.mode & ~0o022 for item in head.log}
     for index, (name, size) in enumerate(layout.files):
         if name not in modes:
             continue
@@ -573,18 +600,28 @@ def _parts(path: Path) -> Iterator[bytes]:
         raise FaultError("host.io", f"{path} cannot be read: {error.strerror}") from error
 
 
-def _read_at(path: Path, offset: int, buffer: memoryview) -> None:
+def _stamp(found: os.stat_result) -> _Stamp:
+    """Return what changes whenever the content of a file may have."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_at(path: Path, offset: int, buffer: memoryview, stamp: _Stamp | None) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             count = os.preadv(descriptor, [buffer], offset)
+            found = _stamp(os.fstat(descriptor))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise FaultError("host.io", f"{path} cannot be read: {error.strerror}") from error
-    if count != len(buffer):
-        raise FaultError(
-            "host.io",
-            f"{path} changed while it was backed up",
-            hint="stop what writes to the tree, then back up again",
-        )
+    if count != len(buffer) or (stamp is not None and found != stamp):
+        raise _changed(path)
+
+
+def _changed(path: Path) -> FaultError:
+    return FaultError(
+        "host.io",
+        f"{path} changed while it was backed up",
+        hint="stop what writes to the tree, then back up again",
+    )

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import socket
+from datetime import UTC, datetime
 
 import kills
 import lab_trees
@@ -14,6 +15,8 @@ from lab_trees import run
 
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import Layout, read_lines
+from airgap.audit.site import open_own_log
+from airgap.config import load_site
 from airgap.install import Store, backup, verify_installed
 from bundle.canonical import canonical_json
 from bundle.source import PlainFile
@@ -25,7 +28,7 @@ from bundle.transit import (
     new_transit_key,
     parse_transit_key,
 )
-from policy.errors import CODES
+from policy.errors import CODES, FaultError
 from policy.terms import Digest
 
 
@@ -158,6 +161,43 @@ def test_a_link_or_a_pipe_in_the_tree_is_named(kind, place, tmp_path, call):
     assert "policy/odd" in refused["error"]
 
 
+@pytest.mark.parametrize(
+    "name", [b"a:b", b"con", b"dot.", b"a\nb", b"\xff", b"n" * 129, b"SITE.toml", b"link"]
+)
+def test_a_name_that_no_restore_takes_is_told_by_the_backup(name, place, tmp_path, call):
+    root = tmp_path / "tree"
+    shutil.copytree(place / "lab", root, symlinks=True)
+    path = os.path.join(os.fsencode(root), name)  # noqa: PTH118 - bytes
+    if name == b"link":
+        os.symlink(b"\xff", path)  # noqa: PTH211 - bytes
+    else:
+        with open(path, "wb"):  # noqa: PTH123 - bytes
+            pass
+    status, refused = call("backup", "-o", tmp_path / "x", *to(place), "--root", root)
+    assert (status, refused["code"]) == (1, "backup.tree")
+
+
+def test_a_file_that_changes_between_its_digest_and_its_copy_is_told(place, tmp_path):
+    """As long as before, but another one: the backup would be refused when it is needed."""
+    root = tmp_path / "tree"
+    shutil.copytree(place / "lab", root, symlinks=True)
+    site = root / "site.toml"
+    content = site.read_bytes()
+    key = parse_transit_key((place / "holder.transit.pub.json").read_bytes())
+
+    def open_log(folder):
+        site.write_bytes(content.replace(b"a", b"b", 1))
+        return open_own_log(folder, load_site(folder))
+
+    with pytest.raises(FaultError) as caught:
+        backup.back_up(
+            root, tmp_path / "x", [key], open_log=open_log, actor=None, now=datetime.now(UTC)
+        )
+    assert caught.value.code == "host.io"
+    assert "changed while it was backed up" in caught.value.message
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_socket_is_left_out(place, tmp_path, call):
     root = tmp_path / "t"
     shutil.copytree(place / "lab", root, symlinks=True)
@@ -282,6 +322,16 @@ def a_link_out(document, listed, files):
     listed["links"] = {"store/current": "../../../etc"}
 
 
+def a_link_with_a_null(document, listed, files):
+    del document, files
+    listed["links"] = {"store/current": "installed/\0"}
+
+
+def a_link_to_nothing(document, listed, files):
+    del document, files
+    listed["links"] = {"store/current": ""}
+
+
 def a_link_for_the_log(document, listed, files):
     del document, files
     listed["links"] = {"audit/log": "installed"}
@@ -301,6 +351,8 @@ ATTACKS = {
     out_of_the_tree: "backup.format",
     into_the_log: "backup.format",
     a_link_out: "backup.format",
+    a_link_with_a_null: "backup.format",
+    a_link_to_nothing: "backup.format",
     a_link_for_the_log: "backup.format",
     one_more_file: "backup.format",
 }
@@ -316,6 +368,19 @@ def test_a_backup_that_was_put_together_by_somebody_else(change, place, tmp_path
     assert status == (1 if ATTACKS[change] else 0)
     assert root.exists() == (not ATTACKS[change])
     assert not (tmp_path / ".tree.restoring").exists()
+
+
+def open_to_all(document, listed, files):
+    del listed, files
+    for entry in document["log"]:
+        entry["mode"] = 0o777
+
+
+def test_files_of_the_log_are_written_by_their_owner_alone(place, tmp_path, call):
+    out = forged(place, tmp_path / "forged", open_to_all)
+    assert call(*words_of(place, out), "--root", tmp_path / "tree")[0] == 0
+    modes = {p.stat().st_mode & 0o022 for p in (tmp_path / "tree/audit").rglob("*") if p.is_file()}
+    assert modes == {0}
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 10_000, b"\0" * 65_536])
