@@ -32,11 +32,11 @@ from bundle.staging.bootstrap_seal import (
     Judge,
     Medium,
     Stop,
-    decode,
     fault,
     follow_roots,
     open_medium,
     parse,
+    read_held,
     refuse,
     require_time,
     verify_seal,
@@ -305,10 +305,11 @@ def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
     with tempfile.TemporaryDirectory(prefix="airgap-") as name:
         judge = Judge(options.openssl, Path(name))
         chain = parse(medium.head[HEAD[1]], HEAD[1])
-        anchor = options.fingerprint or held_fingerprint(options.root) or ask_fingerprint()
-        root = follow_roots(chain, anchor, judge)
+        host = read_held(options.root)
+        anchor = options.fingerprint or host.fingerprint or ask_fingerprint()
+        root = follow_roots(chain, anchor, judge, host)
         out.say(f"trust root: version {root['version']}, from the fingerprint sha256:{anchor}")
-        manifest, approvers = verify_seal(medium.head, root, judge)
+        manifest, approvers = verify_seal(medium.head, root, judge, host)
         if root["profile"] == "cnsa2" and not judge.knows_mldsa:
             out.say("note: this openssl knows no ML-DSA; P-384 was checked, the rest comes after")
     digest = hashlib.sha256(medium.head[HEAD[2]]).hexdigest()
@@ -396,14 +397,6 @@ def hand_over(
         if not told.is_file():
             raise Stop(status or 3, "", "")
         return status, bool(json.loads(told.read_bytes())["changed"])
-
-
-def held_fingerprint(root: Path) -> str | None:
-    """Return the fingerprint of the oldest trust root that this host holds already."""
-    for path in sorted((root / "trust").glob("[1-9]*.root.json"), key=lambda p: int(p.name[:-10])):
-        payload = decode(parse(path.read_bytes().strip(), str(path))["payload"])
-        return hashlib.sha256(payload).hexdigest()
-    return None
 
 
 def ask_fingerprint() -> str:

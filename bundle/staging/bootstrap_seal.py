@@ -15,7 +15,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ BLOCK, ALIGN, CHUNK = 512, 4096, 4 << 20
 ROOT_TYPE = "application/vnd.airgap.root+json"
 SEAL_TYPE = "application/vnd.in-toto+json"
 SEAL_PREDICATE = "https://airgap.invalid/seal/v1"
+APPROVAL_PREDICATE = "https://airgap.invalid/approval/v1"
 OFFICES = {"root", "builder", "policy", "revocation"}
 # What stands before the raw key in a SubjectPublicKeyInfo.
 PREFIX = {
@@ -279,14 +280,52 @@ def people_of(root: Mapping[str, Any], keyids: set[str], at: str, *, mldsa: bool
     return found
 
 
-def follow_roots(chain: Mapping[str, Any], anchor: str, judge: Judge) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Held:
+    """What a host that was set up before holds: roots, oldest first, and whom it revokes."""
+
+    roots: list[dict[str, Any]] = field(default_factory=list)  # envelopes
+    revocations: dict[str, Any] | None = None  # an envelope
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the oldest root."""
+        return hashlib.sha256(decode(self.roots[0]["payload"])).hexdigest() if self.roots else None
+
+
+def read_held(root: Path) -> Held:
+    """Read the trust that a tree holds; nothing of it is believed to be on any medium."""
+
+    def numbered(kind: str) -> list[dict[str, Any]]:
+        found = [p for p in (root / "trust").glob(f"*.{kind}.json") if p.name[0] in "123456789"]
+        found.sort(key=lambda path: int(path.name.partition(".")[0]))
+        return [parse(path.read_bytes().strip(), str(path)) for path in found]
+
+    lists = numbered("revocations")
+    return Held(numbered("root"), lists[-1] if lists else None)
+
+
+def follow_roots(
+    chain: Mapping[str, Any], anchor: str, judge: Judge, host: Held = Held()
+) -> dict[str, Any]:
     """Return the newest root, which the one with the fingerprint `anchor` leads to.
+
+    A host that holds roots goes on from them: a medium that was made before somebody was retired
+    cannot bring her back.
 
     Raises:
         Stop: `trust.fingerprint`, `trust.chain`.
 
     """
-    roots = chain["roots"]
+    known = {parse(decode(e["payload"]), "a root")["version"]: e["payload"] for e in host.roots}
+    newer = []
+    for each in chain["roots"]:
+        version = parse(decode(each["payload"]), "the trust root")["version"]
+        if known.get(version, each["payload"]) != each["payload"]:
+            raise refuse("trust.chain", f"this host holds another root of version {version}")
+        if version > max(known, default=0):
+            newer.append(each)
+    roots = [*host.roots, *newer]
     payloads = [decode(each["payload"]) for each in roots]
     prints = [hashlib.sha256(payload).hexdigest() for payload in payloads]
     if anchor not in prints:
@@ -297,11 +336,14 @@ def follow_roots(chain: Mapping[str, Any], anchor: str, judge: Judge) -> dict[st
         )
     mldsa = judge.knows_mldsa
     held: dict[str, Any] | None = None
-    for envelope, payload in list(zip(roots, payloads, strict=True))[prints.index(anchor) :]:
-        new = parse(payload, "the trust root")
+    first = 0 if host.roots else prints.index(anchor)
+    for number in range(first, len(roots)):
+        new = parse(payloads[number], "the trust root")
+        # Whom this host revokes makes no further root; those that it holds already stay.
+        gone = listed_as_revoked(host.revocations) if number >= len(host.roots) else set()
         for judging in ([] if held is None else [held]) + [new]:
-            keyids = judge.signers(envelope, judging, ROOT_TYPE)
-            signed = people_of(judging, keyids, new["issued"], mldsa=mldsa)
+            keyids = judge.signers(roots[number], judging, ROOT_TYPE) - gone
+            signed = people_of(judging, keyids, new["issued"], mldsa=mldsa) - gone
             people = {who for who in signed if "root" in judging["people"][who]["roles"]}
             if len(people) < judging["thresholds"]["root"]["people"]:
                 raise refuse("trust.chain", f"root {new['version']} lacks signatures")
@@ -318,7 +360,7 @@ def follow_roots(chain: Mapping[str, Any], anchor: str, judge: Judge) -> dict[st
 
 
 def verify_seal(
-    head: Mapping[str, bytes], root: Mapping[str, Any], judge: Judge
+    head: Mapping[str, bytes], root: Mapping[str, Any], judge: Judge, host: Held = Held()
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the manifest that enough people approved, and who they are.
 
@@ -337,12 +379,19 @@ def verify_seal(
     if hashlib.sha256(head[HEAD[2]]).hexdigest() != subject:
         raise refuse("seal.subject", "the manifest is not the one that was signed")
     manifest = parse(head[HEAD[2]], HEAD[2])
-    revoked = listed_as_revoked(head)
+    lists = [parse(head[HEAD[1]], HEAD[1]).get("revocations"), host.revocations]
+    revoked = set().union(*(listed_as_revoked(each) for each in lists))
     keyids -= revoked
-    signed = people_of(root, keyids, seal["created"], mldsa=judge.knows_mldsa) - revoked
-    roles = {who: set(root["people"][who]["roles"]) for who in signed}
+    mldsa = judge.knows_mldsa
+    signed = people_of(root, keyids, seal["created"], mldsa=mldsa) - revoked
+    roles = {who: set(root["people"][who]["roles"]) - OFFICES for who in signed}
+    if "approvals" in seal:  # then a person approves in her own words only
+        if seal["approvals"] != "attested":
+            raise refuse("seal.malformed", f"approvals of the kind {seal['approvals']!r:.80}")
+        said = approvals_of(envelope, statement, root, judge, revoked)
+        roles = {who: said.get(who, set()) for who in signed}
     builder = seal["builder"]
-    approvers = sorted(who for who in signed - {builder} if roles[who] - OFFICES)
+    approvers = sorted(who for who in signed - {builder} if roles[who])
     rule = root["thresholds"]["seal"]
     if len(approvers) < rule["people"]:
         raise refuse(
@@ -351,25 +400,71 @@ def verify_seal(
             "have the release signed on the staging host",
         )
     lacking = set(rule["required_roles"]) - set().union(*(roles[who] for who in approvers))
-    if lacking or "builder" not in roles.get(builder, set()):
+    if lacking or builder not in signed or "builder" not in root["people"][builder]["roles"]:
         raise refuse("seal.role", f"{', '.join(sorted(lacking)) or 'the builder'} did not sign")
     files = {entry["sha256"] for entry in manifest["files"]}
     if revoked & (files | {f"sha256:{subject}"}):
-        raise refuse("trust.revoked", "the bundle, or a file in it, is on its own revocation list")
+        raise refuse("trust.revoked", "the bundle, or a file in it, is on a revocation list")
+    line, epoch = manifest["bundle_id"], manifest["epoch"]
+    if any(epoch < lowest_epoch(each, line) for each in lists):
+        raise refuse("trust.revoked", f"a revocation list names epoch {epoch} of {line}")
     return manifest, approvers
 
 
-def listed_as_revoked(head: Mapping[str, bytes]) -> set[str]:
-    """Return all identifiers of the revocation list that the bundle carries.
+def approvals_of(
+    envelope: Mapping[str, Any],
+    statement: Mapping[str, Any],
+    root: Mapping[str, Any],
+    judge: Judge,
+    revoked: set[str],
+) -> dict[str, set[str]]:
+    """Return the roles in which people say that they approve this seal; what does not hold is none.
+
+    FORMAT.md 22.3: who is named has signed, with roles of hers, and means this seal.
+    """
+    seal, found = statement["predicate"], dict[str, set[str]]()
+    wanted = {
+        "seal": f"sha256:{hashlib.sha256(decode(envelope['payload'])).hexdigest()}",
+        "report_digest": seal["report_digest"],
+        "expires": seal["expires"],
+    }
+    subject = statement["subject"][0]["digest"]["sha256"]
+    mldsa = judge.knows_mldsa
+    for text in envelope.get("statements", [])[:16]:
+        with contextlib.suppress(Stop, KeyError, TypeError, ValueError, IndexError, AttributeError):
+            inner = parse(decode(text), "an approval")
+            keyids = judge.signers(inner, root, SEAL_TYPE) - revoked
+            said = parse(decode(inner["payload"]), "an approval")
+            who, roles = said["predicate"]["person"], set(said["predicate"]["roles"])
+            if (
+                said["predicateType"] == APPROVAL_PREDICATE
+                and who in people_of(root, keyids, seal["created"], mldsa=mldsa)
+                and roles <= set(root["people"][who]["roles"]) - OFFICES
+                and [each["digest"]["sha256"] for each in said["subject"]] == [subject]
+                and all(said["predicate"][name] == value for name, value in wanted.items())
+            ):
+                found.setdefault(who, roles)
+    return found
+
+
+def listed_as_revoked(entry: Mapping[str, Any] | None) -> set[str]:
+    """Return all identifiers of a revocation list, in its envelope, that a bundle or host carries.
 
     Nobody has verified it here, and it needs no belief: it can only make this part refuse more.
     """
-    entry = parse(head[HEAD[1]], HEAD[1]).get("revocations")
     if entry is None:
         return set()
     document = parse(decode(entry["payload"]), "the revocation list")
-    kinds = ("keys", "people", "bundles", "files", "wheels")
+    kinds = ("keys", "people", "bundles", "models", "files", "wheels")
     return {name for kind in kinds for name in document.get(kind, {})}
+
+
+def lowest_epoch(entry: Mapping[str, Any] | None, line: str) -> int:
+    """Return the lowest epoch of a line that a revocation list leaves."""
+    if entry is None:
+        return 0
+    floors = parse(decode(entry["payload"]), "the revocation list").get("epochs", {})
+    return int(floors[line]["below"]) if line in floors else 0
 
 
 def require_time(now: str, root: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
