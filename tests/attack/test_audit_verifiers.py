@@ -59,7 +59,10 @@ def sign_again(case):
 
 
 def sign_manifest(case, manifest):
-    content = json.dumps(manifest).encode()
+    sign_text(case, json.dumps(manifest).encode())
+
+
+def sign_text(case, content):
     (case.out / "manifest.json").write_bytes(content)
     (case.out / "manifest.sig").write_bytes(case.key.sign(content))
 
@@ -165,6 +168,26 @@ def listed(path):
 def manifest(**fields):
     def act(case):
         sign_manifest(case, json.loads((case.out / "manifest.json").read_text()) | fields)
+
+    return act
+
+
+def manifest_without(name):
+    def act(case):
+        document = json.loads((case.out / "manifest.json").read_text())
+        del document[name]
+        sign_manifest(case, document)
+
+    return act
+
+
+def manifest_text(old, new):
+    """Write the manifest in another form, and sign that."""
+
+    def act(case):
+        content = (case.out / "manifest.json").read_bytes()
+        assert old in content
+        sign_text(case, content.replace(old, new, 1))
 
     return act
 
@@ -282,6 +305,20 @@ ATTACKS = {
     "T48 manifest of more records than there can be": manifest(size=1 << 64),
     "T48 manifest of another log": manifest(origin="lab.example/audit/ffff"),
     "T48 manifest that begins later": manifest(first=65_536),
+    "T48 manifest with more after it": lambda case: sign_text(
+        case, (case.out / "manifest.json").read_bytes() + b"01"
+    ),
+    "T48 manifest in UTF-16": lambda case: sign_text(
+        case, (case.out / "manifest.json").read_bytes().decode().encode("utf-16")
+    ),
+    "T48 manifest with a key twice": manifest_text(b"{", b'{"size": 5,'),
+    "T48 manifest with a key in capitals": manifest_text(b'"number"', b'"NUMBER"'),
+    "T48 manifest with a field less": manifest_without("since"),
+    "T48 manifest with a null": manifest(payloads=None),
+    "T48 manifest of rows of no form": manifest(rows="none", rows_file="records.none"),
+    "T44 signatures in another base64": signatures(
+        lambda found: found.__setitem__("ed25519", found["ed25519"] + "\n")
+    ),
     "T49 .. in a path": listed("log/../../x"),
     "T49 absolute path": listed("/etc/passwd"),
     "journal without its last head": lines(lambda found: found.pop(), JOURNAL),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal
@@ -18,7 +19,7 @@ from airgap.audit.checkpoint import MAX_NOTE, parse_checkpoint, strict_hash
 from airgap.audit.disk import open_plain
 from airgap.audit.export.rows import find_format
 from airgap.audit.export.sign import FILE as SIGNATURES
-from airgap.audit.export.sign import MAX_FILE, SCHEMES, ExportPublic
+from airgap.audit.export.sign import MAX_FILE, SCHEMES, ExportPublic, once
 from airgap.audit.findings import NOTE, TAMPERED, Finding
 from airgap.audit.layout import Layout, read_lines, segment_range
 from airgap.audit.record import parse_line
@@ -86,9 +87,12 @@ def parse_manifest(content: bytes) -> Manifest:
     if len(content) > MAX_MANIFEST:
         raise RefusedError("audit.record", f"a manifest of {len(content)} bytes")
     try:
+        json.loads(content.decode(), object_pairs_hook=once)  # which of two is read differs
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         raise RefusedError("audit.record", f"manifest: {error.errors()[0]['msg']:.120}") from None
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("audit.record", f"manifest: {error!s:.120}") from None
     paths = [entry.path for entry in manifest.files]
     if len(set(paths)) != len(paths) or any(not _inside(path) for path in paths):
         raise RefusedError("audit.record", "manifest: a path twice, absolute or with `..`")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -128,18 +128,26 @@ def load_export_public(path: Path) -> ExportPublic:
     raise RefusedError("audit.key", f"{path} does not hold the two public export keys")
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Take the members of a JSON object; ValueError when a key comes twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
 def _parse(content: bytes, key_id: str) -> dict[str, bytes]:
     """Return the signatures by scheme; none is verified yet."""
     if len(content) > MAX_FILE:
         raise _refused(f"{FILE} has {len(content)} bytes")
     try:
-        document = json.loads(content)
+        document = json.loads(content.decode(), object_pairs_hook=once)
         if document["format"] != FORMAT or set(document) != {"format", "key", "signatures"}:
             raise _refused(f"{FILE}: expected the format {FORMAT}")
-        signatures = {
-            str(scheme): base64.b64decode(text, validate=True)
-            for scheme, text in document["signatures"].items()
-        }
+        texts = document["signatures"]
+        signatures = {name: base64.b64decode(text, validate=True) for name, text in texts.items()}
+        if {name: base64.b64encode(raw).decode() for name, raw in signatures.items()} != texts:
+            raise _refused(f"{FILE}: base64 in another form")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _refused(f"{FILE} is malformed") from None
     if document["key"] != key_id:

@@ -22,6 +22,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -37,6 +38,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -120,25 +122,27 @@ func checkSignatures(folder string, content, key []byte, r *result) {
 	}
 	var document struct {
 		Format, Key string
-		Signatures  map[string][]byte
+		Signatures  map[string]string
 	}
-	decoder := json.NewDecoder(bytes.NewReader(raw))
-	decoder.DisallowUnknownFields()
 	id := sha256.Sum256(key)
-	if decoder.Decode(&document) != nil || document.Format != "airgap-audit-signatures/1" || document.Key != hex.EncodeToString(id[:]) {
+	if decode(raw, &document, "format key signatures") != nil || document.Format != "airgap-audit-signatures/1" || document.Key != hex.EncodeToString(id[:]) {
 		bad("manifest signature", place, "malformed, or of another key")
 	}
 	signed := append([]byte("airgap-audit-export/1\n"), content...)
+	found := map[string][]byte{}
 	for scheme, length := range map[string]int{"ed25519": 64, "ml-dsa-87": dsaSig} {
-		if len(document.Signatures[scheme]) != length || len(document.Signatures) != 2 {
+		said := document.Signatures[scheme]
+		signature, err := base64.StdEncoding.DecodeString(said)
+		if err != nil || base64.StdEncoding.EncodeToString(signature) != said || len(signature) != length || len(document.Signatures) != 2 {
 			bad("manifest signature", place, "both signatures are required")
 		}
+		found[scheme] = signature
 	}
 	classic, lattice := exportKeys(key)
-	if !ed25519.Verify(classic, signed, document.Signatures["ed25519"]) {
+	if !ed25519.Verify(classic, signed, found["ed25519"]) {
 		bad("manifest signature", place, "the ed25519 signature does not hold")
 	}
-	if !verifyMLDSA87(lattice, signed, nil, document.Signatures["ml-dsa-87"]) {
+	if !verifyMLDSA87(lattice, signed, nil, found["ml-dsa-87"]) {
 		bad("manifest signature", place, "the ml-dsa-87 signature does not hold")
 	}
 }
@@ -172,13 +176,61 @@ func exportKeys(content []byte) (classic ed25519.PublicKey, lattice []byte) {
 }
 
 var pathForm = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,200}$`)
-var rowsForm = regexp.MustCompile(`^records\.[a-z0-9-]{1,16}$`)
+var keyForm = regexp.MustCompile(`^[a-z0-9_-]+$`)
+
+// decode takes one JSON object and nothing after it. The decoder of Go would read keys in any case,
+// keys twice, and null for anything: so the named fields must be there, each once, as it is spelled.
+func decode(content []byte, into interface{}, fields string) error {
+	tokens := json.NewDecoder(bytes.NewReader(content))
+	names, err := members(tokens, false)
+	if err != nil {
+		return err
+	}
+	if _, end := tokens.Token(); end != io.EOF {
+		return errors.New("something follows the document")
+	}
+	if strings.Join(names, " ") != fields {
+		return errors.New("a field is missing, or there is another")
+	}
+	decoder := json.NewDecoder(bytes.NewReader(content))
+	decoder.DisallowUnknownFields()
+	return decoder.Decode(into)
+}
+
+// members reads one value and returns its keys in order, if it is an object.
+func members(tokens *json.Decoder, nullable bool) (names []string, err error) {
+	token, err := tokens.Token()
+	if err != nil || (token == nil && !nullable) {
+		return nil, fmt.Errorf("null, or no value (%v)", err)
+	}
+	if token != json.Delim('{') && token != json.Delim('[') {
+		return nil, nil
+	}
+	seen := map[string]bool{}
+	for tokens.More() {
+		name := ""
+		if token == json.Delim('{') {
+			key, err := tokens.Token()
+			name, _ = key.(string)
+			if err != nil || seen[name] || !keyForm.MatchString(name) {
+				return nil, fmt.Errorf("key %q comes twice, or is none", name)
+			}
+			seen[name], names = true, append(names, name)
+		}
+		if _, err := members(tokens, name == "since"); err != nil {
+			return nil, err
+		}
+	}
+	sort.Strings(names)
+	_, err = tokens.Token()
+	return names, err
+}
 
 func parseManifest(content []byte) manifest {
 	var m manifest
-	decoder := json.NewDecoder(bytes.NewReader(content))
-	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&m); err != nil || m.Format != "airgap-audit-export/1" || !rowsForm.MatchString(m.RowsFile) || m.First%segment != 0 || m.First < 0 || m.Number < 1 {
+	err := decode(content, &m, "files first format number origin payloads root rows rows_file since size")
+	if err != nil || m.Format != "airgap-audit-export/1" || m.First%segment != 0 || m.First < 0 || m.Number < 1 || m.Size < 1 ||
+		!strings.Contains(" jsonl csv ocsf rfc5424 cef hec ", " "+m.Rows+" ") || m.RowsFile != "records."+m.Rows || utf8.RuneCountInString(m.Origin) > 200 {
 		bad("manifest", "manifest.json", "malformed %v", err)
 	}
 	seen := map[string]bool{}

@@ -32,6 +32,7 @@ MANIFEST_KEYS = {
     "format", "origin", "number", "first", "size", "root", "since", "rows", "rows_file",
     "payloads", "files",
 }  # fmt: skip
+ROWS = {"jsonl", "csv", "ocsf", "rfc5424", "cef", "hec"}
 REQUIRED = {"v", "seq", "prev", "ts", "mono_ns", "boot", "host", "inst", "kind", "phase"}
 PRINTABLE = re.compile(b"[ -~]*")
 EXITS = {"good": 0, "tampered": 1, "cannot tell": 3}
@@ -220,13 +221,13 @@ def check_signatures(folder, manifest, export_key, notes):
         raise Unknown("the export key file does not hold two public keys")
     key_id = hashlib.sha256(export_key).hexdigest()
     try:
-        document = json.loads(content)
+        document = json.loads(content.decode(), object_pairs_hook=no_pair_twice)
         if set(document) != {"format", "key", "signatures"} or document["key"] != key_id:
             bad("manifest signature", "manifest.sig", "of another key, or malformed")
         if document["format"] != "airgap-audit-signatures/1":
             bad("manifest signature", "manifest.sig", "another format")
-        found = {k: base64.b64decode(v, validate=True) for k, v in document["signatures"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = {k: unbase64(v) for k, v in document["signatures"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         bad("manifest signature", "manifest.sig", "malformed or missing")
     if set(found) != {"ed25519", "ml-dsa-87"}:
         bad("manifest signature", "manifest.sig", f"signed by {sorted(found)}, both are required")
@@ -249,29 +250,36 @@ def check_signatures(folder, manifest, export_key, notes):
 
 def parse_manifest(content):
     try:
-        manifest = json.loads(content)
+        manifest = json.loads(content.decode(), object_pairs_hook=no_pair_twice)
         if set(manifest) != MANIFEST_KEYS or manifest["format"] != "airgap-audit-export/1":
             raise ValueError("another format")
-        for name in ("number", "first", "size"):
-            if type(manifest[name]) is not int or manifest[name] < 0:
+        for name, least in (("number", 1), ("first", 0), ("size", 1)):
+            if type(manifest[name]) is not int or manifest[name] < least:
+                raise ValueError(name)
+        for name, kind in (("origin", str), ("rows", str), ("payloads", bool), ("files", list)):
+            if type(manifest[name]) is not kind:
                 raise ValueError(name)
         since = manifest["since"]
         if since is not None and (set(since) != {"size", "root"} or type(since["size"]) is not int):
             raise ValueError("since")
         unbase64(manifest["root"], 32)
+        if manifest["rows"] not in ROWS or len(manifest["origin"]) > 200:
+            raise ValueError("rows of an unknown form, or an origin that is too long")
         files = {}
         for each in manifest["files"]:
             if set(each) != {"path", "bytes", "sha256", "sha384"} or each["path"] in files:
                 raise ValueError("a file twice, or malformed")
+            if type(each["bytes"]) is not int:
+                raise ValueError("bytes")
             parts = each["path"].split("/")
             if not re.fullmatch("[A-Za-z0-9_./-]{1,200}", each["path"]) or {"", ".", ".."} & set(
                 parts
             ):
                 raise ValueError(f"path {each['path']!r:.60}")
             files[each["path"]] = each
-        if not re.fullmatch(r"records\.[a-z0-9-]{1,16}", manifest["rows_file"]):
+        if manifest["rows_file"] != f"records.{manifest['rows']}":
             raise ValueError("rows_file")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         bad("manifest", "manifest.json", f"{error!s:.80}")
     return manifest, files
 
