@@ -167,12 +167,16 @@ def begin_again(
     if ours and not moving.exists():
         raise RefusedError("audit.history", "this act was carried out: the log here cites it")
     if not ours:
-        if not moving.exists():
-            _require_covered(previous, last_known(root))
         lock = Lock(Layout(root / "audit").lock, disk, clock)
         try:
-            if (root / "audit").is_dir():
-                lock.take()
+            ended = lock.take() if (root / "audit").is_dir() else ""
+            if not moving.exists():  # under the lock: nobody adds what they did not sign for
+                try:
+                    _require_covered(previous, last_known(root))
+                except RefusedError:
+                    if ended:
+                        lock.mark(ended)
+                    raise
             disk.put(moving, envelope_bytes, mode=0o400)
             _put_aside(root, aside, disk)
         finally:

@@ -179,6 +179,34 @@ def test_one_person_or_another_act_begins_nothing(tree, people, wrong):
     begin(tree, people)  # and the untouched act passes
 
 
+class Late(logs.QuickDisk):
+    """The old log gets one more record in the instant before it is locked."""
+
+    def __init__(self, tree):
+        super().__init__()
+        self._tree, self._done = tree, False
+
+    def open(self, path, flags, *more):
+        if path.name == ".lock" and not self._done:
+            self._done = True
+            with open_log(self._tree, site="lab.example") as log:
+                logs.infer(log)
+        return super().open(path, flags, *more)
+
+
+def test_a_record_that_comes_while_the_new_log_begins_is_not_left_out(tree, people):
+    known = last_known(tree)
+    with pytest.raises(RefusedError) as refused:
+        begin(tree, people, known, disk=Late(tree))
+    assert refused.value.code == "audit.history"
+    assert last_known(tree).size > known.size
+    with open_log(tree, site="lab.example"):
+        pass
+    kinds = [record["kind"] for record in read_records(tree / "audit")]
+    assert "recovery" not in kinds  # the refused act was no crash
+    begin(tree, people)
+
+
 def test_an_act_is_carried_out_once(tree, people):
     trust, signers = people
     envelope = logs.signed_act(act_for(last_known(tree)), *signers.values())
