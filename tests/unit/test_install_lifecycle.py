@@ -14,9 +14,13 @@ from lab_trees import run
 
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import read_lines
+from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
+from airgap.install.standing import require_standing
 from bundle import archive, keys, rollback
 from bundle.source import PlainFile
+from bundle.trust import load_trust
+from policy.errors import RefusedError
 from policy.terms import Digest
 
 
@@ -249,6 +253,71 @@ def test_what_is_no_approval(content, code, lab, releases, call):
     one = digest_of(releases[0])
     status, refused = call("rollback", one, "--approval", path, "--root", lab)
     assert (status, refused["code"]) == (1, code)
+
+
+# -- a whole line, below an epoch -----------------------------------------------------------------
+
+
+def test_releases_below_a_revoked_epoch_neither_return_nor_install_nor_start(
+    lab, staging, releases, tmp_path, call
+):
+    """`revoke create --below`, from the site to a host: rollback, install and start are refused."""
+    one = str(digest_of(releases[0]))
+    site, list_ = tmp_path / "site", tmp_path / "list"
+    shutil.copytree(staging, site)
+    why = ("--reason", "a hole in the first release", "--key", "reva", "--root", site)
+    for wrong in ("tiny-line", "tiny-line:", ":2", "tiny-line:two", "tiny-line:-1"):
+        status, told = call("revoke", "create", f"--below={wrong}", *why, "-o", list_)
+        assert (status, told["code"]) == (2, "usage.argument")
+    for wrong in ("tiny-line:0", "Tiny Line:2", f"tiny-line:{2**60}"):
+        status, told = call("revoke", "create", "--below", wrong, *why, "-o", list_)
+        assert (status, told["code"]) == (1, "trust.revocation"), wrong
+    assert not list_.exists()
+    # the release that answers is the one below: it does not start any more
+    old = tmp_path / "old"
+    shutil.copytree(lab, old, symlinks=True)
+    assert call("update", releases[1], "--root", lab)[0] == 0
+    signed = approve(lab, staging, one)
+    trusted = load_trust(old / "trust")
+    assert require_standing(Store(old / "store").current(), trusted, now=datetime.now(UTC)) == ()
+
+    below = ("--below", "tiny-line:2", "--below", "tiny-line:1")
+    assert call("revoke", "create", *below, *why, "-o", list_)[1]["complete"]
+    assert "tiny-line below 2  a hole" in list_text(site)
+    for root in (lab, old):
+        assert run("trust", "import-revocations", list_, "--root", root) == 0
+    status, told = call("rollback", one, "--approval", signed, "--root", lab)
+    assert (status, told["code"]) == (1, "trust.revoked")
+    status, told = call("switch", one, "--root", lab)
+    assert status == 1
+    assert Store(lab / "store").current().digest == digest_of(releases[1])
+    trusted = load_trust(lab / "trust")
+    assert require_standing(Store(lab / "store").current(), trusted, now=datetime.now(UTC)) == ()
+    with pytest.raises(RefusedError) as caught:
+        require_standing(
+            Store(old / "store").current(), load_trust(old / "trust"), now=datetime.now(UTC)
+        )
+    assert caught.value.code == "trust.revoked"
+    status, told = call("run", "retrosynthesis", "--smiles", "CCO", "--root", old)
+    assert (status, told["code"]) == (1, "trust.revoked")
+    # a host that never saw the line takes the newer one alone, and other lines as before
+    new = lab_trees.make_lab(staging, tmp_path / "new")
+    assert run("trust", "import-revocations", list_, "--root", new) == 0
+    status, told = call("install", releases[0], "--root", new)
+    assert (status, told["code"]) == (1, "trust.revoked")
+    assert Store(new / "store").list() == ()
+    assert call("install", releases[1], "--root", new)[0] == 0
+    assert call("install", releases[2], "--root", new)[0] == 0
+    # the list never lets them return
+    why = ("--reason", "x", "--key", "reva", "--root", site, "-o", tmp_path / "second")
+    assert call("revoke", "create", "--below", "tiny-line:1", *why)[1]["complete"]
+    assert "tiny-line below 2  a hole" in list_text(site)
+    assert holds(lab)
+
+
+def list_text(root):
+    listed = load_trust(root / "trust").revocations
+    return list_view(listed.document)
 
 
 # -- remove -----------------------------------------------------------------------------------
