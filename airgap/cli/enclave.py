@@ -294,6 +294,10 @@ def _doctor_gpu(*, json: bool) -> None:
         table.add_row(Text(check.name), word, Text(check.found))
         if check.fix:
             fixes.append(Text.assemble((f"{check.name}: ", "dim"), check.fix))
+        if check.command:
+            fixes.append(Text(f"  {check.command}", "bold", no_wrap=True, overflow="ignore"))
+    if any("WHEELS" in check.command for check in (*found.checks, *found.tensorrt_checks)):
+        fixes.append(Text("WHEELS is the folder of wheels from the bundle", "dim"))
     verdict = "may be demanded: cpu"
     verdict += ", cuda" * found.cuda + ", tensorrt" * found.tensorrt
     note = Text("what fits has been compared, not run: the first session is the proof", "dim")

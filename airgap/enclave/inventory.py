@@ -1,15 +1,15 @@
 """What a host has of NVIDIA: cards, driver, and the libraries of the wheels against each other.
 
-`airgap doctor --gpu` prints it. Every fact is an argument, so that a host without a GPU can be
-described in a test; `take` reads those of this host. Written from the vendors' documents and from
-the metadata of the wheels: not run on a GPU.
+`airgap doctor --gpu` prints it. `take` reads the facts below a root folder, so that a test can lay
+out any host as a tree of files; `examine` holds them against each other. Written from the vendors'
+documents and from the metadata of the wheels: not run on a GPU.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,8 @@ QUERY = (
 SMI_SECONDS = 20
 SMI_LIMIT = 1 << 20
 VERSION_FILE = Path("/proc/driver/nvidia/version")
+CARDS_FOLDER = Path("/proc/driver/nvidia/gpus")
+CARDS_LIMIT = 256
 _MODULE = re.compile(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)")
 # onnxruntime-gpu by minor version: CUDA, and the least driver of it (CUDA release notes, table 3).
 CUDA_OF: dict[tuple[int, ...], int] = {(1, 25): 12, (1, 26): 12, (1, 27): 13, (1, 28): 13}
@@ -79,16 +81,21 @@ class Host:
     nodes_missing: str  # why there are none
     versions: Mapping[str, str]  # distributions by normal name
     libraries: frozenset[str]  # names of library files that the wheels brought
+    shown: tuple[str, ...] = ()  # models of cards, as the driver's module names them
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: what was looked at, whether it fits, what was found, and what to do."""
+    """One line: what was looked at, whether it fits, what was found, and what to do.
+
+    `fix` says it in words; `command`, where there is one, is exact and needs no network.
+    """
 
     name: str
     good: bool
     found: str
     fix: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +134,9 @@ def examine(host: Host) -> Inventory:
     cuda = CUDA_OF.get(numbers(runtime)[:2], 0)
     checks = [
         *_driver(host, cards),
-        *_cards(cards, cuda),
+        *_cards(host, cards, cuda),
         _wheel(host, runtime, cuda),
-        *(_library(host, row) for row in LIBRARIES.get(cuda, ())),
+        *(_library(host, cuda, place) for place in range(len(LIBRARIES.get(cuda, ())))),
     ]
     return Inventory(cards, tuple(checks), (_tensorrt(host, cuda),))
 
@@ -160,12 +167,14 @@ def _driver(host: Host, cards: Sequence[Gpu]) -> list[Check]:
             "driver",
             bool(loaded),
             f"kernel module {loaded}" if loaded else f"no {VERSION_FILE}",
-            "" if loaded else "install the vendor's driver, then: modprobe nvidia",
+            "" if loaded else "install the vendor's driver from your own media, then load it",
+            "" if loaded else "modprobe nvidia",
         ),
         Check(
             "nodes",
             bool(host.nodes),
             f"{len(host.nodes)} device nodes" if host.nodes else host.nodes_missing,
+            "" if host.nodes else "make them before the start: the seal cannot",
             "" if host.nodes else "nvidia-modprobe -u -c 0",
         ),
     ]
@@ -181,17 +190,20 @@ def _driver(host: Host, cards: Sequence[Gpu]) -> list[Check]:
     return found
 
 
-def _cards(cards: Sequence[Gpu], cuda: int) -> list[Check]:
+def _cards(host: Host, cards: Sequence[Gpu], cuda: int) -> list[Check]:
     if not cards:
-        fix = "nvidia-smi must list a card; see the kernel's log: dmesg | grep -i nvrm"
-        return [Check("cards", good=False, found="nvidia-smi names none", fix=fix)]
+        named = "nvidia-smi names none"
+        named += f"; the driver shows {', '.join(host.shown)}" if host.shown else ""
+        fix, command = "nvidia-smi must list a card; the kernel's log says why", "dmesg | grep NVRM"
+        return [Check("cards", good=False, found=named, fix=fix, command=command)]
     found = []
     for card in cards:
         words = f"{card.name}, compute {card.compute}, {card.memory_mb} MiB, driver {card.driver}"
         fix = ""
         if cuda and numbers(card.driver) < LEAST_DRIVER[cuda]:
             least = ".".join(str(n) for n in LEAST_DRIVER[cuda])
-            fix = f"CUDA {cuda} needs driver {least} or newer; or install onnxruntime-gpu 1.26.0"
+            fix = f"CUDA {cuda} needs driver {least} or newer: bring it in on your own media; "
+            fix += "or have the bundle built with onnxruntime-gpu 1.26.0, which is for CUDA 12"
         elif cuda and numbers(card.compute) < LEAST_COMPUTE[cuda]:
             least = ".".join(str(n) for n in LEAST_COMPUTE[cuda])
             fix = f"CUDA {cuda} has no code for compute below {least}: demand `cpu`"
@@ -212,82 +224,130 @@ def _wheel(host: Host, runtime: str, cuda: int) -> Check:
         )
     if not runtime:
         found = f"onnxruntime {plain}, for the CPU" if plain else "none"
-        fix = "install the extra gpu: pip install --no-index --find-links WHEELHOUSE 'airgap[gpu]'"
-        return Check("onnxruntime", good=False, found=found, fix=fix)
+        fix = "make an environment with the extra gpu in the place of cpu"
+        command = _pip("'airgap[gpu]'")
+        return Check("onnxruntime", good=False, found=found, fix=fix, command=command)
     if not cuda:
-        fix = "this version is not known here: install the pinned one, 1.28.0"
-        return Check("onnxruntime", good=False, found=f"onnxruntime-gpu {runtime}", fix=fix)
+        fix = "this version is not known here: install the pinned one"
+        return Check(
+            "onnxruntime",
+            good=False,
+            found=f"onnxruntime-gpu {runtime}",
+            fix=fix,
+            command=_pip("onnxruntime-gpu==1.28.0"),
+        )
     return Check("onnxruntime", good=True, found=f"onnxruntime-gpu {runtime}, CUDA {cuda}")
 
 
-def _library(host: Host, row: tuple[str, str, int]) -> Check:
-    name, library, major = row
+def _pip(what: str) -> str:
+    """Return the command that installs from the wheels of the bundle and asks no network."""
+    return f"pip install --no-index -f WHEELS {what}"
+
+
+def _library(host: Host, cuda: int, place: int) -> Check:
+    name, library, major = LIBRARIES[cuda][place]
     version = host.versions.get(name, "")
-    pip = f"pip install --no-index --find-links WHEELHOUSE '{name}'"
+    found, fix, command = f"{version} without {library}", "", _pip(name)
     if not version:
-        return Check(name, good=False, found="not installed", fix=pip)
-    if name.startswith("nvidia-cudnn") and numbers(version)[:1] != (major,):
-        return Check(name, good=False, found=version, fix=f"the provider wants {major}: {pip}")
-    if library not in host.libraries:
-        fix = f"the wheel is of another CUDA or damaged: {pip} --force-reinstall"
-        return Check(name, good=False, found=f"{version} without {library}", fix=fix)
-    return Check(name, good=True, found=f"{version}, {library}")
+        found, fix = "not installed", "the provider loads it"
+        for other, rows in LIBRARIES.items():
+            if other != cuda and rows[place][0] in host.versions:
+                found = f"{rows[place][0]} is for CUDA {other}"
+                fix = f"onnxruntime-gpu here is built for CUDA {cuda}"
+    elif numbers(version)[:1] != (major,):
+        found, fix = version, f"the provider wants {major}: that one is for another CUDA"
+    elif library not in host.libraries:
+        fix, command = "the wheel is damaged", _pip(f"--force-reinstall {name}")
+    else:
+        return Check(name, good=True, found=f"{version}, {library}")
+    return Check(name, good=False, found=found, fix=fix, command=command)
 
 
 def _tensorrt(host: Host, cuda: int) -> Check:
     wanted = f"tensorrt-cu{cuda or 13}"
     others = [name for name in host.versions if name.startswith("tensorrt-cu") and name != wanted]
     version = host.versions.get(wanted, "")
-    pip = f"pip install --no-index --find-links WHEELHOUSE '{wanted}<{TENSORRT_BELOW}'"
+    found, fix = version, f"too new: the provider links version {TENSORRT_BELOW - 1}"
     if not version:
         found = f"{others[0]}, for another CUDA" if others else "not installed; `cuda` needs none"
-        return Check("TensorRT", good=False, found=found, fix=pip)
-    if numbers(version)[:1] >= (TENSORRT_BELOW,):
-        return Check("TensorRT", good=False, found=version, fix=f"too new for the provider: {pip}")
-    return Check("TensorRT", good=True, found=f"{wanted} {version}")
+        fix = f"tensorrt needs the one for CUDA {cuda or 13}"
+    elif numbers(version)[:1] < (TENSORRT_BELOW,):
+        return Check("TensorRT", good=True, found=f"{wanted} {version}")
+    command = _pip(f"'{wanted}<{TENSORRT_BELOW}'")
+    return Check("TensorRT", good=False, found=found, fix=fix, command=command)
 
 
 # -- this host ------------------------------------------------------------------------------------
 
 
 def take(
+    root: Path = Path("/"),
+    *,
     run: Callable[[Sequence[str]], str] | None = None,
-    version_file: Path = VERSION_FILE,
-    devices: str = gpu.DEVICES,
+    packages: Sequence[str] | None = None,
+    node: Callable[[str], bool] = gpu.is_node,
 ) -> Host:
-    """Read the facts of this host; what cannot be read is empty."""
+    """Read the facts of a host; what cannot be read is empty.
+
+    Args:
+        root: Where its /dev and /proc begin.
+        run: Runs a command and returns what it printed; None runs it here.
+        packages: Folders of distributions; None takes those of this interpreter.
+        node: Says whether a path is a device.
+
+    """
     asked = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        nodes, missing = tuple(gpu.find_nodes(devices)), ""
+        devices = str(root / gpu.DEVICES.lstrip("/"))
+        nodes, missing = tuple(gpu.find_nodes(devices, node)), ""
     except gpu.GpuError as error:
         nodes, missing = (), str(error)
     return Host(
         smi=(run or _answer)(asked),
-        module=_text(version_file),
+        module=_text(_below(root, VERSION_FILE)),
         nodes=nodes,
         nodes_missing=missing,
-        versions=installed(),
-        libraries=frozenset(_libraries()),
+        versions=installed(packages),
+        libraries=frozenset(_libraries(packages)),
+        shown=tuple(_shown(_below(root, CARDS_FOLDER))),
     )
 
 
-def installed() -> dict[str, str]:
-    """Return the distributions of this interpreter, by normal name."""
+def _below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+def _shown(folder: Path) -> list[str]:
+    """Return the models that the driver's module names, one for each card."""
+    texts = [_text(one / "information") for one in sorted(folder.glob("*"))[:CARDS_LIMIT]]
+    found = (re.search(r"^Model:\s*([ -~]{1,80})$", text, re.MULTILINE) for text in texts)
+    return [match[1] for match in found if match]
+
+
+def installed(packages: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the distributions of this interpreter, or of `packages`, by normal name."""
     return {
         re.sub(r"[-_.]+", "-", one.name).lower(): one.version
-        for one in metadata.distributions()
+        for one in _distributions(packages)
         if one.name
     }
 
 
-def _libraries() -> list[str]:
+def _libraries(packages: Sequence[str] | None) -> list[str]:
+    """Return the names of library files that a wheel of the vendor brought and that are there."""
     return [
         file.name
-        for one in metadata.distributions()
+        for one in _distributions(packages)
         if one.name and re.match(r"(nvidia|tensorrt)[-_.]", one.name.lower())
         for file in one.files or ()
-        if ".so" in file.name
+        if ".so" in file.name and Path(str(one.locate_file(file))).is_file()
     ]
+
+
+def _distributions(packages: Sequence[str] | None) -> Iterable[metadata.Distribution]:
+    if packages is None:
+        return metadata.distributions()
+    return metadata.distributions(path=list(packages))
 
 
 def _answer(argv: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """`airgap doctor --gpu`: cards, driver and wheels held against each other, on stand-ins."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,7 @@ def test_what_does_not_fit_is_named_with_a_fix(host, line):
 def test_tensorrt_is_judged_apart(host):
     found = examine(host)
     assert (found.cuda, found.tensorrt) == (True, False)
-    assert "tensorrt-cu13<11" in found.tensorrt_checks[0].fix
+    assert "tensorrt-cu13<11" in found.tensorrt_checks[0].command
 
 
 def test_an_older_onnxruntime_wants_cuda_12():
@@ -110,21 +111,122 @@ def test_what_nvidia_smi_prints_is_read_with_care():
         assert parse_smi(odd) == []
 
 
-def test_this_host_is_read_through_arguments(tmp_path):
-    version = tmp_path / "version"
-    version.write_text(GOOD.module)
+# -- hosts as trees of files ----------------------------------------------------------------------
+
+
+def lay(root, *, module="590.44.01", nodes=("nvidia0", "nvidiactl", "nvidia-uvm"), wheels=None):
+    """Lay out a host: a driver, its nodes as plain files, cards, and wheels."""
+    wheels = VERSIONS if wheels is None else wheels
+    files = {f"dev/{name}": "" for name in nodes}
+    if module:
+        text = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {module}  Release Build\n"
+        card = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 12\n"
+        files["proc/driver/nvidia/version"] = text
+        files["proc/driver/nvidia/gpus/0000:01:00.0/information"] = card
+    rows = {name: library for rows in inventory.LIBRARIES.values() for name, library, _ in rows}
+    for name, version in wheels.items():
+        about = f"site/{name.replace('-', '_')}-{version}.dist-info"
+        files[f"{about}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        library = rows.get(name)
+        files[f"{about}/RECORD"] = f"nvidia/lib/{library},,\n" if library else ""
+        if library:
+            files[f"site/nvidia/lib/{library}"] = ""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def seen(root, smi=SMI):
+    site = [str(root / "site")]
+    return examine(take(root, run=lambda _argv: smi, packages=site, node=os.path.isfile))
+
+
+CUDA_12 = {
+    "nvidia-cuda-runtime-cu12": "12.9.79",
+    "nvidia-cublas-cu12": "12.9.1.4",
+    "nvidia-cufft-cu12": "11.4.1.4",
+    "nvidia-curand-cu12": "10.3.10.19",
+    "nvidia-cuda-nvrtc-cu12": "12.9.86",
+    "nvidia-cudnn-cu12": "9.10.2.21",
+}
+TREES = {
+    "no device": ({"module": "", "nodes": ()}, "", {"driver", "nodes", "cards"}),
+    "device without driver": ({"module": ""}, "", {"driver", "cards"}),
+    "driver without nodes": ({"nodes": ()}, SMI, {"nodes"}),
+    "driver too old": (
+        {"module": "570.10"},
+        SMI.replace("590.44.01", "570.10"),
+        {"card 0"},
+    ),
+    "no cuDNN": (
+        {"wheels": {k: v for k, v in VERSIONS.items() if "cudnn" not in k}},
+        SMI,
+        {"nvidia-cudnn-cu13"},
+    ),
+    "libraries of another CUDA": (
+        {"wheels": {"onnxruntime-gpu": "1.28.0", **CUDA_12}},
+        SMI,
+        {name for name, _, _ in inventory.LIBRARIES[13]},
+    ),
+    "one library of another CUDA": (
+        {"wheels": {**VERSIONS, "nvidia-cublas": "12.9.1.4"}},
+        SMI,
+        {"nvidia-cublas"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "smi", "bad"), TREES.values(), ids=TREES.keys())
+def test_a_host_laid_out_as_files_is_judged_line_by_line(change, smi, bad, tmp_path):
+    good = seen(lay(tmp_path / "good"))
+    assert (good.cuda, good.tensorrt) == (True, True)
+    assert good.cards[0].name == "NVIDIA H100 80GB HBM3"
+    found = seen(lay(tmp_path / "bad", **change), smi)
+    assert not found.cuda
+    assert {check.name for check in found.checks if not check.good} == bad
+    for check in (*found.checks, *found.tensorrt_checks):
+        assert check.good or check.fix
+        assert len(check.command) <= 76
+        assert "http" not in check.fix + check.command
+
+
+def test_a_library_of_another_cuda_is_named_with_the_one_that_is_wanted(tmp_path):
+    wheels = {"onnxruntime-gpu": "1.28.0", **CUDA_12}
+    found = seen(lay(tmp_path, wheels=wheels))
+    line = next(check for check in found.checks if check.name == "nvidia-cudnn-cu13")
+    assert line.found == "nvidia-cudnn-cu12 is for CUDA 12"
+    assert line.fix == "onnxruntime-gpu here is built for CUDA 13"
+    assert line.command == "pip install --no-index -f WHEELS nvidia-cudnn-cu13"
+
+
+def test_a_wheel_whose_library_was_deleted_is_damaged(tmp_path):
+    root = lay(tmp_path)
+    assert seen(root).cuda
+    (root / "site/nvidia/lib/libcudnn.so.9").unlink()
+    line = next(check for check in seen(root).checks if not check.good)
+    assert (line.name, line.fix) == ("nvidia-cudnn-cu13", "the wheel is damaged")
+    assert "--force-reinstall" in line.command
+
+
+def test_a_card_that_only_the_module_shows_is_named(tmp_path):
+    line = next(check for check in seen(lay(tmp_path), smi="").checks if not check.good)
+    assert line.found == "nvidia-smi names none; the driver shows NVIDIA H100 80GB HBM3"
+
+
+def test_without_arguments_this_host_is_read(tmp_path):
     asked = []
 
     def run(argv):
         asked.append(argv)
         return SMI
 
-    host = take(run, version, str(tmp_path))
+    host = take(tmp_path, run=run)
     assert asked[0][0] == "nvidia-smi"
-    assert (host.smi, host.module, host.nodes) == (SMI, GOOD.module, ())
+    assert (host.smi, host.module, host.nodes, host.shown) == (SMI, "", (), ())
     assert "nvidiactl" in host.nodes_missing
     assert "pytest" in host.versions
-    assert take(lambda _argv: "", tmp_path / "none", str(tmp_path)).module == ""
 
 
 def test_a_program_that_fails_or_hangs_answers_nothing(tmp_path):
@@ -134,9 +236,10 @@ def test_a_program_that_fails_or_hangs_answers_nothing(tmp_path):
 
 
 def test_the_command_prints_lines_and_json(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     ends = dispatch(["doctor", "--gpu"])
     out = capsys.readouterr().out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
     assert "may be demanded: cpu" in out
     assert dispatch(["doctor", "--gpu", "--json"]) == ends
     assert json.loads(capsys.readouterr().out)["cuda"] is (ends == 0)
