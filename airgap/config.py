@@ -564,6 +564,7 @@ legal_zone = "UTC"             # time zone whose calendar date decides which law
 
 # [screen.sequences]           # an installed screener; without it new residues are held
 # program = "/opt/screener/screen.py"
+# program_sha256 = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
 # name = "Its name"
 # version = "1.0"
 # mode = "biorisk only"        # how thorough it is, as it says itself
