@@ -202,14 +202,16 @@ def _facts(sealed: SealedBundle, report: dict[str, Any]) -> tuple[list[str], lis
         "every file passed the strict parser of its format, and again just now",
         *stated["verified"],
     ]
+    several = len(manifest.models) > 1
     verified += [
-        f"the graph of {claim.precision} answers like the published weights within "
-        f"{claim.tolerance} on {claim.provider} (measured by the builder, sealed)"
+        f"{f'{claim.model}: ' if several else ''}the graph of {claim.precision} answers like the "
+        f"published weights within {claim.tolerance} on {claim.provider} (measured by the "
+        "builder, sealed)"
         for claim in manifest.parity
     ]
     declared = list(stated["declared"])
     for model in manifest.models:
-        whose = f"{model.id}: " if len(manifest.models) > 1 else ""
+        whose = f"{model.id}: " if several else ""
         declared += [
             f"{whose}supplier: {model.supplier.legal_name} ({model.supplier.jurisdiction})",
             f"{whose}intended use: {model.intended_use}",

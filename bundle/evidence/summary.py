@@ -121,11 +121,15 @@ def require_summary(view: Callable[[str], memoryview], manifest: Manifest) -> No
         if listed.get(path) != wanted.get(path):
             raise _no("summary", f"{path!r:.160} is not the evidence that was summed up")
     _require_subjects(_digests(_object(value).get("subject"), "name"), manifest)
-    kinds = {item.kind for item in manifest.evidence}
-    needed = _NEEDED.get(level, frozenset())
-    if needed and not kinds & needed:
-        names = ", ".join(sorted(needed))
-        raise _no("level", f"{level} is claimed without any evidence of the kinds {names}")
+    for model in manifest.models:  # the evidence of one model lifts no other one
+        kinds = {item.kind for item in manifest.evidence if item.subject == model.id}
+        level = model.provenance_level
+        needed = _NEEDED.get(level, frozenset())
+        if needed and not kinds & needed:
+            names = ", ".join(sorted(needed))
+            raise _no(
+                "level", f"{model.id} claims {level} without any evidence of the kinds {names}"
+            )
 
 
 def _require_subjects(subjects: Mapping[str, str], manifest: Manifest) -> None:
