@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zoneinfo import ZoneInfo
 
 import typer
 from rich.text import Text
@@ -356,10 +357,10 @@ def warnings_of(approval: Approval, tree: Path) -> list[str]:
     found = []
     if site.find_project(approval.project) is None:
         found.append(f"no project of site.toml is called {approval.project!r}")
-    issued = approval.issued.astimezone(UTC)
+    issued = approval.issued.astimezone(ZoneInfo(site.institution.legal_zone))
     if issued.date() <= day.as_of and issued <= day.known_at:
         return found
-    words = f"issued on {issued.date()} (UTC), but this site decides as of {day.as_of}"
+    words = f"issued on {issued.date()}, but this site decides as of {day.as_of}"
     found.append(f"{words} ({day.source}): the approval has no effect before its day of issue")
     return found
 

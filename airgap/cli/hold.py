@@ -369,7 +369,8 @@ class Desk:
 
     def faults(self, hold: Hold) -> list[str]:
         """Say for each rule why the release does not lift it yet; empty when all are lifted."""
-        from policy.approvals import Case, fault_of
+        from airgap.gate import in_legal_zone
+        from policy.approvals import Approvals, Case, fault_of
         from policy.terms import Digest, Scope
 
         signed = self.current(hold)
@@ -387,7 +388,8 @@ class Desk:
             as_of=day.as_of,
             known_at=day.known_at,
         )
-        approval = self.holds.approval_of(hold, signed)
+        of_hold = Approvals((self.holds.approval_of(hold, signed),))
+        (approval,) = in_legal_zone(self.site, of_hold).approvals
         rules = {each.id: each for each in self.rules.packs.rules}
         missing = [
             f"{each}: no such rule is loaded" for each in approval.rules if each not in rules
