@@ -367,6 +367,33 @@ def test_t50_without_an_anchor_all_three_cannot_tell_and_remember_the_first(case
     assert all_three(anchors=False) == (1, 1, 1)  # T48: the same export again
 
 
+GOOD_LINE = {
+    "actor": {"name": "a"}, "boot": "b", "decision": {"id": "sha256:0"}, "host": "lab1",
+    "inst": "i", "kind": "boot", "mono_ns": "1", "phase": "single", "prev": "0", "seq": 0,
+    "ts": "t", "v": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"host": None}, {"v": 2}, {"v": True}, {"v": "1"}, {"actor": "a"}, {"data": None},
+        {"tok": []}, {"decision": {}}, {"decision": {"id": None}}, {"host": "\u00e9"},
+        {"host": "\ud800"}, {"host": "\u2028"}, {"host": "\b"}, {"host": "\x7f"}, {"host": "\n"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_readers_would_take_in_two_ways_is_refused(change):
+    def line(record):
+        return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+    odd = GOOD_LINE | {"host": 'a"b\\c'}
+    for good in (GOOD_LINE, odd):
+        assert VERIFY.parse_record(line(good)) == good
+    with pytest.raises(ValueError, match=r"field|version|decision|escape|ASCII"):
+        VERIFY.parse_record(line(GOOD_LINE | change))
+
+
 def test_t48_the_memory_of_each_is_that_of_the_others(case, go_verifier):
     assert case.python(memory="shared") == 0
     assert case.ours(memory="shared") == 1

@@ -9,8 +9,9 @@
 //	GO111MODULE=off GOPATH=/usr/share/gocode go build -o verify_export verify_export.go
 //
 // Exit 0 good, 1 tampered, 2 usage, 3 cannot tell. Both signatures of a manifest are judged; this Go
-// has no ML-DSA, so its verification stands below. Not judged here, but by `airgap audit verify`: the
-// keys of `data` by kind, cosignatures, and derived rows other than JSON lines.
+// has no ML-DSA, so its verification stands below. Not judged here, but by `airgap audit verify`: what
+// may stand in a single field of a record (the schema; form, chain and order are judged),
+// cosignatures, and derived rows other than JSON lines.
 package main
 
 import (
@@ -670,9 +671,14 @@ func allowed(value interface{}) bool {
 
 // parseRecord takes the one canonical form: writing the object again shows keys twice, and order.
 func parseRecord(line []byte) (map[string]interface{}, error) {
-	for _, b := range line {
-		if b < 0x20 || b > 0x7e {
+	for i := 0; i < len(line); i++ {
+		if line[i] < 0x20 || line[i] > 0x7e {
 			return nil, errors.New("not printable ASCII")
+		}
+		if line[i] == '\\' {
+			if i++; i == len(line) || line[i] != '"' && line[i] != '\\' {
+				return nil, errors.New("an escape of another character than a quote or a backslash")
+			}
 		}
 	}
 	var record map[string]interface{}
@@ -691,6 +697,15 @@ func parseRecord(line []byte) (map[string]interface{}, error) {
 		if record[name] == nil {
 			return nil, errors.New("a field is missing: " + name)
 		}
+	}
+	for _, name := range strings.Fields("actor decision in out tok err data") {
+		_, inner := record[name].(map[string]interface{})
+		if _, there := record[name]; there && !inner {
+			return nil, errors.New("no object: " + name)
+		}
+	}
+	if _, decided := record["decision"]; record["v"] != json.Number("1") || decided && text(record, "decision", "id") == "" {
+		return nil, errors.New("a record of another version, or a decision without its record")
 	}
 	return record, nil
 }

@@ -9,7 +9,8 @@ One file; needs Python 3.9 or later and the package `cryptography`. It shares no
 --anchors     receipts (.tlog-proof), checkpoints, or lines `origin size root`, kept elsewhere
 --memory      folder where this reader remembers number and head of the last export of each log
 Exit 0 good, 1 tampered, 2 usage, 3 cannot tell. Not judged here, but by `airgap audit verify`:
-the keys of `data` by kind, cosignatures, and derived rows other than JSON lines.
+what may stand in a single field of a record (the schema; form, chain and order are judged),
+cosignatures, and derived rows other than JSON lines.
 """
 
 import argparse
@@ -33,6 +34,8 @@ MANIFEST_KEYS = {
     "payloads", "files",
 }  # fmt: skip
 ROWS = {"jsonl", "csv", "ocsf", "rfc5424", "cef", "hec"}
+ESCAPED = re.compile(r'(?:[^\\]|\\["\\])*')
+OBJECTS = ("actor", "decision", "in", "out", "tok", "err", "data")
 REQUIRED = {"v", "seq", "prev", "ts", "mono_ns", "boot", "host", "inst", "kind", "phase"}
 PRINTABLE = re.compile(b"[ -~]*")
 EXITS = {"good": 0, "tampered": 1, "cannot tell": 3}
@@ -344,11 +347,19 @@ def parse_record(line):
     if len(line) > MAX_LINE or not PRINTABLE.fullmatch(line):
         raise ValueError("too long, or not printable ASCII")
     text = line.decode()
+    if "\\" in text and not ESCAPED.fullmatch(text):
+        raise ValueError("an escape of another character than a quote or a backslash")
     record = DECODER.decode(text)
-    if json.dumps(record, sort_keys=True, separators=(",", ":")) != text:
+    if json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False) != text:
         raise ValueError("not in canonical form")
-    if not isinstance(record, dict) or REQUIRED - set(record) or record["v"] != 1:
+    if not isinstance(record, dict) or any(record.get(name) is None for name in REQUIRED):
         raise ValueError("a field is missing")
+    if any(not isinstance(record.get(name, {}), dict) for name in OBJECTS):
+        raise ValueError("a field that must be an object is none")
+    if type(record["v"]) is not int or record["v"] != 1:
+        raise ValueError("a record of another version")
+    if "decision" in record and not record["decision"].get("id"):
+        raise ValueError("a decision without its record")
     return record
 
 
