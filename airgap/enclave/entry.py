@@ -43,8 +43,9 @@ def main(argv: list[str]) -> None:
     import json  # noqa: PLC0415 - the launcher does without
 
     where = json.loads(argv[2])
-    # The standard library stands first: a module of the same name elsewhere never wins over it.
-    sys.meta_path.append(Folders(where["packages"]))
+    # Our three names come from their folders alone: an editable install leaves a folder `airgap`
+    # without code among the site packages. For all other names the standard library stands first.
+    sys.meta_path.insert(0, Folders(where["packages"]))
     sys.path.extend(where["site"])
     if part == "worker":
         from airgap.enclave import worker  # noqa: PLC0415

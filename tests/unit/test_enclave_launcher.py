@@ -8,12 +8,23 @@ import marshal
 import os
 import resource
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 from enclave_plans import make
 
-from airgap.enclave import channel, entry, filters, landlock, launcher, linux, root, tables
+from airgap.enclave import (
+    channel,
+    entry,
+    filters,
+    landlock,
+    launcher,
+    linux,
+    plan,
+    root,
+    tables,
+)
 from airgap.enclave.landlock import LandlockError
 from airgap.enclave.launcher import Refusal
 
@@ -470,6 +481,16 @@ def test_our_packages_are_found_by_folder_and_others_left_alone(tmp_path):
     spec = finder.find_spec("mine")
     assert spec.submodule_search_locations == [str(tmp_path)]
     assert finder.find_spec("json") is None
+
+
+def test_a_folder_of_our_name_among_the_packages_of_others_is_passed_over(tmp_path):
+    """An editable install leaves `airgap/packaging` there: a package without code."""
+    (tmp_path / "airgap" / "packaging").mkdir(parents=True)
+    where = json.dumps({"packages": plan.package_folders(), "site": [str(tmp_path)]})
+    argv = [plan.interpreter(), "-I", "-S", "-B", entry.__file__, "fixture", where]
+    done = subprocess.run(argv, input=b"", capture_output=True, cwd="/", check=False)
+    assert b"ModuleNotFoundError" not in done.stderr
+    assert b"JSONDecodeError" in done.stderr  # it was reached, and had nothing to read
 
 
 # -- raw calls ---------------------------------------------------------------------------------
