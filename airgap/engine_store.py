@@ -41,6 +41,7 @@ from airgap.engines import (
 from airgap.inference.engine_build import ENGINE, reference_graph
 from airgap.inference.graphs import Graph, ModelFacts
 from airgap.inference.options import Setup, Shapes, profiles, provider_options
+from airgap.install.lifecycle import ENGINES
 from airgap.install.store import InstalledBundle
 from bundle.envelope import Envelope, find_signers, parse_envelope
 from bundle.keys import Signer, as_signers, read_limited
@@ -48,7 +49,7 @@ from bundle.trust import RootDocument
 from policy.errors import CODES, FaultError, RefusedError
 from policy.terms import Digest
 
-FOLDER = Path("engines")
+FOLDER = Path(ENGINES)
 RECORD, FILES = "record.json", "files"
 PROGRAM = "airgap.inference.engine_build"
 BUILD_S = 2 * 3600.0

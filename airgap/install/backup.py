@@ -48,8 +48,8 @@ HEAD: Final = "META/backup.json"
 INVENTORY: Final = "META/inventory.json"
 HEAD_LIMIT: Final = 256 << 20
 _PART: Final = 4 << 20
-# What another host would not take over: locks, results of probes there, and installs half done.
-_LEFT_OUT: Final = ("enclave/", "store/quarantine/", "store/verify/", "store/lock")
+# What another host would not take over: locks, probes, engines of a GPU, installs half done.
+_LEFT_OUT: Final = ("enclave/", "engines/", "store/quarantine/", "store/verify/", "store/lock")
 _LOG_LEFT_OUT: Final = (".lock", "reserve")
 
 Mode = Annotated[int, Field(ge=0, le=0o777)]

@@ -25,6 +25,7 @@ from bundle.trust import Trust, load_trust
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
+ENGINES = "engines"  # of the tree: built for this host's GPU, a folder for each release
 Act = Literal["update", "rollback", "remove"]
 Result = Literal["", "complete", "refused", "failed", "cancelled"]
 
@@ -169,6 +170,7 @@ def remove(names: list[str], *, root: Path, audit: ActRecorder, default: bool = 
                 if target.digest == current:
                     store.activate(None)
                 store.drop(target.digest)
+                _drop_engines(root, target.digest)
                 event.phase, event.result = "outcome", "complete"
                 receipts.append(audit(event))
     return Removed(tuple(targets), tuple(receipts))
@@ -177,7 +179,8 @@ def remove(names: list[str], *, root: Path, audit: ActRecorder, default: bool = 
 def retire(root: Path, *, audit: Callable[[str, str], Any]) -> Retired:
     """Delete what makes a tree run, and keep what an auditor needs; the log stays whole.
 
-    Gone are the releases, results of probes, held jobs and every private key but that of the log.
+    Gone are the releases, engines, results of probes, held jobs and every private key but that of
+    the log.
     Kept are the log and its keys, the trust root, rules, approvals, site facts and `restricted/`.
 
     Args:
@@ -189,7 +192,7 @@ def retire(root: Path, *, audit: Callable[[str, str], Any]) -> Retired:
 
     """
     store = Store(root / "store")
-    gone = [root / name for name in ("store", "enclave", "holds")]
+    gone = [root / name for name in ("store", "enclave", "holds", ENGINES)]
     keys = root / "keys"
     if keys.is_dir():
         gone += [p for p in sorted(keys.iterdir()) if _is_private(p)]
@@ -212,6 +215,13 @@ def retire(root: Path, *, audit: Callable[[str, str], Any]) -> Retired:
         receipt = audit("outcome", "complete")
     kept = sorted(path for path in root.iterdir() if path.name != "store")
     return Retired(tuple(gone), tuple(kept), receipt)
+
+
+def _drop_engines(root: Path, digest: Digest) -> None:
+    """Delete what was built for this host's GPU from a release that goes."""
+    folder = root / ENGINES / digest.hex
+    if folder.is_dir() and not folder.is_symlink():
+        delete_tree(folder)
 
 
 def _is_private(path: Path) -> bool:

@@ -327,8 +327,14 @@ def test_what_answers_by_default_is_not_removed_by_the_way(lab, releases, call):
     status, refused = call("remove", "tiny-line", "--root", lab)
     assert (status, refused["code"]) == (1, "store.active")
     assert Store(lab / "store").current() is not None
+    mine, other = (
+        lab / "engines" / name / "fp32" for name in (digest_of(releases[0]).hex, "0" * 64)
+    )
+    for folder in (mine, other):
+        (folder / "files").mkdir(parents=True)
     status, done = call("remove", "tiny-line", "--default", "--root", lab)
     assert status == 0
+    assert (mine.parent.exists(), other.exists()) == (False, True)  # built for this release alone
     assert [each["version"] for each in done["bundles"]] == ["1.0"]
     store = Store(lab / "store")
     assert (store.current(), store.list(), store.unfinished()) == (None, (), ())
@@ -348,6 +354,7 @@ def test_one_wrong_name_removes_nothing(lab, releases, call):
 def test_remove_all_keeps_what_an_auditor_needs(lab, staging, call):
     shutil.copyfile(staging / "keys" / "alice.pem", lab / "keys" / "alice.pem")
     (lab / "enclave").mkdir(exist_ok=True)
+    (lab / "engines").mkdir()
     (lab / "mine.txt").write_text("not ours")
     assert call("remove", "--all", "--root", lab)[1]["code"] == "usage.argument"
     assert call("remove", "--all", "--keep-audit", "tiny-line", "--root", lab)[0] == 2
@@ -358,7 +365,7 @@ def test_remove_all_keeps_what_an_auditor_needs(lab, staging, call):
     names = {path.name for path in lab.iterdir()}
     assert names == {Path(path).name for path in done["kept"]}
     assert {"audit", "keys", "trust", "site.toml", "mine.txt"} <= names
-    assert not names & {"store", "enclave", "holds"}
+    assert not names & {"store", "enclave", "holds", "engines"}
     assert not (lab / "keys" / "alice.pem").exists()
     assert verdict_of(lab).size > size
     assert holds(lab)
