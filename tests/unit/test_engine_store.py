@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import inference_models as models
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ import airgap
 from airgap.cli import engine as engine_cli
 from airgap.cli.app import dispatch
 from airgap.config import InferenceSettings
-from airgap.enclave import inventory
+from airgap.enclave import SealSpec, inventory, launch
 from airgap.enclave.channel import ProgramError
 from airgap.enclave.convert import run_sealed
 from airgap.enclave.inventory import Host
@@ -26,7 +27,7 @@ from airgap.engine_store import FILES, RECORD, Wanted, build, on_record, require
 from airgap.inference import engine_build
 from airgap.inference.graphs import Graph, parse_graphs
 from airgap.inference.model import load_model
-from airgap.inference.options import Setup, Shapes, profiles
+from airgap.inference.options import PROVIDERS, Setup, Shapes, profiles
 from airgap.serve.broker import Model
 from airgap.serve.provider import engine_settings
 from airgap.serve.session import specs
@@ -365,3 +366,22 @@ def test_what_is_shown_fits_a_terminal(bundle, keys, tmp_path, capsys, monkeypat
     assert all(len(line) <= 80 or line.startswith("folder") for line in out.splitlines())
     engine_cli._show(bench, made, "built and signed", json=True)
     assert json.loads(capsys.readouterr().out)["record"]["place"]["tensorrt"] == "10.16.1.11"
+
+
+@pytest.mark.parametrize("demand", ["cuda", "tensorrt"])
+def test_the_sealed_worker_refuses_a_provider_that_its_onnxruntime_does_not_offer(demand, tmp_path):
+    config = {"folder": str(models.model_folder()), "precision": "fp32", "threads": 1}
+    spec = SealSpec(
+        profile="worker",
+        program="airgap.inference.program:create",
+        config=config,
+        read_only=(models.model_folder(),),
+        state=tmp_path,
+    )
+    with launch(spec) as worker:
+        assert worker.alive
+    if PROVIDERS[demand][0] in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has the provider")
+    with pytest.raises(AirgapError) as caught:
+        launch(replace(spec, config={**config, "provider": demand}))
+    assert caught.value.code == "model.provider"
