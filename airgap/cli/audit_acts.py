@@ -360,7 +360,8 @@ def witness_init(
     from airgap.audit.witness import Witness
 
     witness = Witness.create(folder.absolute(), name)
-    text = f"witness {name.replace('/', '-')} {witness.vkey}\nthat line goes into policy.tlog"
+    short = name.replace("/", "-")
+    text = f"witness {short} {witness.vkey}\nthat line goes into policy.tlog, and: quorum {short}"
     show({"vkey": str(witness.vkey), "folder": str(folder)}, text, json=json)
 
 
