@@ -74,7 +74,7 @@ def test_explain(capsys):
     assert json.loads(capsys.readouterr().out)["codes"] == CODES
     assert cli.invoke(["explain"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(CODES)
-    assert cli.invoke(["explain", "seal.threshol"]) == 2
+    assert cli.invoke(["explain", "seal.thresholds"]) == 2
     assert "did you mean seal.threshold" in capsys.readouterr().err
 
 
