@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from airgap.install.store import InstalledBundle
+from airgap.install.store import InstalledBundle, Store
 from bundle.envelope import ENVELOPE_SIZE, find_signers, parse_seal
 from bundle.keys import read_limited
 from bundle.revocation import require_unrevoked, revoked_signers
@@ -21,9 +21,11 @@ def require_standing(bundle: InstalledBundle, trust: Trust, *, now: datetime) ->
     """Return what a person must hear about the list; refuse a bundle that is revoked.
 
     Raises:
-        RefusedError: `trust.revoked`, `seal.revoked`; `trust.stale` where the root says so.
+        RefusedError: `trust.revoked`, `seal.revoked`; `trust.stale` where the root says so;
+            `trust.chain`, `trust.revocation`, this host has held a newer root or list.
 
     """
+    Store(bundle.folder.parents[1]).require_trust(trust)
     alarms = trust.alarms(now)
     if trust.revocations is None:
         return alarms

@@ -187,9 +187,22 @@ class Store:
         return None if digest is None or not (self.installed / digest.hex).is_dir() else digest
 
     def state(self) -> State:
-        """Return the high-water marks; a store that is new has none."""
+        """Return the high-water marks; a store that is new has none.
+
+        Raises:
+            RefusedError: `store.state`; it cannot be read, or is gone while releases are there.
+
+        """
         path = self.folder / "state.json"
         if not path.exists():
+            there = self.installed.iterdir() if self.installed.is_dir() else ()
+            if any(_DIGEST.fullmatch(entry.name) for entry in there):
+                raise RefusedError(
+                    "store.state",
+                    f"{path} is gone, and releases are installed: what this host has seen is lost",
+                    hint="restore it from a backup, or ask two people who keep the log, move the "
+                    "store away and install anew",
+                )
             return State()
         raw = read_limited(path, STATE_LIMIT, code="store.state", what="the store's state")
         parse_canonical(raw, code="store.state", what="the store's state", limit=STATE_LIMIT)

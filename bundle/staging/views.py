@@ -20,11 +20,13 @@ from rich.text import Text
 from bundle.approval import read_approvals
 from bundle.canonical import canonical_json
 from bundle.fields import has_hidden
+from bundle.manifest import Manifest
 from bundle.scan.roles import Role
 from bundle.staging.bootstrap import BuiltWheels
 from bundle.staging.parity import STEPS, Parity
 from bundle.staging.pipeline import Built, Resumed
 from bundle.staging.sign import Draft, Tally
+from policy.errors import RefusedError
 from policy.terms import Digest
 
 _SHOWN_FILES = 60
@@ -277,10 +279,26 @@ def _wheels_draft_view(draft: Draft, tally: Tally) -> RenderableType:
 
 
 def draft_view(draft: Draft, tally: Tally) -> RenderableType:
-    """Show an approver what she is about to sign."""
+    """Show an approver what she is about to sign.
+
+    Raises:
+        RefusedError: `manifest.schema`; the report is none that this program writes.
+
+    """
+    try:
+        return _draft_view(draft, tally)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RefusedError(
+            "manifest.schema",
+            f"the report of the draft cannot be shown: {type(error).__name__} {error!s:.100}",
+            hint="what cannot be read is not signed: have it built by this version",
+        ) from error
+
+
+def _draft_view(draft: Draft, tally: Tally) -> RenderableType:
     if not draft.manifest.models:
         return _wheels_draft_view(draft, tally)
-    seal, report, model = draft.statement.predicate, draft.report, draft.manifest.models[0]
+    seal, report = draft.statement.predicate, draft.report
     claims = draft.manifest.parity
     rows = [
         ("release", f"{draft.manifest.name} {draft.manifest.version}, epoch {seal.epoch}"),
@@ -288,15 +306,8 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
         ("holds", f"{seal.not_before:%Y-%m-%d} to {seal.expires:%Y-%m-%d}"),
         ("built by", seal.builder),
         ("profile", f"{seal.profile}, {seal.body_size:,} bytes, {len(draft.manifest.files)} files"),
-        ("source", f"{model.source} at {model.revision}"),
-        ("provenance", f"{report['provenance']['level']}: {report['provenance']['sentence']}"),
-        ("supplier", f"{model.supplier.legal_name} ({model.supplier.jurisdiction}), declared"),
-        (
-            "licence",
-            ", ".join(f"{x.spdx} ({x.place})" for x in model.licences_found) or "none found",
-        ),
+        *_models(draft.manifest, report),
         ("weights", _weights_text(report)),
-        ("use", _use_text(report)),
         (
             "parity",
             ", ".join(f"{c.precision} within {c.tolerance} on {c.provider}" for c in claims),
@@ -312,6 +323,29 @@ def draft_view(draft: Draft, tally: Tally) -> RenderableType:
         parts += [Text(), Rule("findings of the inspection", align="left", style="dim")]
         parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
     return Group(*parts, *_holds(draft.decision), Text())
+
+
+def _models(manifest: Manifest, report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return where each model of a draft comes from; the report is about one of them."""
+    rows: list[tuple[str, str]] = []
+    several = len(manifest.models) > 1
+    for model in manifest.models:
+        provenance: str = model.provenance_level
+        if not several or report.get("model") == model.id:
+            said = report["provenance"]
+            if said["level"] != provenance:
+                raise ValueError(f"it says {said['level']}, the manifest {provenance}")
+            provenance = f"{said['level']}: {said['sentence']}"
+        found = ", ".join(f"{x.spdx} ({x.place})" for x in model.licences_found)
+        rows += [("model", model.id)] if several else []
+        rows += [
+            ("source", f"{model.source} at {model.revision}"),
+            ("provenance", provenance),
+            ("supplier", f"{model.supplier.legal_name} ({model.supplier.jurisdiction}), declared"),
+            ("licence", found or "none found"),
+            ("use", _use_text(model.model_dump())),
+        ]
+    return rows
 
 
 def _approvals(draft: Draft) -> list[tuple[str, str]]:
@@ -389,7 +423,7 @@ def _report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         for x in report["lineage"]
     )
     rows.append(("lineage", hints or "nothing stated, and no sign of a base model"))
-    rows.append(("use", _use_text(report)))
+    rows.append(("use", _use_text(report["use"])))
     rows.append(("scanners", _scanner_text(report)))
     return rows
 
@@ -416,8 +450,7 @@ def _weights_text(report: Mapping[str, Any]) -> str:
     )
 
 
-def _use_text(report: Mapping[str, Any]) -> str:
-    use = report["use"]
+def _use_text(use: Mapping[str, Any]) -> str:
     parts = ["reference model" if use["reference_model"] else "no reference model"]
     parts.append(
         "scientific use is not excluded" if use["scientific_use"] else "not for scientific use"

@@ -320,6 +320,45 @@ def list_text(root):
     return list_view(listed.document)
 
 
+# -- what the host has seen is taken away -------------------------------------------------------
+
+
+def test_an_older_folder_of_trust_is_missed_at_each_start_and_act(
+    lab, staging, releases, tmp_path, call
+):
+    """The list that revokes is taken out, and root cannot make the host forget it by that alone."""
+    site, list_ = tmp_path / "site", tmp_path / "list"
+    shutil.copytree(staging, site)
+    assert call("update", releases[1], "--root", lab)[0] == 0
+    shutil.copytree(lab / "trust", tmp_path / "older")
+    two = str(digest_of(releases[1]))
+    why = ("--reason", "its weights were altered", "--key", "reva", "-o", list_, "--root", site)
+    assert call("revoke", "create", "--bundle", two, *why)[1]["complete"]
+    assert run("trust", "import-revocations", list_, "--root", lab) == 0
+    started = ("run", "retrosynthesis", "--smiles", "CCO", "--root", lab)
+    assert call(*started)[1]["code"] == "trust.revoked"
+    shutil.rmtree(lab / "trust")
+    shutil.copytree(tmp_path / "older", lab / "trust")
+    for words in (
+        started,
+        ("switch", two, "--root", lab),
+        ("install", releases[1], "--root", lab),
+        ("verify", releases[1], "--root", lab),
+    ):
+        status, told = call(*words)
+        assert (status, told["code"]) == (1, "trust.revocation"), words
+    # the state goes too: what was seen is lost, and a store with releases does not go on
+    (lab / "store" / "state.json").unlink()
+    for words in (started, ("switch", two, "--root", lab), ("install", releases[0], "--root", lab)):
+        status, told = call(*words)
+        assert (status, told["code"]) == (1, "store.state"), words
+    assert Store(lab / "store").current().digest == digest_of(releases[1])
+    # the log still tells: a list was taken over, by whom and when
+    taken = [r for r in records(lab) if r["kind"] == "admin.trust" and r["phase"] == "outcome"]
+    assert taken
+    assert holds(lab)
+
+
 # -- remove -----------------------------------------------------------------------------------
 
 
