@@ -289,6 +289,7 @@ ATTACKS = {
     "T16 segment renamed": lambda case: (
         (case.out / SEG).rename(case.out / "log/seg/00000001.jsonl"), sign_again(case),
     ),
+    "T16 a file among the segments": add("log/seg/00000000.jsonl.gz"),
     "T22 bad signature of the head": edit("log/checkpoint", bad_signature),
     "T22 checkpoint is no note": edit("log/checkpoint", lambda _: b"x"),
     "T43 object changed": one("log/objects/*/*"),

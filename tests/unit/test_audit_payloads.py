@@ -151,6 +151,13 @@ LIES = {
 }
 
 
+def test_the_holder_hears_of_a_file_among_the_segments_as_everybody_does(tree):
+    (layout(tree).log / "seg/00000000.jsonl.gz").write_bytes(b"")
+    for holder in (None, HOLDER):
+        found = verify(tree, holder=holder)
+        assert (found.verdict, found.findings[0].check) == ("tampered", "segment")
+
+
 @pytest.mark.parametrize("lie", [None, *LIES], ids=str)
 def test_a_host_that_seals_another_text_is_found_by_the_holder_alone(tmp_path, lie):
     with logs.open_log(tmp_path, payload_key=HOLDER.public) as log:

@@ -273,7 +273,11 @@ def _check_tile_names(layout: Layout, size: int) -> Iterator[Finding]:
 
 def _lines(layout: Layout) -> Iterator[bytes]:
     """Yield every whole line of an export, without its newline."""
-    for index in segment_range(layout):
+    try:
+        there = segment_range(layout)
+    except RefusedError:
+        return  # The main pass reports it.
+    for index in there:
         for line in read_lines(layout.segment(index)):
             if line.endswith(b"\n"):
                 yield line[:-1]
