@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,11 +197,16 @@ def work_folder(out: Path, known: Iterable[tuple[Identity, str]] = ()) -> Iterat
         known: SHA-256 of files that have been hashed already, by identity.
 
     Raises:
-        RefusedError: `build.output`; another build of the same file is running.
+        RefusedError: `build.output`; another build of the same file is running, or what lies there
+            is not a folder that this account alone may write to.
 
     """
     folder = out.absolute().parent / f".{out.name}.work"  # the sealed programs run elsewhere
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if not os.path.lexists(folder):
+        folder.mkdir(mode=0o700)
+    _require_own(folder)
+    if os.path.lexists(folder / "kept"):
+        _require_own(folder / "kept")
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     work = Work(folder, dict(known))
     try:
@@ -249,8 +255,21 @@ def _clear(work: Work) -> bool:
 
 
 def _remove(path: Path) -> None:
-    remove: Callable[[Path], object] = shutil.rmtree if path.is_dir() else Path.unlink
+    folder = path.is_dir() and not path.is_symlink()
+    remove: Callable[[Path], object] = shutil.rmtree if folder else Path.unlink
     remove(path)
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder in which somebody else could change files after they have been hashed."""
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+        return
+    raise RefusedError(
+        "build.output",
+        f"{folder} is no folder, or another account owns it or may write to it",
+        hint=f"look at it, remove {folder.name}, and build anew",
+    )
 
 
 def _libraries() -> list[str]:

@@ -214,6 +214,67 @@ def test_a_refusal_keeps_nothing_and_an_interrupt_keeps_what_is_finished(made, p
     assert names == (set() if isinstance(stop, RefusedError) else {"graph", "graph.json"})
 
 
+def as_link(place: Path, victim: Path) -> None:
+    place.symlink_to(victim)
+
+
+def as_file(place: Path, _: Path) -> None:
+    place.write_text("x")
+
+
+def open_to_all(place: Path, _: Path) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+
+
+def of_another(place: Path, _: Path) -> None:
+    place.mkdir(mode=0o700)
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(place, 65534, 65534)
+
+
+@pytest.mark.parametrize("inner", ["", "kept"])
+@pytest.mark.parametrize("spoil", [as_link, as_file, open_to_all, of_another])
+def test_a_work_folder_that_others_can_change_is_refused_and_left(tmp_path, inner, spoil):
+    out, victim = tmp_path / "x.agb", tmp_path / "victim"
+    (victim / "graph").mkdir(parents=True)
+    (victim / "graph" / "mine").write_text("mine")
+    place = tmp_path / ".x.agb.work"
+    if inner:
+        place.mkdir(mode=0o700)
+        place /= inner
+    spoil(place, victim)
+    with pytest.raises(RefusedError) as caught, work_folder(out):
+        pytest.fail("the build began")
+    assert caught.value.code == "build.output"
+    assert os.path.lexists(place)  # for people to look at
+    assert (victim / "graph" / "mine").read_text() == "mine"
+
+
+def test_a_link_among_what_a_killed_build_left_is_removed_and_not_followed(tmp_path):
+    out, victim = tmp_path / "x.agb", tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / ".x.agb.work").mkdir(mode=0o700)
+    (tmp_path / ".x.agb.work" / "graph").symlink_to(victim)
+    (victim / "mine").write_text("mine")
+    with work_folder(out) as work:
+        assert [entry.name for entry in work.folder.iterdir()] == ["kept"]
+    assert (victim / "mine").read_text() == "mine"
+
+
+def test_two_builds_of_one_file_do_not_meet(tmp_path):
+    out = tmp_path / "x.agb"
+    with work_folder(out) as work:
+        (work.folder / "mine").write_text("mine")
+        with pytest.raises(RefusedError) as caught, work_folder(out):
+            pytest.fail("the second build began")
+        assert caught.value.code == "build.output"
+        assert (work.folder / "mine").read_text() == "mine"
+        with work_folder(tmp_path / "y.agb"):
+            pass
+
+
 def test_what_no_record_can_hold_is_not_kept(tmp_path):
     out = tmp_path / "x.agb"
     for evidence, more in (({"a": object()}, "file"), ({}, "folder")):
