@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from enclave_harness import PROGRAMS, needs_namespaces
 
-from airgap.enclave import SealSpec, launch, twin
+from airgap.enclave import Caps, SealSpec, launch, twin
 from policy.errors import AirgapError
 
 pytestmark = needs_namespaces
@@ -98,6 +101,57 @@ def test_ten_thousand_requests_under_stage_2(inference):
     assert set(refused) == {"request.malformed", "request.limit", "prompt.g10"}
     print(f"{time.monotonic() - started:.0f} s")
     assert inference.close()["incident"] is None
+
+
+@pytest.mark.soak
+def test_ten_thousand_requests_several_at_once_under_stage_2():
+    """Threads share one worker, some callers go away or have no time: it serves all the others."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch")
+    import inference_models
+
+    folder = inference_models.fast_folder()
+    config = {"folder": str(folder), "precision": "fp32", "threads": 2}
+    spec = SealSpec(
+        profile="worker",
+        program="airgap.inference.program:create",
+        config=config,
+        read_only=(folder,),
+        caps=Caps(in_flight=8),
+    )
+    payloads = [request.encode() for request in inference_requests()] + [b"\xff garbage"]
+    with launch(spec) as enclave, ThreadPoolExecutor(12) as pool:
+        alone = [outcome_of(enclave, payload) for payload in payloads]
+
+        def one(number):
+            payload = payloads[number % len(payloads)]
+            if number % 7 == 3:  # the caller goes away
+                with contextlib.suppress(AirgapError, StopIteration):
+                    stream = enclave.stream(payload, 120.0)
+                    next(stream)
+                    stream.close()
+                return "left"
+            if number % 13 == 5:  # its time is over before its turn
+                return outcome_of(enclave, payload, total_s=0.0)[0]
+            assert outcome_of(enclave, payload)[0] == alone[number % len(payloads)][0]
+            return "answered"
+
+        found = Counter(pool.map(one, range(10_000)))
+        assert found.total() == 10_000
+        assert set(found) <= {"left", "answered", "request.busy", "model.deadline"}
+        assert found["answered"] > 7_000
+        enclave.reverify()
+        print(dict(found))
+        assert enclave.close()["incident"] is None
+
+
+def outcome_of(enclave, payload, *, total_s=None):
+    """Return "answered" or the code of the refusal; the worker lives on."""
+    try:
+        return "answered", enclave.request(payload, 120.0, total_s=total_s)
+    except AirgapError as error:
+        assert enclave.alive, error.message  # noqa: PT017
+        return error.code, b""
 
 
 @pytest.mark.soak
