@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -167,6 +168,25 @@ def copy_wheel(medium: Medium, entry: Mapping[str, Any], folder: Path) -> Path:
 # -- the runtime ----------------------------------------------------------------------------------
 
 
+def require_own(folder: Path) -> None:
+    """Refuse a folder in which another account could change the program, or a link to one.
+
+    Raises:
+        Stop: fault `host.io`.
+
+    """
+    if not os.path.lexists(folder):
+        return
+    found, mine = folder.lstat(), os.geteuid()
+    others = 0o022 if mine == 0 else 0o002
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in {0, mine} or found.st_mode & others:
+        raise fault(
+            "host.io",
+            f"{folder} is no folder, or another account owns it or may write to it",
+            "name the true folder with --prefix, or a new one; or mend owner and permissions",
+        )
+
+
 def require_place(folder: Path, needed: int) -> None:
     """Check that a folder can be made or written, and that its disk has room.
 
@@ -263,8 +283,13 @@ def run(argv: list[str], folder: Path) -> None:
 
 
 def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
-    """Hold an environment against the sealed wheels, file by file: refusal `install.digest`."""
+    """Hold an environment against the sealed wheels, file by file: refusal `install.digest`.
+
+    A file that no wheel brought is refused too: Python would import it. What is made at install,
+    scripts in `bin` and compiled modules, is not compared.
+    """
     packages = next((target / "lib").glob("python3*")) / "site-packages"
+    brought: set[Path] = set()
     with tempfile.TemporaryDirectory(prefix="airgap-") as name:
         for distribution, entry in sorted(wanted.entries.items()):
             if distribution == "pip":
@@ -272,8 +297,15 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
             path = copy_wheel(medium, entry, Path(name))
             with zipfile.ZipFile(path) as archive:
                 for member in archive.infolist():
-                    if member.is_dir() or ".data/" in member.filename:
+                    inner = re.match(r"[^/]+\.data/([^/]+)/(.+)", member.filename)
+                    if inner is not None and inner[1] in {"purelib", "platlib"}:
+                        brought.add(packages / inner[2])
+                    if member.is_dir() or inner is not None:
                         continue
+                    brought.add(packages / member.filename)
+                    if member.filename.endswith(".dist-info/RECORD"):
+                        written = ("INSTALLER", "REQUESTED", "direct_url.json")
+                        brought |= {packages / member.filename[:-6] / each for each in written}
                     place = packages / member.filename
                     own = member.filename.endswith(".dist-info/RECORD")
                     if not own and (
@@ -285,6 +317,16 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
                             f"find out who changed it, then remove {target} and run it again",
                         )
             path.unlink()
+    for place in sorted(packages.rglob("*")):
+        source = place.parent.parent / f"{place.name.partition('.')[0]}.py"
+        compiled = place.parent.name == "__pycache__" and place.suffix == ".pyc"
+        known = place in brought or (compiled and source in brought)
+        if place.is_symlink() or not (place.is_dir() or known):
+            raise refuse(
+                "install.digest",
+                f"{place} is of no sealed wheel",
+                f"find out who put it there, then remove {target} and run it again",
+            )
 
 
 def switch(link: Path, target: Path) -> None:
@@ -320,6 +362,8 @@ def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
     wanted = wanted_wheels(medium, manifest, runtime)
     out.say(f"for this host: {runtime['target']}, {runtime['accelerator']}")
     target = options.prefix / "runtimes" / wanted.digest[:16]
+    for place in (options.prefix, options.prefix / "runtimes", target):
+        require_own(place)
     ready = (target / DONE).is_file()
     if ready:
         require_untouched(target, medium, wanted)
@@ -403,7 +447,10 @@ def ask_fingerprint() -> str:
     """Read the fingerprint from the terminal, or from standard input."""
     sys.stderr.write("Type the fingerprint of the trust root, as it was told you (sha256:...): ")
     sys.stderr.flush()
-    return fingerprint(sys.stdin.readline())
+    typed = sys.stdin.readline()
+    if not sys.stdin.isatty():
+        sys.stderr.write("\n")  # a terminal has shown that of the person
+    return fingerprint(typed)
 
 
 def fingerprint(text: str) -> str:

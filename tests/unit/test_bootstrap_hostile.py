@@ -4,6 +4,8 @@ Each attack is a release that the complete verification refuses; before anything
 installer does too. `--accelerator cuda` ends the good way cheaply: seal and times have held then.
 """
 
+import io
+import os
 import shutil
 from dataclasses import replace
 from datetime import timedelta
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import bundles
 import pytest
-from test_bootstrap_main import house_for, refused
+from test_bootstrap_main import house_for, install, refused
+from test_bootstrap_main import sealed as wheels
 
 from bundle import approval, envelope, trust
 from bundle.archive import read_head
@@ -242,3 +245,78 @@ def test_a_wheel_that_the_host_revokes_never_runs(tmp_path, house, capsys):
     hold(tmp_path, ROOTS)
     (tmp_path / "a" / "tree" / "trust" / "1.revocations.json").write_bytes(signed.to_bytes())
     refused(capsys, tmp_path / "a", "trust.revoked", bundle=path)
+
+
+# -- places ---------------------------------------------------------------------------------------
+
+
+def as_link(place, elsewhere):
+    place.symlink_to(elsewhere)
+
+
+def open_to_all(place, _):
+    place.mkdir()
+    place.chmod(0o777)
+
+
+def of_another(place, _):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    place.mkdir()
+    os.chown(place, 65534, 65534)
+
+
+@pytest.mark.parametrize("inner", ["", "runtimes"])
+@pytest.mark.parametrize("spoil", [as_link, open_to_all, of_another])
+def test_a_prefix_in_which_others_could_change_the_program(tmp_path, house, capsys, spoil, inner):
+    path = make(tmp_path / "x.agb", house)
+    (tmp_path / "elsewhere").mkdir()
+    place = tmp_path / "a" / "program"
+    place.mkdir(parents=True, mode=0o755)
+    refused(capsys, tmp_path / "a", *PAST_THE_SEAL, bundle=path)
+    if inner:
+        place /= inner
+    else:
+        place.rmdir()
+    spoil(place, tmp_path / "elsewhere")
+    refused(capsys, tmp_path / "a", "host.io", bundle=path)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+PLANTED = {
+    "a module": "sitecustomize.py",
+    "a path file": "zz.pth",
+    "beside a package": "airgap/more.py",
+    "a compiled module without a source": "airgap/__pycache__/more.cpython-311.pyc",
+    "one in place of a module": "evil.pyc",
+}
+
+
+def test_a_file_that_no_wheel_brought_is_refused_in_the_next_run(tmp_path, house, capsys):
+    path = wheels(house, tmp_path / "x.agb")
+    assert install(tmp_path / "a", path) == 0
+    assert install(tmp_path / "a", path) == 0
+    packages = next((tmp_path / "a").glob("program/runtimes/*/lib/python3*/site-packages"))
+    for name in PLANTED.values():
+        (packages / name).write_bytes(b"")
+        refused(capsys, tmp_path / "a", "install.digest", bundle=path)
+        (packages / name).unlink()
+    (packages / "airgap" / "linked").symlink_to(tmp_path)
+    refused(capsys, tmp_path / "a", "install.digest", bundle=path)
+    (packages / "airgap" / "linked").unlink()
+    assert install(tmp_path / "a", path) == 0
+
+
+@pytest.mark.parametrize("typed", ["", "\n", "sha256:12\n", "0" * 64 + "\n", "../../x\n"])
+def test_a_fingerprint_that_is_typed_wrong_changes_nothing(
+    tmp_path, house, capsys, monkeypatch, typed
+):
+    path = make(tmp_path / "x.agb", house)
+    (tmp_path / "a").mkdir()
+    for _ in range(3):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert install(tmp_path / "a", path, fingerprint="") == 1
+        said = capsys.readouterr().err.splitlines()
+        assert said[1] == "refused trust.fingerprint"
+        assert said[-1] == "nothing was changed"
+        assert list((tmp_path / "a").iterdir()) == []
