@@ -20,8 +20,8 @@ from bundle.envelope import Envelope, sign_statement
 from bundle.fields import Document, Instant, Sha256Hex, Text
 from bundle.keys import Signer
 from bundle.manifest import first_problem
+from bundle.root import RootDocument
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from bundle.trust import RootDocument
 from policy.errors import RefusedError
 from policy.lineage import Ruling
 from policy.snapshots import normal_name

@@ -28,8 +28,8 @@ from bundle.envelope import Envelope, add_signature, find_signers, parse_envelop
 from bundle.fields import DigestText, Document, Instant, Sha256Hex, Text
 from bundle.keys import Signer, read_limited
 from bundle.manifest import first_problem
+from bundle.root import RootDocument
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from bundle.trust import RootDocument
 from policy.approvals import BREAK_GLASS_PEOPLE, Approval, Approvals, Approver, same_person
 from policy.errors import RefusedError
 from policy.strict import parse_day

@@ -31,7 +31,8 @@ from airgap.install.record import actor_of, find_submitter, last_record
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium
-from bundle.trust import CHAIN_LIMIT, Trust, follow_chain, import_root, load_trust, save_trust
+from bundle.root import CHAIN_LIMIT
+from bundle.trust import Trust, follow_chain, import_root, load_trust, save_trust
 from bundle.verify import open_bundle, verify_bundle
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest

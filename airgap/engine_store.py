@@ -45,7 +45,7 @@ from airgap.install.lifecycle import ENGINES
 from airgap.install.store import InstalledBundle
 from bundle.envelope import Envelope, find_signers, parse_envelope
 from bundle.keys import Signer, as_signers, read_limited
-from bundle.trust import RootDocument
+from bundle.root import RootDocument
 from policy.errors import CODES, FaultError, RefusedError
 from policy.terms import Digest
 

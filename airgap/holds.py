@@ -34,8 +34,8 @@ from bundle.envelope import Envelope, add_signature, sign_statement
 from bundle.fields import DigestText, Document, Instant, Sha256Hex, Text
 from bundle.keys import Signer, read_limited
 from bundle.manifest import first_problem
+from bundle.root import RootDocument
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from bundle.trust import RootDocument
 from policy.approvals import Approval, Approver, same_person
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest

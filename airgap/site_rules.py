@@ -19,8 +19,8 @@ from bundle.envelope import Envelope, add_signature, parse_envelope, sign_statem
 from bundle.fields import Document, Instant, PersonId, Sha256Hex
 from bundle.keys import Signer, as_signers, read_limited
 from bundle.manifest import first_problem
+from bundle.root import RootDocument
 from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
-from bundle.trust import RootDocument
 from policy.approvals import same_person
 from policy.errors import RefusedError
 from policy.terms import Digest

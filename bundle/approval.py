@@ -21,7 +21,7 @@ from bundle.envelope import MAX_STATEMENTS, Envelope, find_signers, parse_envelo
 from bundle.fields import DigestText, Document, Instant, PersonId, Sha256Hex, Text, Token
 from bundle.keys import Signer
 from bundle.manifest import first_problem
-from bundle.trust import OFFICES, RootDocument
+from bundle.root import OFFICES, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
 

@@ -18,7 +18,7 @@ from bundle.envelope import Envelope, find_signers, sign_statement
 from bundle.fields import Document, Instant, Text, format_time
 from bundle.keys import Signer
 from bundle.manifest import first_problem
-from bundle.trust import ROOT, RootDocument
+from bundle.root import ROOT, RootDocument
 from policy.errors import RefusedError
 
 CODE = "trust.clock"

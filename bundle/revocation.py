@@ -33,7 +33,7 @@ from policy.errors import RefusedError
 from policy.terms import Digest
 
 if TYPE_CHECKING:
-    from bundle.trust import RootDocument
+    from bundle.root import RootDocument
 
 CODE = "trust.revocation"
 LIST_TYPE = "application/vnd.airgap.revocations+json"

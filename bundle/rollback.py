@@ -20,7 +20,8 @@ from bundle.fields import Count, DigestText, Document, Instant, Name, Text, form
 from bundle.keys import Signer
 from bundle.manifest import Manifest, first_problem
 from bundle.revocation import require_unrevoked
-from bundle.trust import RootDocument, Trust
+from bundle.root import RootDocument
+from bundle.trust import Trust
 from policy.errors import RefusedError
 from policy.terms import Digest
 

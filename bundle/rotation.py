@@ -12,18 +12,17 @@ from datetime import datetime, timedelta
 
 from bundle.envelope import Envelope, add_signature, find_signers, sign_statement
 from bundle.keys import PublicKeyFile, Signer
-from bundle.trust import (
+from bundle.root import (
     ROOT,
     ROOT_TYPE,
-    VALID_FOR,
     RevocationRule,
     RootDocument,
     Threshold,
-    Trust,
     next_version,
     parse_root,
     with_keys,
 )
+from bundle.trust import VALID_FOR, Trust
 from policy.errors import RefusedError
 
 

@@ -29,7 +29,7 @@ from bundle.fields import (
 )
 from bundle.manifest import REPORT, Manifest, Profile, canonical, first_problem
 from bundle.revocation import Revocations, revoked_signers
-from bundle.trust import BUILDER, RootDocument
+from bundle.root import BUILDER, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
 

@@ -207,7 +207,7 @@ def copy(folder, target):
 def people_of(folder, **roles):
     """Return a trust root of people by role, and a signer for each: `people_of(f, ada="isso")`."""
     from bundle.keys import load_signer, new_key
-    from bundle.trust import KeyEntry, Person, RootDocument, Threshold, Thresholds
+    from bundle.root import KeyEntry, Person, RootDocument, Threshold, Thresholds
 
     at = datetime(2026, 1, 1, tzinfo=UTC)
     made = {name: new_key(folder, name, person=name, roles=(role,)) for name, role in roles.items()}

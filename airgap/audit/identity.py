@@ -29,7 +29,7 @@ from airgap.audit.people import parse_act, require_two
 from airgap.audit.previous import UNKNOWN_ORIGIN, Previous
 from airgap.audit.record import parse_line, printable
 from bundle.envelope import Envelope, parse_envelope
-from bundle.trust import RootDocument
+from bundle.root import RootDocument
 from policy.errors import FaultError, RefusedError
 
 ACT: Final = "new-log"

@@ -18,7 +18,7 @@ from bundle.envelope import Envelope, find_signers, parse_envelope
 from bundle.fields import Count, DigestText, Document, Instant, Text
 from bundle.keys import read_limited
 from bundle.manifest import first_problem
-from bundle.trust import RootDocument
+from bundle.root import RootDocument
 from policy.approvals import same_person
 from policy.errors import RefusedError
 

@@ -38,7 +38,7 @@ from airgap.audit.steward import OwnLog
 from airgap.audit.tiles import SEGMENT
 from airgap.audit.tree import StoredTree
 from bundle.envelope import Envelope
-from bundle.trust import RootDocument
+from bundle.root import RootDocument
 from policy.errors import RefusedError
 
 CODE: Final = "audit.retention"

@@ -16,7 +16,7 @@ from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
 if TYPE_CHECKING:
     from airgap.config import Site
     from airgap.engine_store import Engines, Wanted
-    from bundle.trust import RootDocument
+    from bundle.root import RootDocument
 
 Model = Annotated[str, typer.Option(help="Installed bundle; default the current one.")]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from airgap.config import Site
     from airgap.dossier import LogFacts, Page
     from airgap.dossier.reports import About
-    from bundle.trust import RootDocument
+    from bundle.root import RootDocument
     from policy.approvals import Approval
 
 Anchors = Annotated[

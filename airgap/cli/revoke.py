@@ -245,7 +245,7 @@ def _load(root: Path | None) -> Trust:
 def _read(path: Path) -> Envelope:
     from bundle.envelope import parse_envelope
     from bundle.keys import read_limited
-    from bundle.trust import CHAIN_LIMIT
+    from bundle.root import CHAIN_LIMIT
 
     code = "trust.revocation"
     raw = read_limited(path, CHAIN_LIMIT, code=code, what="the revocation list")

@@ -17,7 +17,8 @@ from policy.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from bundle.envelope import Envelope
     from bundle.keys import Signer
-    from bundle.trust import RootDocument, Trust
+    from bundle.root import RootDocument
+    from bundle.trust import Trust
 
 Propose = Annotated[
     Path | None,
@@ -156,8 +157,8 @@ def threshold(
     json: Json = False,
 ) -> None:
     """Change how many people must sign a bundle, a root or a revocation list."""
+    from bundle.root import RevocationRule
     from bundle.rotation import with_thresholds
-    from bundle.trust import RevocationRule
 
     trust = load(root)
     if stale not in {None, "alarm", "refuse"}:
@@ -327,8 +328,9 @@ def import_file(
 ) -> None:
     """Take newer roots that continue the chain of this tree; an older one changes nothing."""
     from bundle.keys import read_limited
+    from bundle.root import CHAIN_LIMIT
     from bundle.rotation import read_proposal
-    from bundle.trust import CHAIN_LIMIT, append_envelope, follow_chain, newest_of
+    from bundle.trust import append_envelope, follow_chain, newest_of
 
     trust = load(root)
     raw = read_limited(source, CHAIN_LIMIT, code="trust.chain", what="the file").strip(b"\n")
@@ -407,7 +409,7 @@ def read_envelope(path: Path) -> Envelope:
     """Read a signed document."""
     from bundle.envelope import parse_envelope
     from bundle.keys import read_limited
-    from bundle.trust import CHAIN_LIMIT
+    from bundle.root import CHAIN_LIMIT
 
     raw = read_limited(path, CHAIN_LIMIT, code="trust.chain", what="the file")
     return parse_envelope(raw.strip(b"\n"), code="trust.chain", limit=CHAIN_LIMIT)

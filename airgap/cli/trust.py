@@ -157,7 +157,8 @@ def init(
 ) -> None:
     """Begin a trust root with a root key, or import one whose fingerprint you were told."""
     from bundle.keys import read_limited
-    from bundle.trust import CHAIN_LIMIT, import_root, new_root, save_trust
+    from bundle.root import CHAIN_LIMIT
+    from bundle.trust import import_root, new_root, save_trust
     from policy.terms import Digest
 
     folder = root_folder(root) / "trust"
@@ -201,7 +202,8 @@ def add(
     json: Json = False,
 ) -> None:
     """Enrol keys in the next version of the root, signed by the root key."""
-    from bundle.trust import load_trust, with_keys
+    from bundle.root import with_keys
+    from bundle.trust import load_trust
 
     trust = load_trust(root_folder(root) / "trust")
     found = rotation.read_public_keys(public_key)

@@ -14,7 +14,7 @@ from airgap.dossier.page import Page, Section
 from airgap.dossier.usage import Evidence, LogFacts, Usage
 from bundle.canonical import canonical_json
 from bundle.fields import format_time
-from bundle.trust import RootDocument
+from bundle.root import RootDocument
 from policy.approvals import Approval, same_person
 from policy.terms import Digest
 

@@ -48,7 +48,8 @@ from airgap.serve.provider import (
 )
 from airgap.site_rules import read_signature, verify_file
 from bundle.graphs import Graphs, parse_graphs
-from bundle.trust import RootDocument, load_trust
+from bundle.root import RootDocument
+from bundle.trust import load_trust
 from policy.approvals import Approval, Approvals
 from policy.engine import Decision
 from policy.errors import AirgapError, RefusedError

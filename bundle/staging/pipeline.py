@@ -44,6 +44,7 @@ from bundle.manifest import (
 )
 from bundle.manifest import Parity as ParityClaim
 from bundle.media import open_medium
+from bundle.root import BUILDER
 from bundle.scan.bom import PATH as BOM_PATH
 from bundle.scan.payload import scan_payload
 from bundle.scan.roles import Role as FileRole
@@ -72,7 +73,7 @@ from bundle.staging.source import Progress
 from bundle.staging.upstream import Upstream
 from bundle.staging.wheelhouse import Wheelhouse
 from bundle.statement import PAYLOAD_TYPE, seal_statement
-from bundle.trust import BUILDER, Trust, chain_document
+from bundle.trust import Trust, chain_document
 from bundle.vectors import Vectors, canonical_vectors, vectors_path
 from bundle.write import Member, write_archive
 from policy.errors import FaultError, RefusedError

@@ -24,6 +24,7 @@ from bundle.manifest import REPORT, Manifest, parse_manifest
 from bundle.media import open_medium
 from bundle.medium import Medium
 from bundle.revocation import revoked_signers
+from bundle.root import BUILDER, OFFICES
 from bundle.staging.pipeline import DECISION
 from bundle.statement import (
     PAYLOAD_TYPE,
@@ -33,7 +34,7 @@ from bundle.statement import (
     parse_statement,
     require_matches,
 )
-from bundle.trust import BUILDER, OFFICES, Trust
+from bundle.trust import Trust
 from bundle.verify import SealedBundle, verify_contents
 from policy.errors import RefusedError
 from policy.terms import Digest

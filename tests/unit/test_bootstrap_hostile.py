@@ -20,6 +20,7 @@ from bundle import approval, envelope, trust
 from bundle.archive import read_head
 from bundle.medium import overwrite
 from bundle.revocation import LIST_TYPE, EpochFloor, RevocationDocument
+from bundle.root import next_version
 from bundle.source import PlainFile
 from bundle.statement import approved_by, parse_statement
 from bundle.tar import BLOCK
@@ -172,7 +173,7 @@ def test_a_medium_from_before_cannot_bring_back_who_was_retired(tmp_path, house,
     bob = document.people["bob"].model_copy(update={"valid_to": bundles.CREATED})
     later = trust.append_root(
         ROOTS,
-        trust.next_version(document, now=bundles.CREATED, people={**document.people, "bob": bob}),
+        next_version(document, now=bundles.CREATED, people={**document.people, "bob": bob}),
         [bundles.signer("root")],
     )
     hold(tmp_path, later)

@@ -16,6 +16,7 @@ import policy.strict
 from airgap import site_rules
 from airgap.gate import DIGESTS, load_rules, shipped_files
 from bundle import trust
+from bundle.root import next_version
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
 
@@ -103,7 +104,7 @@ def test_a_payload_that_is_no_statement_is_refused(root, payload):
 
 
 def test_two_people_where_the_root_asks_for_two():
-    two = trust.next_version(
+    two = next_version(
         TRUST.document,
         now=bundles.ENROLLED,
         thresholds=TRUST.document.thresholds.model_copy(
