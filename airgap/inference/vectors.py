@@ -60,8 +60,17 @@ def create(config: dict[str, Any]) -> Program:
 class Program:
     """One model, and one question to it."""
 
-    def __init__(self, *, folder: Path, precision: str, threads: int, provider: str) -> None:
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        precision: str,
+        threads: int,
+        provider: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._arguments = folder, precision, threads, provider
+        self.clock = clock  # seconds
 
     def warm_up(self) -> dict[str, Any]:
         """Load the model and run it once.
@@ -90,9 +99,9 @@ class Program:
             fields.done()
         except MalformedError as error:
             raise ProgramError("request.malformed", str(error), "") from error
-        until, answers = time.monotonic() + seconds, list[dict[str, Any]]()
+        until, answers = self.clock() + seconds, list[dict[str, Any]]()
         for number, (prompt, greedy, top) in enumerate(vectors):
-            if number >= least and time.monotonic() > until:
+            if number >= least and self.clock() > until:
                 break
             places = self._answers(prompt, greedy[:-1])
             wanted = places[np.arange(len(greedy)), greedy]

@@ -1,5 +1,6 @@
 """The program of the target: both kinds of graph answer the same vectors alike, and nothing odd."""
 
+import itertools
 import json
 
 import pytest
@@ -54,9 +55,12 @@ def test_what_it_writes_by_itself_is_best_at_each_place(programs):
         assert all(first == wanted for first, _, wanted in again["best"])
 
 
-def test_time_over_ends_after_the_least(programs):
-    many = VECTORS[:1] * 3000
-    assert 2 <= len(ask(programs[0], many, seconds=1, least=2)) < 3000
+def test_time_over_ends_after_the_least():
+    made, many = program(fast_folder()), VECTORS[:1] * 9
+    made.clock = itertools.count().__next__  # a second for each look
+    assert len(ask(made, many, seconds=60, least=2)) == 9
+    assert len(ask(made, many, seconds=3, least=2)) == 5
+    assert len(ask(made, many, seconds=1, least=7)) == 8
 
 
 @pytest.mark.parametrize(

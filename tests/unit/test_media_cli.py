@@ -235,7 +235,7 @@ def test_a_draft_is_signed_in_every_volume(tmp_path, call):
     roots = bundles.make_trust()
     for who in ("alice", "bob"):
         read = read_draft(tmp_path / "set")
-        tally = sign(read, roots, bundles.signer(who), confirmation="tiny")
+        tally = sign(read, roots, bundles.signer(who), confirmation="tiny", now=bundles.NOW)
     assert tally.complete
     for path in (tmp_path / "set").iterdir():
         medium = open_medium(path)

@@ -91,7 +91,7 @@ def listing(files: dict[str, bytes]) -> SimpleNamespace:
         SimpleNamespace(path=path, role=role(path), size=len(content), sha256="0" * 64)
         for path, content in files.items()
     ]
-    return SimpleNamespace(files=entries)
+    return SimpleNamespace(files=entries, runtimes=())
 
 
 @pytest.mark.parametrize(
