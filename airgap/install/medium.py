@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from bundle.trust import Trust
 from bundle.verify import open_bundle
 from policy.errors import FaultError, RefusedError
 
+# A line break or a backslash in a name would write lines of its own into what people sign.
+_PLAIN = re.compile(r"[^\\\x00-\x1f\x7f\u0080-\u009f\u2028\u2029\ud800-\udfff]+")
 NAME, SUMS = "install.sh", "SHA256SUMS"
 
 
@@ -24,7 +27,8 @@ def write_medium(
     The list names every plain file of the folder, bundle or volumes among them, but signatures.
 
     Raises:
-        RefusedError: A code of the verification; `store.missing`, the bundle has no installer.
+        RefusedError: A code of the verification; `store.missing`, the bundle has no installer;
+            `archive.type`, a file there has a name that a list cannot hold.
         FaultError: `host.io`.
 
     """
@@ -43,6 +47,13 @@ def write_medium(
             for path in out.iterdir()
             if path.is_file() and path.name != SUMS and path.suffix not in {".sig", ".sshsig"}
         )
+        for name in names:
+            if not _PLAIN.fullmatch(name) or name == "-":
+                raise RefusedError(
+                    "archive.type",
+                    f"{name!r:.120} lies in {out}, and a list of digests cannot name it plainly",
+                    hint="rename it, or take it off the medium, then run it again",
+                )
         sums = {name: _sha256(out / name) for name in names}
         listed = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
         write_beside(out / SUMS, listed.encode(), mode=0o644)

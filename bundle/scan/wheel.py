@@ -40,6 +40,12 @@ _OVERLAP = max(map(len, _TELEMETRY)) - 1
 _NATIVE = re.compile(r"\.(so(\.\d+)*|dylib|dll|pyd|exe)$", re.IGNORECASE)
 # Starters for Windows that pip carries along; they are told like any native code.
 _LAUNCHER = re.compile(r"pip/_vendor/distlib/[tw](32|64)(-arm)?\.exe")
+# Into the environment beside site-packages: its interpreter, its programs, its libraries.
+_TAKES_PLACE = re.compile(
+    r"^[^/]+\.data/(data/(bin|lib|lib64|pyvenv\.cfg)(/|$)|scripts/(python|pip|airgap|activate)[^/]*$)",
+    re.IGNORECASE,
+)
+_STARTERS = re.compile(r"python|activate", re.IGNORECASE)
 _COLUMNS = 3  # of RECORD: path, digest, size
 
 
@@ -82,6 +88,8 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
             raise _no(name, f"{path!r:.80} would run whenever Python starts")
         if pure and _NATIVE.search(path) and not _LAUNCHER.fullmatch(path):
             raise _no(name, f"its tag says pure Python, but {path!r:.80} is native code")
+        if _TAKES_PLACE.search(path):
+            raise _no(name, f"{path!r:.80} would take the place of what the environment runs")
         if stat.S_ISLNK(member.external_attr >> 16):
             raise _no(name, f"{path!r:.80} is a link")
         dense = MAX_RATIO * max(member.compress_size, MAX_HOLLOW // MAX_RATIO)
@@ -138,6 +146,10 @@ def _entry_points(archive: zipfile.ZipFile, name: str) -> tuple[str, ...]:
         parser.read_string(archive.read(place).decode("utf-8"))
     except configparser.Error as error:
         raise _no(name, f"{place!r:.100} cannot be read") from error
+    for section in {"console_scripts", "gui_scripts"} & set(parser.sections()):
+        for program in parser.options(section):
+            if _STARTERS.match(program) or "/" in program:
+                raise _no(name, f"its program {program!r:.80} would take the place of another")
     return tuple(
         f"entry points {section!r:.60}: {', '.join(parser.options(section)):.200}"
         for section in parser.sections()

@@ -218,6 +218,21 @@ def test_the_medium_gets_the_installer_and_its_digests(tmp_path, medium):
         write_medium(medium / "wheels.agb", tmp_path / "absent", **named)
 
 
+@pytest.mark.parametrize("name", ["a\n" + "0" * 64 + "  install.sh", "a\\b", "-", "a\udcff", "a\r"])
+def test_a_name_that_would_write_its_own_line_is_not_listed(tmp_path, medium, name):
+    from airgap.install.medium import write_medium
+
+    named = {"trust": bundles.make_trust(), "now": bundles.NOW, "more": Help()}
+    (tmp_path / "two words.txt").write_text("x")
+    assert "two words.txt" in write_medium(medium / "wheels.agb", tmp_path, **named)
+    before = (tmp_path / "SHA256SUMS").read_bytes()
+    (tmp_path / name).write_text("x")
+    with pytest.raises(RefusedError) as caught:
+        write_medium(medium / "wheels.agb", tmp_path, **named)
+    assert caught.value.code == "archive.type"
+    assert (tmp_path / "SHA256SUMS").read_bytes() == before
+
+
 def test_programs_give_their_document_or_their_last_words():
     good = Program(("/bin/sh", "-c", "echo '{\"a\": 1}'"))
     assert good.own("x") == (0, {"a": 1})

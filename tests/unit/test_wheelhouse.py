@@ -150,6 +150,17 @@ BAD_WHEELS = {
     "runs when Python starts": {"flatbuffers.pth": b"import os\n"},
     "telemetry client": {"flatbuffers/x.py": b"# One" + b"Collector"},
     "native code under a pure tag": {"flatbuffers/_x.so": b"\x7fELF"},
+    "a script in place of the interpreter": {
+        "flatbuffers-25.12.19.data/scripts/python": b"#!/bin/sh\n"
+    },
+    "data in place of the interpreter": {"flatbuffers-25.12.19.data/data/bin/python3": b"x"},
+    "data among the libraries": {"flatbuffers-25.12.19.data/data/lib/python3.11/x.py": b"x"},
+    "a command in place of the interpreter": {
+        "flatbuffers-25.12.19.dist-info/entry_points.txt": (
+            b"[console_scripts]\npython3 = flatbuffers:main\n"
+        )
+    },
+    "a path that leaves": {"flatbuffers/../../x.py": b"x"},
 }
 
 
