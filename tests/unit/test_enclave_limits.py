@@ -154,8 +154,11 @@ parent = Path("/tmp")  # a probe has an environment of its own
 facts = host.survey()
 def probe():
     twin.probe_rung("A", None, facts, None, fresh=True)
-thread = threading.Thread(target=probe, daemon=True)
-thread.start()
+def started():
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    return thread
+thread = started()
 def own():
     for path in parent.glob(f"airgap-probe-*"):
         try:
@@ -165,6 +168,8 @@ def own():
         if f"PPid:\\t{os.getpid()}\\n" in status:
             return path
 while not (left := own()):
+    if not thread.is_alive():  # it was over between two looks: once more
+        thread = started()
     time.sleep(0.005)
 os.kill(int(left.name.split("-")[2]), signal.SIGKILL)
 thread.join()
