@@ -19,6 +19,14 @@ from airgap.inference.constrain import Constraint
 from airgap.inference.graphs import ModelFacts
 from airgap.inference.model import PIECE_BYTES, Cache, Logits, Model
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
+from airgap.inference.refusals import (
+    completion_ids,
+    not_finite,
+    prompt_ids,
+    require_context,
+    stop_ids,
+    too_large,
+)
 
 _PROGRESS_S = 0.1
 _DRAWS_AHEAD = 64  # steps whose random numbers are made at once
@@ -57,27 +65,14 @@ def plan_memory(
             one sample fits.
 
     """
+    require_context(facts, prompt=prompt, new=new)
     capacity = prompt + new
-    if capacity > facts.max_context:
-        raise ProgramError(
-            "prompt.g10",
-            f"prompt ({prompt} tokens) and budget ({new} tokens) need {capacity} positions; "
-            f"{facts.model} has {facts.max_context}",
-            f"ask for at most {facts.max_context - prompt} new tokens"
-            if prompt < facts.max_context
-            else "shorten the input",
-        )
     position = 2 * facts.layers * facts.kv_heads * facts.head_dim * kv_bytes
     fixed = 2 * position * prompt + min(PIECE_BYTES, 4 * facts.vocab_size * prompt)
     row = 2 * position * capacity + _SCRATCH * facts.vocab_size + 4 * new
     rows = min(n, most_rows, (budget - fixed) // row)
     if rows < 1:
-        raise ProgramError(
-            "model.memory",
-            f"one sample of {capacity} positions needs {(fixed + row) >> 20} MiB; "
-            f"{budget >> 20} MiB are planned for a request",
-            "ask for fewer new tokens, or give the worker more memory",
-        )
+        raise too_large(capacity, needed=fixed + row, budget=budget)
     return Plan(rows=rows, capacity=capacity, size=fixed + rows * row)
 
 
@@ -125,8 +120,8 @@ class Decoder:
                 "build the bundle with the fast graph, or leave --valence out",
             )
         started, first_run = self._clock(), self._model.runs
-        prompt = self._prompt(request)
-        stops = self._stops(request.stop)
+        prompt = prompt_ids(request, self._model.facts, self._model.vocabulary)
+        stops = stop_ids(request, self._model.facts)
         plan = self._plan(len(prompt), request.max_new_tokens, request.n)
         prefix = self._prefill(prompt)
         cache = Cache(self._model, rows=plan.rows, capacity=plan.capacity)
@@ -150,10 +145,8 @@ class Decoder:
             ProgramError: `prompt.*` or `model.*`.
 
         """
-        prompt = self._prompt(request)
-        rest = [self._model.vocabulary.encode(one) for one in request.completions]
-        if not all(rest):
-            raise _empty("a completion")
+        prompt = prompt_ids(request, self._model.facts, self._model.vocabulary)
+        rest = completion_ids(request, self._model.vocabulary)
         longest = max(len(ids) for ids in rest)
         plan = self._plan(len(prompt), longest, 1)
         prefix = self._prefill(prompt)
@@ -172,14 +165,6 @@ class Decoder:
             total += _likelihood(logits[0], part[1:])
         return total
 
-    def _prompt(self, request: Generate | Score) -> list[int]:
-        """Return the ids of the prompt; the start token comes once, where the model has one."""
-        bos = self._model.facts.bos_id
-        ids = [*([] if bos is None else [bos]), *self._model.vocabulary.encode(request.prompt)]
-        if not ids:
-            raise _empty("the prompt")
-        return ids
-
     def _plan(self, prompt: int, new: int, n: int) -> Plan:
         return plan_memory(
             self._model.facts,
@@ -190,17 +175,6 @@ class Decoder:
             budget=self._budget,
             most_rows=self._most_rows,
         )
-
-    def _stops(self, tags: Sequence[str]) -> list[int]:
-        known = self._model.facts.tags
-        for tag in tags:
-            if tag not in known:
-                raise ProgramError(
-                    "model.stop",
-                    f"stop tag {tag!r:.80} is not in the vocabulary of {self._model.facts.model}",
-                    "without it a sample would never end there; use a model that has the tag",
-                )
-        return [known[tag] for tag in tags]
 
     def _prefill(self, prompt: list[int]) -> _Prefix:
         cache = Cache(self._model, rows=1, capacity=len(prompt))
@@ -344,7 +318,7 @@ class _Batch:
                 legal=legal,
             )
         except sampling.NotFiniteError as error:
-            raise _not_finite(self._step) from error
+            raise not_finite(self._step) from error
 
     def _reasons(self, drawn: sampling.Draw) -> npt.NDArray[np.int8]:
         """Return for each row an index into `_REASONS`; what is set later wins."""
@@ -405,16 +379,4 @@ def _likelihood(logits: Logits, ids: list[int]) -> float:
     try:
         return float(sampling.log_likelihood(logits, np.array(ids, dtype=np.int64)).sum())
     except sampling.NotFiniteError as error:
-        raise _not_finite(0) from error
-
-
-def _empty(what: str) -> ProgramError:
-    return ProgramError("request.malformed", f"{what} has no tokens", "give at least one tag")
-
-
-def _not_finite(step: int) -> ProgramError:
-    return ProgramError(
-        "model.nan",
-        f"the model gave logits that are not numbers (step {step})",
-        "verify the installed bundle; ask its builder for the parity record",
-    )
+        raise not_finite(0) from error

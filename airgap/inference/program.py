@@ -18,7 +18,7 @@ import onnxruntime as ort
 from airgap.enclave.channel import ProgramError
 from airgap.inference.constrain import Constraint, Grammars
 from airgap.inference.decoder import Decoder
-from airgap.inference.engine import Engine, out_of_memory
+from airgap.inference.engine import Engine
 from airgap.inference.fast import FastModel
 from airgap.inference.graphs import INTERFACES
 from airgap.inference.model import Model, load_model
@@ -36,6 +36,7 @@ from airgap.inference.protocol import (
     encode_info,
     parse_request,
 )
+from airgap.inference.refusals import out_of_memory
 from airgap.inference.strict import Fields, MalformedError
 from airgap.inference.valence import Valence
 

@@ -61,11 +61,11 @@ def test_what_is_kept_is_bounded_by_the_budget_and_gives_way_to_rows():
     small = engine(budget=16 * entry, most_rows=64)
     for tail in ("O", "N", "CO", "CN", "OC", "NC", "CCO", "CCN"):
         run(small, replace(request, prompt=segments_of(LONG + tail)))
-        assert 0 < small._prefixes.size <= 4 * entry + 4 * position
+        assert 0 < small._batch.kept <= 4 * entry + 4 * position
     wide = ask(n=64, max_new_tokens=380)
     submit(small, 99, wide)
     small.step()
-    assert small._prefixes.size <= small._room_for_prefixes() < 4 * entry
+    assert small._batch.kept <= small._batch.for_prefixes(small._jobs.values()) < 4 * entry
     small.cancel(99)
 
 
@@ -95,7 +95,7 @@ def test_slots_go_to_the_set_that_has_the_fewest():
     events, answers = submit(target, 9, ask(n=4, max_new_tokens=3, request_set="few"))
     while not answers:
         target.step()
-        mine = sum(row.job.request.request_set == "few" for row in target._rows)
+        mine = sum(row.job.request.request_set == "few" for row in target._batch.rows)
         assert mine <= 2 or len(events) > 1
     assert len([e for e in events if hasattr(e, "ids")]) == 4
     assert target.busy

@@ -1,0 +1,243 @@
+"""Requests under way, their samples in slots, and the one set of buffers that all share.
+
+Which request gets the next slot is the engine's to say; here a slot is made, filled and closed
+(docs/design/inference.md, 5). A slot is never longer or a batch wider than `plan` allows, rows go
+before kept prefixes, and a row that ends is replaced by the last one, so that the rows of a run are
+neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from airgap.enclave.channel import ProgramError
+from airgap.inference.constrain import Constraint, State
+from airgap.inference.fast import FastModel, Found, Head, Slots
+from airgap.inference.plan import Plan
+from airgap.inference.prefixes import Prefixes
+from airgap.inference.protocol import Done, Generate, Progress, Sample
+
+FIRST_GUESS = 16
+
+Ids = npt.NDArray[np.int64]
+Emit = Callable[[Sample | Progress], None]
+Finish = Callable[[Done | ProgramError], None]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request under way."""
+
+    request: Generate
+    prompt: list[int]
+    stops: frozenset[int]
+    constraint: Constraint | None
+    emit: Emit
+    finish: Finish
+    started: float
+    deadline: float | None
+    prefix: Slots | None = None
+    next: int = 0
+    finished: int = 0
+    live: int = 0
+    most: int = 0
+    tokens: int = 0
+    runs: int = 0
+    told: float = 0.0
+    closed: bool = False
+    paused: bool = False
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a sample may come to."""
+        return len(self.prompt) + self.request.max_new_tokens
+
+    @property
+    def waits(self) -> bool:
+        """Whether a sample has no slot yet."""
+        return self.next < self.request.n
+
+    @property
+    def owner(self) -> object:
+        """Who shares turns with whom: the request set, or the request itself where it has none."""
+        return self.request.request_set or self
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A sample in a slot: what it wrote, of which the last id is not in the buffer yet."""
+
+    job: Job
+    index: int
+    state: State | None
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    removed: float = 0.0
+    width: int = FIRST_GUESS
+    ended: bool = False
+
+    @property
+    def last(self) -> int:
+        """The id that runs next."""
+        return self.ids[-1] if self.ids else self.job.prompt[-1]
+
+    @property
+    def length(self) -> int:
+        """Positions of prompt and text, the one that runs next included."""
+        return len(self.job.prompt) + len(self.ids)
+
+
+class Batch:
+    """The rows that run together. Row n has slot n, and line n of `seen`.
+
+    Attributes:
+        rows: The samples under way.
+        seen: int64[slots, capacity], what the penalty of a row punishes: the ids of prompt and
+            text, then the first of them again.
+
+    """
+
+    def __init__(self, model: FastModel, plan: Plan) -> None:
+        """Take a loaded model and the plan of its memory."""
+        self._model = model
+        self._plan = plan
+        self._prefixes = Prefixes()
+        self._slots: Slots | None = None
+        self.rows: list[Row] = []
+        self.seen: Ids = np.empty((0, 0), dtype=np.int64)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the prefixes that are kept."""
+        return self._prefixes.size
+
+    def forget(self, request_set: str) -> int:
+        """Let go of the prefixes of a request set; returns how many there were."""
+        return self._prefixes.forget(request_set)
+
+    def place(self, job: Job, jobs: Collection[Job]) -> bool:
+        """Start the next sample of `job`; False where no slot is free or can be made.
+
+        Args:
+            job: Whose turn it is.
+            jobs: All that are under way.
+
+        """
+        if not self._make_room(job, jobs) or self._slots is None:
+            return False
+        if job.prefix is None:
+            job.prefix = self._prefill(job, jobs)
+        number = len(self.rows)
+        # The last id of the prompt runs with the row: its logits are the first to be drawn from.
+        self._slots.copy(job.prefix, len(job.prompt) - 1, to=number)
+        state = job.constraint.start() if job.constraint is not None else None
+        row = Row(job=job, index=job.next, state=state)
+        job.next += 1
+        job.live += 1
+        self.rows.append(row)
+        _note(self.seen[number], row)
+        if not job.waits:
+            job.prefix = None
+        return True
+
+    def run(
+        self,
+        ids: Ids,
+        lengths: npt.NDArray[np.int32],
+        head: Head,
+        *,
+        jobs: Collection[Job],
+        first: int = 0,
+    ) -> Found:
+        """Run new ids on the slots from `first`; the run counts for `jobs`.
+
+        Raises:
+            ProgramError: `model.run`.
+
+        """
+        if self._slots is None:
+            raise ProgramError("model.run", "no buffers", "report this")
+        found = self._model.run(ids, lengths, self._slots, head, first=first)
+        for job in jobs:
+            job.runs += 1
+        return found
+
+    def close_gaps(self) -> None:
+        """Let rows leave that ended or whose request did; rows from the end take their slots."""
+        number = 0
+        while number < len(self.rows):
+            row = self.rows[number]
+            if not row.ended and not row.job.closed:
+                number += 1
+                continue
+            last = self.rows.pop()
+            if number < len(self.rows) and self._slots is not None:
+                self._slots.move(len(self.rows), last.length - 1, to=number)
+                self.seen[number] = self.seen[len(self.rows)]
+                self.rows[number] = last
+
+    def release(self) -> None:
+        """Give the memory of the buffers back."""
+        self._slots = None
+
+    def for_prefixes(self, jobs: Collection[Job]) -> int:
+        """Return what neither buffers nor prompts of requests under way may come to need."""
+        used = sum(self._plan.prompt(len(job.prompt)) for job in jobs if job.waits)
+        if self._slots is not None:
+            used += self._slots.rows * self._plan.row(self._slots.capacity)
+        return self._plan.for_prefixes(used)
+
+    def _make_room(self, job: Job, jobs: Collection[Job]) -> bool:
+        """See that a slot is free that is long enough for `job`."""
+        slots, live, plan = self._slots, len(self.rows), self._plan
+        if slots is not None and slots.capacity >= job.capacity and live < slots.rows:
+            return True
+        capacity = max([job.capacity, *(row.job.capacity for row in self.rows)])
+        beside = sum(plan.prompt(len(one.prompt)) for one in jobs if one.waits)
+        if any(one.request.ppl_authors for one in jobs):
+            beside += plan.again(capacity)
+        wanted = sum(one.request.n - one.next + one.live for one in jobs)
+        rows = plan.rows(capacity, wanted=wanted, beside=beside)
+        longer = slots is not None and slots.capacity < job.capacity
+        if rows <= live or (slots is not None and live and rows <= slots.rows and not longer):
+            return False
+        self._prefixes.shrink(plan.left(beside + rows * plan.row(capacity)))
+        if slots is None or not live:
+            self._slots = None  # before the new ones: two sets would not fit the plan
+            self._slots = self._model.slots(rows=rows, capacity=capacity)
+        else:
+            slots.resize(rows, capacity, [row.length - 1 for row in self.rows])
+        self.seen = np.zeros((rows, capacity), dtype=np.int64)
+        for number, row in enumerate(self.rows):
+            _note(self.seen[number], row)
+        return True
+
+    def _prefill(self, job: Job, jobs: Collection[Job]) -> Slots:
+        """Run the prompt but for its last id, from where another one of its set has come to."""
+        ids, request_set = job.prompt[:-1], job.request.request_set
+        found = self._prefixes.find(request_set, ids) if request_set else None
+        if found is not None and found[1] == len(ids):
+            return found[0]
+        self._prefixes.shrink(self.for_prefixes(jobs))
+        prefix = self._model.slots(rows=1, capacity=len(job.prompt))
+        start = 0
+        if found is not None:
+            start = found[1]
+            prefix.copy(found[0], start, to=0)
+        before = self._model.runs
+        self._model.prefill(ids, prefix, start=start)
+        job.runs += self._model.runs - before
+        size = self._plan.position * len(job.prompt)
+        self._prefixes.keep(request_set, ids, prefix, size=size, room=self.for_prefixes(jobs))
+        return prefix
+
+
+def _note(seen: Ids, row: Row) -> None:
+    """Write what the penalty of a row punishes; the rest repeats its first id."""
+    ids = row.job.prompt + row.ids
+    seen[:] = ids[0]
+    seen[: len(ids)] = ids
