@@ -81,7 +81,7 @@ def make_wheel(
     pure = "true" if tag.endswith("none-any") else "false"
     metadata = f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n{headers}"
     if name == "airgap":
-        metadata += "".join(f"Provides-Extra: {e}\n" for e in ("cpu", "gpu", "science", "serve"))
+        metadata += "".join(f"Provides-Extra: {e}\n" for e in ("cpu", "gpu", "science"))
     if "cuda" in "".join(requires):
         metadata += "Provides-Extra: cuda\nProvides-Extra: cudnn\n"
     metadata += "".join(f"Requires-Dist: {text}\n" for text in requires)

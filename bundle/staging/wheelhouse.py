@@ -35,7 +35,7 @@ from bundle.write import Member
 from policy.errors import FaultError, RefusedError
 
 Accelerator = Literal["cpu", "cuda"]
-EXTRAS: Mapping[Accelerator, str] = {"cpu": "cpu,science,serve", "cuda": "gpu,science,serve"}
+EXTRAS: Mapping[Accelerator, str] = {"cpu": "cpu,science", "cuda": "gpu,science"}
 OWN = "airgap"
 CONSTRAINTS = "airgap/packaging/constraints.txt"  # inside our own wheel
 PROVENANCE = "META/attest/wheels"
@@ -48,14 +48,13 @@ METADATA_LIMIT = 4 * 1024 * 1024
 
 # Nothing but these runs in a lab. A new name is a decision of people, here and in constraints.txt.
 ALLOWED: frozenset[str] = frozenset([
-    "airgap", "annotated-doc", "annotated-types", "anyio", "cffi", "click", "cryptography",
-    "flatbuffers", "gemmi", "h11", "idna", "jinja2", "llguidance", "markdown-it-py", "markupsafe",
-    "mdurl", "numpy", "onnxruntime", "onnxruntime-gpu", "orjson", "packaging", "partialsmiles",
-    "pillow", "pip", "protobuf", "pycparser", "pydantic", "pydantic-core", "pygments", "pyyaml",
-    "rdkit", "rfc8785", "rich", "shellingham", "starlette", "structlog", "tokenizers", "typer",
-    "typing-extensions", "typing-inspection", "uvicorn", "nvidia-cublas", "nvidia-cuda-nvrtc",
-    "nvidia-cuda-runtime", "nvidia-cudnn-cu13", "nvidia-cufft", "nvidia-curand",
-    "nvidia-nvjitlink",
+    "airgap", "annotated-doc", "annotated-types", "cffi", "cryptography", "flatbuffers", "gemmi",
+    "jinja2", "llguidance", "markdown-it-py", "markupsafe", "mdurl", "numpy", "nvidia-cublas",
+    "nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cudnn-cu13", "nvidia-cufft",
+    "nvidia-curand", "nvidia-nvjitlink", "onnxruntime", "onnxruntime-gpu", "orjson", "packaging",
+    "partialsmiles", "pillow", "pip", "protobuf", "pycparser", "pydantic", "pydantic-core",
+    "pygments", "pyyaml", "rdkit", "rfc8785", "rich", "shellingham", "structlog", "tokenizers",
+    "typer", "typing-extensions", "typing-inspection",
 ])  # fmt: skip
 # tokenizers reads its files itself; the client that it declares would bring an HTTP stack along.
 CUT: frozenset[tuple[str, str]] = frozenset([("tokenizers", "huggingface-hub")])
