@@ -8,7 +8,8 @@ Obeys docs/design/inference.md, 7:
 - the weights in the bundle have the digests that were published, or the benchmark fails;
 - install on this host, with the parity vectors in the sealed worker, and a text from that worker;
 - one sequence, fp32 and int8 (AIRGAP_BENCH_PRECISIONS): at least 90 % of the memory bound, which is
-  the time in which this machine reads as many bytes (two threads, torch), measured in turn.
+  the time in which this machine reads as many bytes (two threads, torch), measured in turn;
+- where onnxruntime-genai has its environment: the time to load, and one sequence from its prompt.
 
 Everything that is measured for memory runs in a process of its own.
 """
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = os.environ.get("AIRGAP_BENCH_SHAPE", "llama-3.2-1b")
 PRECISIONS = tuple(os.environ.get("AIRGAP_BENCH_PRECISIONS", "fp32,int8").split(","))
 STEPS = 16
-MOST_MEMORY, MOST_SECONDS, OF_BOUND = 1.2, 60.0, 0.9
+MOST_MEMORY, MOST_SECONDS, OF_BOUND, GENAI_ONE = 1.2, 60.0, 0.9, 1.2
 THREADS = 2
 
 
@@ -45,7 +46,7 @@ def run(context: Context) -> list[Result]:
 
     with context.folder() as scratch:
         context.step(f"writing random weights in the shape of {SHAPE}")
-        snapshot = large_models.write_snapshot(scratch / "snapshot", SHAPE)
+        snapshot = large_models.write_snapshot(scratch / SHAPE, SHAPE)
         published = sum(path.stat().st_size for path in snapshot.glob("*.safetensors"))
         context.step("writing the fast graph")
         first = child("write", snapshot, scratch / "graph-0")
@@ -86,7 +87,51 @@ def run(context: Context) -> list[Result]:
                     read_gb_s=round(found["bytes"] / min(found["bound"]) / 1e9, 1),
                 )
             )
-        return results
+        return results + beside_genai(snapshot, Path(road["folder"]), scratch, context)
+
+
+def beside_genai(snapshot: Path, folder: Path, scratch: Path, context: Context) -> list[Result]:
+    """Measure loading and one sequence in turn with onnxruntime-genai; nothing where it is not."""
+    import bench_peers
+    from peers import Absent
+
+    def theirs() -> float:
+        peer = bench_peers.Remote("genai", snapshot, scratch / "genai")
+        peer.close()
+        return peer.load_s
+
+    context.step("genai: writing its graph")
+    try:
+        theirs()
+    except Absent as notice:
+        context.step(str(notice))
+        return []
+    context.step("loading, ours and genai's")
+    load = paired(lambda: float(child("load", folder)["load_s"]), theirs, context.runs)
+    other = bench_peers.Remote("genai", snapshot, scratch / "genai")
+    ours = bench_peers.Ours(folder)
+    context.step("one sequence, ours and genai's")
+    pair = paired(
+        lambda: ours(rows=1, likelihood=False),
+        lambda: other(rows=1, likelihood=False),
+        context.runs,
+    )
+    other.close()
+    return [
+        load.lower_is_better(f"{SHAPE}: loading, against genai", unit="s", target=1.0),
+        bench_peers.result(
+            "genai.decode.1", pair, GENAI_ONE, ours=ours, other=other, rows=1, model=SHAPE
+        ),
+    ]
+
+
+def load(folder: str) -> dict[str, Any]:
+    """Measure loading alone, as a worker does it."""
+    from airgap.inference.model import load_model
+
+    start = time.perf_counter()
+    load_model(Path(folder), precision="fp32", demand="cpu", threads=THREADS)
+    return {"load_s": time.perf_counter() - start, "peak": peak()}
 
 
 def install(snapshot: Path, scratch: Path, context: Context) -> dict[str, Any]:
@@ -98,7 +143,8 @@ def install(snapshot: Path, scratch: Path, context: Context) -> dict[str, Any]:
     from airgap.inference.protocol import Generate, parse_reply, segments_of
     from airgap.install import install as bring_in
     from airgap.install.parity import prover
-    from bundle.staging.pipeline import Facts, build
+    from bundle.staging.pipeline import build
+    from bundle.staging.release import Facts
     from bundle.staging.sign import read_draft, sign
     from bundle.trust import save_trust
 
@@ -316,7 +362,11 @@ def peak() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        works: dict[str, Callable[..., dict[str, Any]]] = {"write": write, "decode": decode}
+        works: dict[str, Callable[..., dict[str, Any]]] = {
+            "write": write,
+            "decode": decode,
+            "load": load,
+        }
         print(json.dumps(works[sys.argv[2]](*sys.argv[3:])))
         sys.exit(0)
     import harness

@@ -70,13 +70,22 @@ def run(context: Context) -> list[Result]:
     return found
 
 
-def result(name: str, pair: Paired, target: float, *, ours: Ours, other: Any, rows: int) -> Result:
+def result(
+    name: str,
+    pair: Paired,
+    target: float,
+    *,
+    ours: Ours,
+    other: Any,
+    rows: int,
+    model: str = MODEL,
+) -> Result:
     """Return a line with what it needs to be judged."""
     return pair.lower_is_better(
         name,
         unit="s",
         target=target,
-        model=MODEL,
+        model=model,
         precision="fp32",
         rows=rows,
         tokens=TOKENS,
@@ -126,9 +135,9 @@ class Ours:
 class Remote:
     """A peer in an environment of its own."""
 
-    def __init__(self, kind: str, snapshot: Path) -> None:
-        cache = FOLDER / "models"
+    def __init__(self, kind: str, snapshot: Path, cache: Path = FOLDER / "models") -> None:
         self._peer = Peer(kind, model=str(snapshot), cache=str(cache), threads=THREADS)
+        self.load_s = float(self._peer.ready["load"])
         self.what = f"{kind} {self._peer.ready['version']}"
         self._ids = prompt_ids(snapshot)
         self.seed, self.tokens, self.cpu = 0, 0, list[float]()
