@@ -8,24 +8,19 @@ nothing to do and writes nothing. docs/design/bundle.md, 7.
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from airgap.audit import Actor, Event, new_ulid
 from airgap.audit.site import open_site_log
-from airgap.config import FILE_NAME, create_site, load_site, parse_site
+from airgap.config import FILE_NAME, Institution, Site, create_site, load_site, parse_site
+from airgap.host_setup import Places, Program, place_file, require_possible, set_up
 from airgap.install import Store
 from airgap.install.record import actor_of, find_submitter, last_record
 from bundle.canonical import canonical_json, parse_canonical
@@ -38,57 +33,9 @@ from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
 TRANSCRIPT_LIMIT = 1024 * 1024
-_PREFIX, _ROOT = "/opt/airgap", "/var/lib/airgap"  # as the shipped units name them
-_UNITS = ("systemd", "/etc/systemd/system")
-_FOLDERS = (("sysusers.d", "/etc/sysusers.d"), ("sysctl.d", "/etc/sysctl.d"))
-_ACCOUNT = re.compile(r'u (?P<name>[a-z-]+) - "(?P<text>[^"]*)" (?P<home>\S+) (?P<shell>\S+)')
+_HOST_FOLDERS = ("/etc/systemd/system", "/etc/sysusers.d", "/etc/sysctl.d")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Runs a program; what it prints as JSON comes back. Replaced in tests of the order."""
-
-    argv: tuple[str, ...] = field(
-        default_factory=lambda: (
-            sys.executable,
-            "-I",
-            str(Path(sys.executable).with_name("airgap")),
-        )
-    )
-
-    def own(self, *words: str) -> tuple[int, dict[str, Any]]:
-        """Run one command of our own."""
-        done = subprocess.run(
-            [*self.argv, *words, "--json"], capture_output=True, text=True, check=False
-        )
-        try:
-            return done.returncode, json.loads(done.stdout)
-        except ValueError:
-            return done.returncode, {"error": done.stderr.strip()[-400:]}
-
-    def foreign(self, *argv: str) -> None:
-        """Run a tool of the system; FaultError `host.io` with its words when it fails."""
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise FaultError(
-                "host.io", f"{argv[0]} ended with {done.returncode}: {done.stderr.strip():.300}"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where things go. `host` stands before every absolute path of the system; `/` but in tests."""
-
-    prefix: Path
-    root: Path
-    system: bool = False
-    host: Path = Path("/")
-
-    def on_host(self, path: str) -> Path:
-        """Return a path of the system."""
-        return self.host / path.lstrip("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +44,7 @@ class Wish:
 
     bundle: Path
     fingerprint: Digest
+    digest: Digest | None = None  # of the release that install.sh has checked and taken wheels from
     volumes: tuple[Path, ...] = ()
     site: Path | None = None
     model: Path | None = None
@@ -161,6 +109,8 @@ def bootstrap(
     before, trust = _verified(wish, places, now, more, tell)
     admitted = _to_admit(wish, places, trust, now, more)
     site = _site_bytes(wish, places)
+    require_possible(places, _site_to_be(site, wish, places))
+    _require_places(places)
     # Every check held: from here on the host changes.
     for done, text in _changes(places, trust, before, site, program):
         outcome.changed += [text] if done else []
@@ -171,12 +121,6 @@ def bootstrap(
         _examine(places, program, tell)
         _record(wish, places, outcome)
     return outcome
-
-
-def packaged() -> Path:
-    """Return the folder of units and profiles: inside the package, or in the checkout."""
-    inside = Path(str(resources.files("airgap"))) / "packaging"
-    return inside if inside.is_dir() else inside.parents[1] / "packaging"
 
 
 # -- before anything changes ----------------------------------------------------------------------
@@ -194,6 +138,12 @@ def _verified(
     tell(f"verified: {report.digest}, approved by {', '.join(report.seal.approvers)}")
     for text in report.alarms:
         tell(f"alarm: {text}")
+    if wish.digest not in {None, report.digest}:
+        raise RefusedError(
+            "seal.subject",
+            f"{wish.bundle} is {report.digest}, and {wish.digest} was checked before",
+            hint="the medium was exchanged meanwhile: find out by whom, then begin again",
+        )
     return held, report.trust
 
 
@@ -257,6 +207,37 @@ def _site_bytes(wish: Wish, places: Places) -> bytes | None:
     return None
 
 
+def _site_to_be(raw: bytes | None, wish: Wish, places: Places) -> Site:
+    """Return the facts that will stand; an empty form names no service."""
+    if raw is None:
+        return load_site(places.root)
+    return parse_site(raw, str(wish.site)) if raw else Site(institution=Institution(name="-"))
+
+
+def _require_places(places: Places) -> None:
+    """Refuse before anything changes where a folder of the host cannot be written.
+
+    Raises:
+        FaultError: `host.io`.
+
+    """
+    wanted = [places.root]
+    if places.system:
+        wanted += [places.on_host(path) for path in _HOST_FOLDERS]
+        apparmor = places.on_host("/etc/apparmor.d")
+        wanted += [apparmor] if apparmor.is_dir() else []
+    for folder in wanted:
+        place = folder
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise FaultError(
+                "host.io",
+                f"{place} is no folder, or cannot be written by this account",
+                hint="mend owner, permissions or mount of that folder, then run install.sh again",
+            )
+
+
 # -- what changes ---------------------------------------------------------------------------------
 
 
@@ -274,91 +255,10 @@ def _changes(
         yield True, f"{places.root / FILE_NAME}, a form to fill in"
     else:
         if site is not None:
-            _place(places.root / FILE_NAME, site)
+            place_file(places.root / FILE_NAME, site, mode=0o644 if places.system else 0o600)
         yield site is not None, f"{places.root / FILE_NAME}"
     if places.system:
-        yield from _system(places, program)
-
-
-def _system(places: Places, program: Program) -> Iterator[tuple[bool, str]]:
-    """Accounts, units and profile, each where the host has a place for it."""
-    source = packaged()
-    yield from _accounts(places, source / "sysusers.d" / "airgap.conf", program)
-    units = [
-        path
-        for path in sorted((source / _UNITS[0]).iterdir())
-        if path.suffix in {".service", ".socket", ".timer"}
-    ]
-    pairs = [(path, places.on_host(_UNITS[1]) / path.name) for path in units]
-    pairs += [
-        (path, places.on_host(folder) / path.name)
-        for name, folder in _FOLDERS
-        for path in sorted((source / name).glob("*.conf"))
-    ]
-    if places.on_host("/etc/apparmor.d").is_dir():
-        pairs.append((source / "apparmor" / "airgap", places.on_host("/etc/apparmor.d/airgap")))
-    changed = [target for path, target in pairs if _install_file(path, target, places)]
-    for _, target in pairs:
-        yield target in changed, str(target)
-    if changed and places.on_host("/run/systemd/system").is_dir():
-        program.foreign("systemctl", "daemon-reload")
-    profile = places.on_host("/etc/apparmor.d/airgap")
-    loaded = places.on_host("/sys/kernel/security/apparmor").is_dir()
-    if profile in changed and loaded and shutil.which("apparmor_parser"):
-        program.foreign("apparmor_parser", "-r", str(profile))
-
-
-def _accounts(places: Places, listed: Path, program: Program) -> Iterator[tuple[bool, str]]:
-    """Make the accounts of the list that are missing."""
-    for found in map(_ACCOUNT.fullmatch, listed.read_text().splitlines()):
-        if found is None:
-            continue
-        missing = places.host == Path("/") and not _has_account(found["name"])
-        if missing:
-            with suppress(FaultError):  # it may be there from an earlier package
-                program.foreign("groupadd", "--system", "airgap")
-            words = ["--system", "--gid", "airgap", "--no-create-home", "--comment", found["text"]]
-            words += ["--home-dir", str(places.root), "--shell", found["shell"]]
-            program.foreign("useradd", *words, found["name"])
-        yield missing, f"account {found['name']}"
-
-
-def _has_account(name: str) -> bool:
-    try:
-        pwd.getpwnam(name)
-    except KeyError:
-        return False
-    return True
-
-
-def _install_file(source: Path, target: Path, places: Places) -> bool:
-    """Write a shipped file with the true places in it; tell whether it changed."""
-    text = source.read_text("utf-8")
-    runtimes = f"{places.prefix}/runtimes/*/bin"  # a profile attaches to the real file
-    text = text.replace(f"profile airgap {_PREFIX}/bin", f"profile airgap {runtimes}")
-    text = text.replace(_PREFIX, str(places.prefix)).replace(_ROOT, str(places.root))
-    raw = text.encode()
-    if target.is_file() and target.read_bytes() == raw:
-        return False
-    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    _place(target, raw, mode=0o644)
-    return True
-
-
-def _place(target: Path, raw: bytes, mode: int = 0o600) -> None:
-    """Write beside, sync, rename."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(raw)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.chmod(mode)
-        fresh.replace(target)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+        yield from set_up(places, load_site(places.root), program)
 
 
 def _admit(

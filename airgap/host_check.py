@@ -18,8 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from airgap.config import load_site
 from airgap.enclave.inventory import examine as examine_gpu
 from airgap.enclave.inventory import take
+from airgap.host_setup import Places, differences, log_account
 from airgap.install.record import last_record
 from airgap.install.store import Store
 from policy.errors import AirgapError
@@ -106,6 +108,7 @@ def examine(host: Host) -> Found:
     for look in (
         _tree,
         _private_files,
+        _installation,
         _clock,
         _last_record,
         _space,
@@ -172,6 +175,26 @@ def _private_files(host: Host) -> Iterator[Check]:
         yield Check("private files", "bad", f"others read {_few(wrong)}", fix)
     else:
         yield Check("private files", "good", f"{len(places)} files, for their owner alone")
+
+
+def _installation(host: Host) -> Iterator[Check]:
+    """Where our units are: the daemon reads what root decides, and the log has its own account."""
+    if not (host.top / "etc/systemd/system/airgap.service").is_file():
+        return
+    try:
+        site = load_site(host.tree)
+    except AirgapError as error:
+        yield Check("installation", "bad", f"{error.code}: {error.message}", "edit site.toml")
+        return
+    wrong = differences(Places(host.tree, host.tree, system=True, host=host.top), site)
+    if wrong:
+        fix = "sh install.sh --bundle MEDIUM --system, once more: it sets owners and modes"
+        yield Check("installation", "bad", _few(wrong), fix)
+    elif site.service.socket is not None and site.audit.socket is None:
+        fix = 'socket = "/run/airgap/audit.sock" under [audit] of site.toml, then install.sh again'
+        yield Check("installation", "bad", "a daemon, and no service that owns the log", fix)
+    else:
+        yield Check("installation", "good", f"units; the log belongs to {log_account(site)}")
 
 
 # -- time -------------------------------------------------------------------------------------

@@ -480,6 +480,7 @@ def serve(
     from airgap.audit.daily import Daily
     from airgap.audit.service import Service
     from airgap.audit.site import open_own_log
+    from airgap.systemd import tell_systemd
 
     tree = root_folder(root)
     site = _site(tree)
@@ -504,9 +505,12 @@ def serve(
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: service.stop())
         daily.start()
-        service.run(
-            lambda: stderr.print(f"serving {log.origin} at {path}", markup=False, soft_wrap=True)
-        )
+
+        def ready() -> None:
+            tell_systemd("READY=1")
+            stderr.print(f"serving {log.origin} at {path}", markup=False, soft_wrap=True)
+
+        service.run(ready)
         daily.stop()
 
 

@@ -27,6 +27,9 @@ def bootstrap(
         str, typer.Option("--fingerprint", help="Of the trust root, as it was told you.")
     ],
     prefix: Annotated[Path, typer.Option("--prefix", help="Folder of the program.")],
+    digest: Annotated[
+        str | None, typer.Option("--digest", help="Of the release that was checked before.")
+    ] = None,
     system: Annotated[
         bool, typer.Option("--system", help="Also accounts, units and profile of the host.")
     ] = False,
@@ -52,8 +55,9 @@ def bootstrap(
     `sh install.sh` calls it. Everything is verified before anything changes; what is as it must be
     stays as it is; the transcript goes into the audit log.
     """
-    from airgap.bootstrap import TRANSCRIPT_LIMIT, Places, Wish
+    from airgap.bootstrap import TRANSCRIPT_LIMIT, Wish
     from airgap.bootstrap import bootstrap as set_up
+    from airgap.host_setup import Places
     from policy.terms import Digest
 
     said = ""
@@ -66,6 +70,7 @@ def bootstrap(
     wish = Wish(
         bundle,
         Digest.parse(fingerprint.strip()),
+        None if digest is None else Digest.parse(digest),
         tuple(volume or ()),
         site,
         model,

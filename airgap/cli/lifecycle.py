@@ -119,6 +119,9 @@ def remove(
         bool,
         typer.Option("--keep-audit", help="With --all: keep the log and what it is judged by."),
     ] = False,
+    system: Annotated[
+        bool, typer.Option("--system", help="With --all: also units, settings and profile.")
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -130,9 +133,9 @@ def remove(
     from airgap.install.lifecycle import remove as drop
 
     if everything:
-        _retire(names, root, keep_audit=keep_audit, json=json)
+        _retire(names, root, keep_audit=keep_audit, system=system, json=json)
         return
-    if keep_audit or not names:
+    if keep_audit or system or not names:
         raise UsageError(
             "usage.argument",
             "remove takes names of releases, or --all --keep-audit",
@@ -348,9 +351,12 @@ def _show_switched(done: Switched, *, json: bool) -> None:
     show(document, table(rows), json=json)
 
 
-def _retire(names: list[str] | None, root: Path | None, *, keep_audit: bool, json: bool) -> None:
+def _retire(
+    names: list[str] | None, root: Path | None, *, keep_audit: bool, system: bool, json: bool
+) -> None:
     from airgap.audit import Event, new_ulid
     from airgap.audit.site import open_site_log
+    from airgap.host_setup import Places, Program, stop_daemon, take_down
     from airgap.install.lifecycle import retire
 
     if names or not keep_audit:
@@ -362,6 +368,9 @@ def _retire(names: list[str] | None, root: Path | None, *, keep_audit: bool, jso
     folder = root_folder(root)
     site, actor = _acting(folder)
     request = new_ulid()
+    places, program = Places(folder, folder, system), Program()
+    if system:
+        stop_daemon(places, program)  # the log's own service goes on until all is on record
     with open_site_log(folder, site) as log:
 
         def record(phase: str, result: str) -> Any:
@@ -369,12 +378,15 @@ def _retire(names: list[str] | None, root: Path | None, *, keep_audit: bool, jso
             return log.append(Event("admin.remove", phase, req=request, actor=actor, data=facts))
 
         done = retire(folder, audit=record)
+    gone = list(take_down(places, program)) if system else []
     rows = [("removed", str(path.relative_to(folder))) for path in done.gone]
+    rows += [("removed", path) for path in gone]
     rows += [("kept", str(path.relative_to(folder))) for path in done.kept]
+    rows += [("kept", "the accounts, and the program: rm -r its folder")] if system else []
     rows.append(("on record", f"audit log, record {done.receipt.seq}"))
     document = {
         "format": "airgap/retired/1",
-        "removed": [str(path) for path in done.gone],
+        "removed": [*map(str, done.gone), *gone],
         "kept": [str(path) for path in done.kept],
         "receipt": done.receipt.as_document(),
     }

@@ -10,9 +10,10 @@ import pytest
 from test_bootstrap_main import FACTS, house_for, sealed
 
 from airgap.audit.layout import Layout, read_lines
-from airgap.bootstrap import Places, Program, Wish, bootstrap, packaged
+from airgap.bootstrap import Wish, bootstrap
 from airgap.cli import invoke
 from airgap.demo import site_toml
+from airgap.host_setup import Places, Program, packaged
 from bundle.media import Help
 from bundle.trust import load_trust
 from policy.errors import FaultError, RefusedError
