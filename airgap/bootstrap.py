@@ -44,12 +44,12 @@ class Wish:
 
     bundle: Path
     fingerprint: Digest
-    digest: Digest | None = None  # of the release that install.sh has checked and taken wheels from
     volumes: tuple[Path, ...] = ()
     site: Path | None = None
     model: Path | None = None
     project: str | None = None
     transcript: str = ""
+    digest: Digest | None = None  # of the release that install.sh has checked and taken wheels from
 
 
 @dataclass(slots=True)

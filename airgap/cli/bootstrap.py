@@ -70,12 +70,12 @@ def bootstrap(
     wish = Wish(
         bundle,
         Digest.parse(fingerprint.strip()),
-        None if digest is None else Digest.parse(digest),
         tuple(volume or ()),
         site,
         model,
         project,
         said,
+        digest=None if digest is None else Digest.parse(digest),
     )
     places = Places(prefix.absolute(), root_folder(root), system)
 

@@ -1,7 +1,8 @@
 """`payload/wheels/`: wheels, one list for each kind of machine, and the installer; nothing else.
 
 Decides whether the lists name exactly the wheels that are there, by digest, and say the same as
-`runtimes` of the manifest. Both sides call it; the installer repeats it before it starts pip.
+`runtimes` of the manifest, and whether wheels of one list come into each other's way. Both sides
+call it; the installer repeats it before it starts pip.
 FORMAT.md section 23.
 """
 
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from bundle.manifest import Manifest, Runtime
+from bundle.scan.wheel import installed_files, require_disjoint, split_wheel_name
 from policy.errors import RefusedError
 
 CODE = "scan.wheel"
@@ -68,18 +70,34 @@ def require_wheelhouse(manifest: Manifest, read: Callable[[str], memoryview]) ->
     if others != {*lists, INSTALLER}:
         odd = min(others ^ {*lists, INSTALLER})
         raise _no(f"{odd!r:.100} is missing, or belongs to no runtime of the manifest")
+    wheels = {entry.sha256: path for path, entry in inside.items() if entry.role == "wheel"}
     wanted: set[str] = set()
     for path, runtime in sorted(lists.items()):
         found = parse_list(bytes(read(path)), runtime)
         if {name: version for name, (version, _) in found.items()} != runtime.packages:
             raise _no(f"{path} and the manifest name other packages")
+        _require_environment(found, wheels, read)
         wanted |= {sha256 for _, sha256 in found.values()}
-    wheels = {entry.sha256: path for path, entry in inside.items() if entry.role == "wheel"}
-    for sha256 in sorted(wanted ^ wheels.keys()):
-        place = wheels.get(sha256)
-        if place is not None:
-            raise _no(f"{place!r:.160} stands on no list")
-        raise _no(f"a list names the wheel {sha256}, which is not there")
+    unlisted = min(wheels.keys() - wanted, default=None)
+    if unlisted is not None:
+        raise _no(f"{wheels[unlisted]!r:.160} stands on no list")
+
+
+def _require_environment(
+    found: Mapping[str, tuple[str, str]],
+    wheels: Mapping[str, str],
+    read: Callable[[str], memoryview],
+) -> None:
+    """Check that each line names a wheel of that name and version, and that all fit together."""
+    brought: dict[str, frozenset[str]] = {}
+    for name, (version, sha256) in sorted(found.items()):
+        if sha256 not in wheels:
+            raise _no(f"a list names the wheel {sha256}, which is not there")
+        file = wheels[sha256].rpartition("/")[2]
+        if split_wheel_name(file) != (name, version):
+            raise _no(f"a list names {file!r:.100} as {name} {version}")
+        brought[file] = installed_files(read(wheels[sha256]), file)
+    require_disjoint(brought)
 
 
 def _no(reason: str) -> RefusedError:

@@ -37,12 +37,19 @@ if TYPE_CHECKING:
 ATTEST = "META/attest/wheels.json"
 REPORT_FORMAT = "airgap-wheelhouse-report/1"
 _MARK = "@PROGRAM@"
-# What stands between the two halves where they are two modules.
+# In one file they need no imports of each other; what the shared part raises is a refusal there.
 _BETWEEN = re.compile(
     r"^from __future__ import annotations\n"
-    r"|^from bundle\.staging\.bootstrap_seal import \([^)]*\)\n",
+    r"|^from (?:bundle|policy)\.[a-z_.]+ import (?:\([^)]*\)|[^(\n]+)\n",
     re.MULTILINE,
 )
+_REFUSAL = '''\
+class RefusedError(Stop):
+    """A refusal of the part that the program shares with this one."""
+
+    def __init__(self, code, message, hint=""):
+        super().__init__(1, code, message, hint)
+'''
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +75,18 @@ class BuiltWheels:
 
 def installer_text() -> bytes:
     """Return `install.sh`: the shell part with the Python part inside, one file to check."""
-    folder = resources.files("bundle.staging")
-    shell = (folder / "install.sh").read_text("utf-8")
-    seal, rest = (
-        (folder / name).read_text("utf-8") for name in ("bootstrap_seal.py", "bootstrap_main.py")
+    folder = resources.files("bundle")
+    shell, medium, *rest = (
+        (folder / name).read_text("utf-8")
+        for name in (
+            "staging/install.sh",
+            "staging/bootstrap_medium.py",
+            "staging/bootstrap_seal.py",
+            "scan/wheel.py",
+            "staging/bootstrap_main.py",
+        )
     )
-    program = f"{seal}\n\n{_BETWEEN.sub('', rest)}"
+    program = "\n\n".join([medium, _REFUSAL, *(_BETWEEN.sub("", part) for part in rest)])
     if shell.count(_MARK) != 1 or "\nEND_OF_PROGRAM" in program:
         raise RefusedError("build.wheels", "the installer cannot be put together")
     return shell.replace(_MARK, program.rstrip("\n")).encode()

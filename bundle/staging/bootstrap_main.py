@@ -1,4 +1,4 @@
-"""The second half of `install.sh`: the wheels for this host, and the environment made of them.
+"""The last part of `install.sh`: the wheels for this host, and the environment made of them.
 
 It runs from inside the shell script on a host that has nothing of ours, after `bootstrap_seal` has
 said that the bundle is sealed. It takes the wheels out, each by its sealed digest, makes an
@@ -13,14 +13,15 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import platform
 import re
 import shutil
-import stat
+import signal
 import subprocess
 import sys
-import tempfile
+import sysconfig
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,22 +29,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bundle.staging.bootstrap_seal import (
+from bundle.scan.wheel import check_wheel, installed_files, require_disjoint, split_wheel_name
+from bundle.staging.bootstrap_medium import (
     HEAD,
-    Judge,
     Medium,
     Stop,
+    clean,
     fault,
-    follow_roots,
     open_medium,
     parse,
-    read_held,
     refuse,
+    require_own,
+    require_place,
+    work_folder,
+)
+from bundle.staging.bootstrap_seal import (
+    Judge,
+    follow_roots,
+    read_held,
     require_time,
     verify_seal,
 )
+from policy.errors import RefusedError
 
 FOLDER = "payload/wheels"
+INSTALLER = f"{FOLDER}/install.sh"
+SCRIPT_LIMIT = 1 << 20
 UNPACKED = 6  # times the bytes of the wheels, compiled code included
 MARGIN = 64 << 20
 LINE = re.compile(r"([a-z0-9-]+)==([A-Za-z0-9.+!_-]+) --hash=sha256:([0-9a-f]{64})")
@@ -52,16 +63,22 @@ DONE = "airgap-runtime.json"
 
 @dataclass
 class Transcript:
-    """What was said, with the time of each line; it becomes an object of the audit log."""
+    """What was said, with the time of each line; it becomes an object of the audit log.
+
+    `begun` is set when the host itself may have changed, so that nobody is told otherwise.
+    """
 
     lines: list[str] = field(default_factory=list)
+    begun: bool = False
 
     def say(self, text: str) -> None:
-        """Print a line and keep it."""
-        shown = "".join(c if c.isprintable() else "?" for c in text)
+        """Print a line and keep it; a reader who went away is no reason to stop half-way."""
+        shown = clean(text)
         self.lines.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {shown}")
-        sys.stdout.write(shown + "\n")
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.write(shown + "\n")
+                sys.stdout.flush()
 
 
 # -- what this host takes -------------------------------------------------------------------------
@@ -76,6 +93,13 @@ def choose_runtime(manifest: Mapping[str, Any], accelerator: str | None) -> dict
     """
     arch, python = platform.machine(), f"{sys.version_info.major}.{sys.version_info.minor}"
     libc = platform.libc_ver()
+    odd = sysconfig.get_config_var("Py_GIL_DISABLED") or sys.maxsize < 1 << 32
+    if sys.implementation.name != "cpython" or odd:
+        raise refuse(
+            "install.target",
+            f"{sys.executable} is no CPython of the ordinary kind with 64 bits, which wheels need",
+            "name another interpreter: sh install.sh --python /usr/bin/python3 ...",
+        )
     glibc = int(libc[1].split(".")[1]) if libc[0] == "glibc" else 0
     offered = manifest.get("runtimes", [])
     fitting = []
@@ -138,6 +162,9 @@ def wanted_wheels(
         found = LINE.fullmatch(line)
         if found is None or found[3] not in wheels:
             raise refuse("install.wheel", f"{line!r:.120} names no wheel of the bundle")
+        file = str(wheels[found[3]]["path"]).rpartition("/")[2]
+        if split_wheel_name(file) != (found[1], found[2]):
+            raise refuse("install.wheel", f"{line!r:.120} names {file!r:.100}")
         lines[found[1]] = (found[2], found[3])
         entries[found[1]] = wheels[found[3]]
     if {name: version for name, (version, _) in lines.items()} != runtime["packages"]:
@@ -168,50 +195,32 @@ def copy_wheel(medium: Medium, entry: Mapping[str, Any], folder: Path) -> Path:
 # -- the runtime ----------------------------------------------------------------------------------
 
 
-def require_own(folder: Path) -> None:
-    """Refuse a folder in which another account could change the program, or a link to one.
+def require_script(script: Path | None, manifest: Mapping[str, Any]) -> None:
+    """Refuse an installer that is not the one of the bundle: of another release, or damaged.
+
+    It holds itself against the seal, so it is no proof against one that somebody wrote to lie:
+    that is what SHA256SUMS and the signature over it are for, before it runs.
 
     Raises:
-        Stop: fault `host.io`.
+        Stop: `install.digest`.
 
     """
-    if not os.path.lexists(folder):
+    if script is None:
         return
-    found, mine = folder.lstat(), os.geteuid()
-    others = 0o022 if mine == 0 else 0o002
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in {0, mine} or found.st_mode & others:
-        raise fault(
-            "host.io",
-            f"{folder} is no folder, or another account owns it or may write to it",
-            "name the true folder with --prefix, or a new one; or mend owner and permissions",
+    sealed = [entry for entry in manifest["files"] if entry["path"] == INSTALLER]
+    if not script.is_file():
+        raise refuse(
+            "install.digest",
+            f"{script} is no file that could be held against the bundle",
+            "run it by its name: sh install.sh --bundle ...",
         )
-
-
-def require_place(folder: Path, needed: int) -> None:
-    """Check that a folder can be made or written, and that its disk has room.
-
-    Raises:
-        Stop: faults `host.io` and `host.space`.
-
-    """
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-        why = "its disk is mounted read-only" if read_only else "it is no folder or denied to you"
-        raise fault(
-            "host.io",
-            f"{place} cannot be written: {why}",
-            "choose another place with --prefix and --root, or mend the permissions",
-        )
-    found = os.statvfs(place)
-    free = found.f_bavail * found.f_frsize
-    if free < needed:
-        raise fault(
-            "host.space",
-            f"{place} has {free:,} bytes free, about {needed:,} are needed",
-            "free space there, or choose another place with --prefix and --root",
+    with script.open("rb") as stream:
+        raw = stream.read(SCRIPT_LIMIT)
+    if [hashlib.sha256(raw).hexdigest()] != [entry["sha256"] for entry in sealed]:
+        raise refuse(
+            "install.digest",
+            f"{script} is not the installer of this bundle: it is of another one, or was changed",
+            "take the install.sh that lies beside this bundle, then: sha256sum -c SHA256SUMS",
         )
 
 
@@ -250,6 +259,7 @@ def make_runtime(target: Path, medium: Medium, wanted: Wanted, out: Transcript) 
     wheels.mkdir()
     found = {name: copy_wheel(medium, e, wheels) for name, e in sorted(wanted.entries.items())}
     out.say(f"wheels: {len(found)} taken from the medium, each with its sealed digest")
+    check_wheels(list(found.values()))
     lines = [
         f"{name}=={version} --hash=sha256:{sha256}"
         for name, (version, sha256) in sorted(wanted.lines.items())
@@ -267,8 +277,22 @@ def make_runtime(target: Path, medium: Medium, wanted: Wanted, out: Transcript) 
     shutil.rmtree(wheels)
     packages = next((target / "lib").glob("python3*")) / "site-packages"
     # A sealed start can write nothing, and would compile its libraries each time.
-    run([str(python), "-I", "-m", "compileall", "-q", str(packages)], target)
+    run([str(python), "-I", "-m", "compileall", "-f", "-q", str(packages)], target)
     out.say(f"runtime: {len(lines)} packages in {target}")
+
+
+def check_wheels(paths: list[Path]) -> None:
+    """Look into every wheel, before pip does: `scan.wheel`, by the very code of the program."""
+    brought = {}
+    for path in paths:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+            memoryview(mapped) as data,
+        ):
+            check_wheel(data, path.name)
+            brought[path.name] = installed_files(data, path.name)
+    require_disjoint(brought)
 
 
 def run(argv: list[str], folder: Path) -> None:
@@ -290,11 +314,11 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
     """
     packages = next((target / "lib").glob("python3*")) / "site-packages"
     brought: set[Path] = set()
-    with tempfile.TemporaryDirectory(prefix="airgap-") as name:
+    with work_folder() as folder:
         for distribution, entry in sorted(wanted.entries.items()):
             if distribution == "pip":
                 continue
-            path = copy_wheel(medium, entry, Path(name))
+            path = copy_wheel(medium, entry, folder)
             with zipfile.ZipFile(path) as archive:
                 for member in archive.infolist():
                     inner = re.match(r"[^/]+\.data/([^/]+)/(.+)", member.filename)
@@ -307,7 +331,7 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
                         written = ("INSTALLER", "REQUESTED", "direct_url.json")
                         brought |= {packages / member.filename[:-6] / each for each in written}
                     place = packages / member.filename
-                    own = member.filename.endswith(".dist-info/RECORD")
+                    own = member.filename.endswith((".dist-info/RECORD", ".pyc"))
                     if not own and (
                         not place.is_file() or place.read_bytes() != archive.read(member)
                     ):
@@ -340,12 +364,16 @@ def switch(link: Path, target: Path) -> None:
 # -- the road -------------------------------------------------------------------------------------
 
 
-def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
+def install(
+    options: argparse.Namespace, out: Transcript, now: datetime, script: Path | None
+) -> int:
     """Check everything, then make the runtime, hand over, and switch; return the exit status."""
     out.say(f"installer: {' '.join(options.words)}")
     medium = open_medium(options.bundle, options.volume)
-    with tempfile.TemporaryDirectory(prefix="airgap-") as name:
-        judge = Judge(options.openssl, Path(name))
+    for note in medium.notes:
+        out.say(f"note: {note}")
+    with work_folder() as folder:
+        judge = Judge(options.openssl, folder)
         chain = parse(medium.head[HEAD[1]], HEAD[1])
         host = read_held(options.root)
         anchor = options.fingerprint or host.fingerprint or ask_fingerprint()
@@ -358,29 +386,28 @@ def install(options: argparse.Namespace, out: Transcript, now: datetime) -> int:
     out.say(f"bundle: {manifest['name']} {manifest['version']}, sha256:{digest}")
     out.say(f"approved by: {', '.join(approvers)}")
     require_time(f"{now:%Y-%m-%dT%H:%M:%SZ}", root, manifest)
+    require_script(script, manifest)
     runtime = choose_runtime(manifest, options.accelerator)
     wanted = wanted_wheels(medium, manifest, runtime)
     out.say(f"for this host: {runtime['target']}, {runtime['accelerator']}")
-    target = options.prefix / "runtimes" / wanted.digest[:16]
-    for place in (options.prefix, options.prefix / "runtimes", target):
+    runtimes = options.prefix / "runtimes"
+    target = runtimes / wanted.digest[:16]
+    for place in (options.prefix, runtimes, target):
         require_own(place)
     ready = (target / DONE).is_file()
-    if ready:
-        require_untouched(target, medium, wanted)
-        out.say(f"runtime: {target} is there, and every file is that of its sealed wheel")
     body = sum(entry["size"] for entry in manifest["files"]) if manifest["models"] else 0
-    made = [place for place in (options.prefix, options.prefix / "runtimes") if not place.exists()]
+    missing = [place for place in (runtimes, *runtimes.parents) if not place.exists()]
     require_place(options.prefix, (0 if ready else UNPACKED * wanted.size) + MARGIN)
     require_place(options.root, body + MARGIN)
-    try:
-        options.prefix.mkdir(parents=True, exist_ok=True, mode=0o755)
-        with held(options.prefix):
-            return _work(options, out, medium, wanted, target=target, anchor=anchor, ready=ready)
-    except (Stop, OSError, KeyboardInterrupt):
-        for place in reversed(made):
-            with contextlib.suppress(OSError):
-                place.rmdir()  # only if nothing is left in it
-        raise
+    options.prefix.mkdir(parents=True, exist_ok=True, mode=0o755)
+    with held(options.prefix):
+        try:
+            return _work(options, out, medium, wanted, target, anchor=anchor, release=digest)
+        except (Stop, RefusedError, OSError, KeyboardInterrupt):
+            for place in missing:
+                with contextlib.suppress(OSError):
+                    place.rmdir()  # only if nothing is left in it
+            raise
 
 
 def _work(
@@ -388,17 +415,21 @@ def _work(
     out: Transcript,
     medium: Medium,
     wanted: Wanted,
-    *,
     target: Path,
+    *,
     anchor: str,
-    ready: bool,
+    release: str,
 ) -> int:
     """Do what changes the host; a model that is not admitted leaves the rest in place."""
     link = options.prefix / "bin"
+    ready = (target / DONE).is_file()  # by now nobody else can make it
+    if ready:
+        require_untouched(target, medium, wanted)
+        out.say(f"runtime: {target} is there, and every file is that of its sealed wheel")
     try:
         if not ready:
             make_runtime(target, medium, wanted, out)
-        status, changed = hand_over(options, out, target, anchor)
+        status, changed = hand_over(options, out, target, anchor=anchor, release=release)
         if not ready:
             (target / DONE).write_text(json.dumps({"list": wanted.digest}) + "\n")
     except BaseException:
@@ -414,7 +445,7 @@ def _work(
 
 
 def hand_over(
-    options: argparse.Namespace, out: Transcript, target: Path, anchor: str
+    options: argparse.Namespace, out: Transcript, target: Path, *, anchor: str, release: str
 ) -> tuple[int, bool]:
     """Let the installed program verify it all again, and set up the tree.
 
@@ -422,14 +453,15 @@ def hand_over(
     refusal without a result changed nothing, one with a result is that of the model alone.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="airgap-") as folder,
-        (Path(folder) / "transcript.txt").open("w", encoding="utf-8") as transcript,
+        work_folder() as folder,
+        (folder / "transcript.txt").open("w", encoding="utf-8") as transcript,
     ):
-        told = Path(folder) / "result.json"
+        told = folder / "result.json"
         transcript.write("\n".join(out.lines) + "\n")
         transcript.flush()
         argv = [str(target / "bin" / "python"), "-I", str(target / "bin" / "airgap"), "bootstrap"]
         argv += [str(options.bundle), "--fingerprint", f"sha256:{anchor}"]
+        argv += ["--digest", f"sha256:{release}"]  # the medium may be another one by now
         argv += ["--prefix", str(options.prefix), "--root", str(options.root)]
         argv += ["--transcript", transcript.name, "--result", str(told)]
         argv += [word for place in options.volume for word in ("--volume", str(place))]
@@ -437,6 +469,7 @@ def hand_over(
         for word in ("site", "model", "project"):
             value = getattr(options, word)
             argv += [f"--{word}", str(value)] if value is not None else []
+        out.begun = True
         status = subprocess.run(argv, check=False).returncode
         if not told.is_file():
             raise Stop(status or 3, "", "")
@@ -447,8 +480,8 @@ def ask_fingerprint() -> str:
     """Read the fingerprint from the terminal, or from standard input."""
     sys.stderr.write("Type the fingerprint of the trust root, as it was told you (sha256:...): ")
     sys.stderr.flush()
-    typed = sys.stdin.readline()
-    if not sys.stdin.isatty():
+    typed = sys.stdin.readline() if sys.stdin is not None else ""
+    if sys.stdin is None or not sys.stdin.isatty():
         sys.stderr.write("\n")  # a terminal has shown that of the person
     return fingerprint(typed)
 
@@ -483,11 +516,11 @@ def read_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--openssl", default="openssl", help="the program that checks signatures")
     options = parser.parse_args(words)
     options.words = list(words)
-    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
-    prefix = Path("/opt/airgap") if options.system else home / "airgap-program"
-    root = Path("/var/lib/airgap") if options.system else home / "airgap"
-    options.prefix = (options.prefix or prefix).absolute()
-    options.root = (options.root or root).absolute()
+    if options.prefix is None:
+        options.prefix = Path("/opt/airgap") if options.system else _data() / "airgap-program"
+    if options.root is None:
+        options.root = Path("/var/lib/airgap") if options.system else _data() / "airgap"
+    options.prefix, options.root = options.prefix.absolute(), options.root.absolute()
     options.bundle = options.bundle.absolute()
     options.volume = [place.absolute() for place in options.volume]
     if options.fingerprint is not None:
@@ -499,30 +532,57 @@ def read_options(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def main(words: list[str], now: datetime | None = None) -> int:
+def _data() -> Path:
+    """Return the folder of this account for data."""
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    except RuntimeError as error:
+        raise fault(
+            "host.io", "this account has no home folder", "name places with --prefix and --root"
+        ) from error
+
+
+def main(words: list[str], now: datetime | None = None, script: Path | None = None) -> int:
     """Run the installer and return its exit status: 0 done, 1 refused, 2 usage, 3 fault."""
     out = Transcript()
     os.umask(0o022)
     try:
-        return install(read_options(words), out, now or datetime.now(UTC))
+        return install(read_options(words), out, now or datetime.now(UTC), script)
     except Stop as stop:
         problem = stop
+    except RefusedError as error:
+        problem = refuse(error.code, error.message, error.hint)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        problem = Stop(130, "", "interrupted")
     except (OSError, subprocess.SubprocessError) as error:
         code = "host.space" if getattr(error, "errno", 0) in {28, 122} else "host.io"
         problem = fault(code, f"{error!s:.300}", "mend it, then run it again")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         problem = refuse("manifest.schema", f"a document of the bundle lacks {error!s:.120}")
-    if problem.code:
-        word = "refused" if problem.status == 1 else "fault"
-        sys.stderr.write(f"{word} {problem.code}\n{problem.message}\n")
-        if problem.hint:
-            sys.stderr.write(f"next step: {problem.hint}\n")
-        sys.stderr.write("nothing was changed\n")
+    _tell(problem, out)
     return problem.status
 
 
+def _tell(problem: Stop, out: Transcript) -> None:
+    """Print why it ended: code, what was found, a next step, and whether anything changed."""
+    if not problem.message:
+        return  # the program has said it
+    lines = [f"{'refused' if problem.status == 1 else 'fault'} {problem.code}"]
+    lines = [*(lines if problem.code else []), clean(problem.message)]
+    if problem.hint:
+        lines.append(f"next step: {clean(problem.hint)}")
+    end = "it may be half done: run it again, it goes on" if out.begun else "nothing was changed"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write("\n".join([*lines, end]) + "\n")
+
+
+def interrupted(number: int, _: object) -> None:
+    """End as by Ctrl-C: what was begun is taken back."""
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupted)
+    sys.exit(main(sys.argv[2:], script=Path(sys.argv[1])))

@@ -1,27 +1,22 @@
-"""The first half of `install.sh`: the bundle on its medium, and who signed it, by openssl alone.
+"""The second part of `install.sh`: who signed the bundle, by openssl alone.
 
-The standard library and openssl, before any wheel is believed. It reads a bundle or a set of
-volumes, follows the trust roots from the one whose fingerprint a person typed, and counts the
-people whose signatures hold. It writes in a temporary folder only; FORMAT.md sections 8 to 10, 14
-and 23. `installer_text` puts it before `bootstrap_main`, in one file.
+The standard library and openssl, before any wheel is believed. It follows the trust roots from the
+one whose fingerprint a person typed, and counts the people whose signatures hold; FORMAT.md
+sections 8 to 10, 18, 22 and 23.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import json
-import re
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-HEAD = ("META/envelope.dsse.json", "META/trust.json", "META/manifest.json", "META/chunks.bin")
-LIMITS = (131_072, 2 << 20, 4 << 20, 16 << 20)
-BLOCK, ALIGN, CHUNK = 512, 4096, 4 << 20
+from bundle.staging.bootstrap_medium import HEAD, Stop, decode, parse, refuse
+
 ROOT_TYPE = "application/vnd.airgap.root+json"
 SEAL_TYPE = "application/vnd.in-toto+json"
 SEAL_PREDICATE = "https://airgap.invalid/seal/v1"
@@ -33,183 +28,6 @@ PREFIX = {
     "ecdsa-p384": "3076301006072a8648ce3d020106052b81040022036200",
     "ml-dsa-87": "30820a32300b060960864801650304031303820a2100",
 }
-NUMBERED = re.compile(r"(?P<stem>.+\.agb)\.(?P<number>[0-9]{3})")
-
-
-class Stop(Exception):  # noqa: N818 - it is a refusal or a fault, as its status says
-    """Nothing was changed; `status` is 1 for a refusal and 3 for a fault."""
-
-    def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.hint = status, code, message, hint
-
-
-def refuse(code: str, message: str, hint: str = "") -> Stop:
-    """Return a refusal: understood, and the answer is no."""
-    return Stop(1, code, message, hint)
-
-
-def fault(code: str, message: str, hint: str = "") -> Stop:
-    """Return a fault: it could not be found out."""
-    return Stop(3, code, message, hint)
-
-
-# -- the medium -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Span:
-    """Some bytes of a file."""
-
-    start: int
-    size: int
-
-
-def read_member(stream: BinaryIO, at: int, limit: int) -> tuple[str, Span, int]:
-    """Return name and span of the tar member whose headers begin at `at`, and where it ends."""
-    stream.seek(at)
-    block, size = stream.read(BLOCK), None
-    if block[156:157] == b"x" and len(block) == BLOCK:
-        length = _octal(block[124:136])
-        records = stream.read(-(-length // BLOCK) * BLOCK)[:length]
-        found = re.search(rb"(?:^|\n)\d+ size=(\d{1,15})\n", records)
-        size = int(found[1]) if found else None
-        at += BLOCK + -(-length // BLOCK) * BLOCK
-        block = stream.read(BLOCK)
-    plain = block[156:157] == b"0" and block[257:263] == b"ustar\0"
-    total = sum(block[:148]) + sum(block[156:]) + 8 * 32
-    if len(block) != BLOCK or not plain or _octal(block[148:155]) != total:
-        raise refuse("archive.header", f"byte {at:,} is no header of a bundle")
-    size = _octal(block[124:136]) if size is None else size
-    if size > limit:
-        raise refuse("archive.limit", f"a member of {size:,} bytes, where {limit:,} are allowed")
-    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
-    return name, Span(at + BLOCK, size), at + BLOCK + -(-size // BLOCK) * BLOCK
-
-
-def read_head(path: Path) -> tuple[dict[str, bytes], int]:
-    """Return the four members of the head of a bundle or volume, and where the head ends."""
-    found: dict[str, bytes] = {}
-    with open_plain(path) as stream:
-        at = 0
-        for wanted, limit in zip(HEAD, LIMITS, strict=True):
-            name, span, at = read_member(stream, at, limit)
-            if name != wanted:
-                raise refuse("archive.order", f"{path}: {name!r:.80} stands for {wanted}")
-            stream.seek(span.start)
-            found[name] = stream.read(span.size)
-            if len(found[name]) != span.size:
-                raise refuse("archive.truncated", f"{path} ends within {name}")
-    return found, -(-at // ALIGN) * ALIGN
-
-
-@contextlib.contextmanager
-def open_plain(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain file; a pipe or device is refused."""
-    try:
-        with path.open("rb", buffering=0) as stream:
-            if not path.is_file():
-                raise refuse("archive.type", f"{path} is not a plain file")
-            yield stream
-    except OSError as error:
-        raise fault("host.io", f"{path} cannot be read: {error.strerror}") from error
-
-
-@dataclass
-class Medium:
-    """A bundle where it lies: one file, or a set of volumes."""
-
-    head: dict[str, bytes]
-    pieces: list[tuple[Path, Span]]  # in order; spans of the body
-    per_piece: int  # bytes of the body in a full piece
-
-    def read(self, offset: int, size: int) -> Iterator[bytes]:
-        """Yield bytes of the body."""
-        while size > 0:
-            number, within = divmod(offset, self.per_piece)
-            if number >= len(self.pieces):
-                raise refuse("archive.truncated", "the body ends too early")
-            path, span = self.pieces[number]
-            take = min(size, span.size - within, 1 << 20)
-            with open_plain(path) as stream:
-                stream.seek(span.start + within)
-                part = stream.read(max(take, 0))
-            if not part:
-                raise refuse("archive.truncated", f"{path} ends too early", "copy it again")
-            offset, size = offset + len(part), size - len(part)
-            yield part
-
-
-def open_medium(path: Path, places: Iterable[Path]) -> Medium:
-    """Open a bundle, a volume or a folder with volumes.
-
-    Raises:
-        Stop: `volume.missing`, `volume.set`, `archive.*`, `host.io`.
-
-    """
-    if path.suffix == ".enc":
-        raise refuse(
-            "transit.key",
-            f"{path.name} is encrypted, and this host has no key yet",
-            "carry the installer as a plain bundle: it holds public programs only",
-        )
-    if path.is_dir():
-        names = sorted(each.name for each in path.iterdir() if NUMBERED.fullmatch(each.name))
-        stems = {NUMBERED.fullmatch(name)["stem"] for name in names}  # type: ignore[index]
-        plain = sorted(path.glob("*.agb"))
-        if len(stems) + len(plain) != 1:
-            raise refuse(
-                "volume.missing", f"{path} holds {len(stems) + len(plain)} bundles, not one",
-                "name the bundle, or any of its volumes",
-            )  # fmt: skip
-        path = plain[0] if plain else path / names[0]
-    named = NUMBERED.fullmatch(path.name)
-    if named is None:
-        head, start = read_head(path)
-        size = path.stat().st_size - start
-        return Medium(head, [(path, Span(start, size))], max(size, 1))
-    return _open_set(named["stem"], [path.parent, *places])
-
-
-def _open_set(stem: str, places: Iterable[Path]) -> Medium:
-    """Find the data volumes of a set and check that they have one head."""
-    found: dict[int, Path] = {}
-    for place in places:
-        for path in sorted(place.glob(f"{glob_escape(stem)}.[0-9][0-9][0-9]")):
-            found.setdefault(int(path.suffix[1:]), path)
-    first: dict[str, bytes] = {}
-    facts: dict[str, int] = {}
-    pieces: dict[int, tuple[Path, Span]] = {}
-    for number, path in sorted(found.items()):
-        head, start = read_head(path)
-        with open_plain(path) as stream:
-            name, span, at = read_member(stream, start, ALIGN)
-            stream.seek(span.start)
-            told = parse(stream.read(span.size), "META/volume.json")
-            if head != (first or head):
-                raise refuse("volume.set", f"{path} is of another set than {found[min(found)]}")
-            if number > told["count"]:
-                continue  # parity: the program itself can use it, this part cannot
-            body, span, _ = read_member(stream, at, 1 << 62)
-        first, facts = first or head, facts or told
-        same = {k: told[k] for k in ("set", "count", "chunks")}
-        wanted = {k: facts[k] for k in same}
-        odd = name != "META/volume.json" or body != f"VOLUME/body.{number:03}"
-        if odd or same != wanted or told["index"] != number:
-            raise refuse("volume.order", f"{path} lies about its place in the set")
-        pieces[number] = (path, span)
-    count = facts.get("count", 1)
-    missing = [f"{stem}.{n:03}" for n in range(1, count + 1) if n not in pieces]
-    if missing:
-        raise refuse(
-            "volume.missing",
-            f"of {count} volumes {len(missing)} are missing: {', '.join(missing)[:200]}",
-            "bring them, or name further places with --volume DIR",
-        )
-    return Medium(first, [pieces[n] for n in range(1, count + 1)], facts["chunks"] * CHUNK)
-
-
-# -- who signed -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -485,43 +303,3 @@ def require_time(now: str, root: Mapping[str, Any], manifest: Mapping[str, Any])
             "trust.expired", f"the release expired at {manifest['expires']}",
             "carry a newer release here",
         )  # fmt: skip
-
-
-# -- helpers -----------------------------------------------------------------------------------
-
-
-def parse(raw: bytes, what: str) -> dict[str, Any]:
-    """Return a JSON object; a duplicate key or another form is refused."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        raise refuse("seal.malformed", f"{what}: {error!s:.120}") from error
-    if not isinstance(value, dict):
-        raise refuse("seal.malformed", f"{what} is no object")
-    return value
-
-
-def decode(text: object) -> bytes:
-    """Return the bytes of base64 of the one allowed form."""
-    try:
-        return base64.b64decode(str(text), validate=True)
-    except ValueError as error:
-        raise refuse("seal.malformed", "base64 with another form") from error
-
-
-def glob_escape(text: str) -> str:
-    """Return text without a meaning for glob."""
-    return re.sub(r"([*?[])", r"[\1]", text)
-
-
-def _octal(field_: bytes) -> int:
-    digits = field_.rstrip(b"\0 ")
-    if not re.fullmatch(b"[0-7]{1,12}", digits):
-        raise refuse("archive.header", "a number of a header is none")
-    return int(digits, 8)

@@ -29,7 +29,7 @@ from packaging.utils import canonicalize_name
 
 from bundle.manifest import Runtime
 from bundle.scan.strict import open_view
-from bundle.scan.wheel import check_wheel
+from bundle.scan.wheel import check_wheel, installed_files, require_disjoint
 from bundle.scan.wheelhouse import FOLDER, INSTALLER, list_path, list_text
 from bundle.write import Member
 from policy.errors import FaultError, RefusedError
@@ -250,6 +250,10 @@ def collect(
         chosen[target.name] = found
     tell("resolve", len(targets), len(targets))
     wheels = _checked(folder, chosen, attest, tell)
+    for found in chosen.values():
+        digests = {each.sha256 for each in found.values()}
+        paths = [wheel.path for wheel in wheels if wheel.sha256 in digests]
+        require_disjoint({path.name: installed_files(open_view(path), path.name) for path in paths})
     runtimes = tuple(
         _runtime(target, accelerator, chosen[target.name])
         for target in sorted(targets, key=lambda each: each.name)

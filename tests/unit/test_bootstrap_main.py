@@ -1,9 +1,11 @@
 """`install.sh`: the seal is checked before anything runs; a refusal leaves the host as it was."""
 
+import ast
 import contextlib
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -197,12 +199,25 @@ def test_a_program_that_refuses_leaves_nothing(tmp_path, medium, monkeypatch):
     assert tree(tmp_path) == {}
 
 
-def test_the_script_is_one_program_of_two_halves(medium):
+def test_the_script_is_one_program_in_which_no_name_stands_twice(medium):
     text = (medium / "install.sh").read_text()
     assert text.count("from __future__") == 1
-    assert "import bundle" not in text
-    assert "from bundle" not in text
+    assert not re.search(r"^(import|from) (bundle|policy|airgap)", text, re.MULTILINE)
     assert "@PROGRAM@" not in text
+    program = text.partition("3<<'END_OF_PROGRAM'\n")[2].partition("\nEND_OF_PROGRAM")[0]
+    names = [
+        name
+        for node in ast.parse(program).body
+        for name in (
+            [node.name]
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            else [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and n.col_offset == 0]
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            else []
+        )
+    ]
+    assert len(names) > 80
+    assert sorted(names) == sorted(set(names))
 
 
 @pytest.mark.soak

@@ -332,16 +332,23 @@ def test_vocabulary_is_bounded(monkeypatch):
 NAME = "good-1.0-py3-none-any.whl"
 
 
-def record(files: dict[str, bytes], **changes: str) -> dict[str, bytes]:
+def record(files: dict[str, bytes], tag: str = "py3-none-any", **changes: str) -> dict[str, bytes]:
+    info = "good-1.0.dist-info"
+    files = {
+        f"{info}/METADATA": b"Metadata-Version: 2.4\nName: good\nVersion: 1.0\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n".encode(),
+        **files,
+    }
     lines = []
     for path, content in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
         lines.append(f"{path},sha256={changes.get(path, digest)},{len(content)}")
-    place = "good-1.0.dist-info/RECORD"
+    place = f"{info}/RECORD"
     return {**files, place: ("\n".join([*lines, f"{place},,"]) + "\n").encode()}
 
 
-SOUND = record({"good/__init__.py": b"x = 1\n", "good-1.0.dist-info/METADATA": b"Name: good\n"})
+SOUND = record({"good/__init__.py": b"x = 1\n"})
+LINUX = "cp311-cp311-linux_x86_64"
 
 
 def test_a_sound_wheel_passes():
@@ -367,8 +374,8 @@ BAD_WHEELS = {
     "cut": (NAME, wheel(SOUND)[:-30]),
     "native code in a pure wheel": (NAME, wheel(record({"good/a.so.1": b""}))),
     "a telemetry client": (
-        "good-1.0-cp311-cp311-linux_x86_64.whl",
-        wheel(record({"good/a.so": b"\0" * 1048570 + b"OneCollector/1.0"})),
+        f"good-1.0-{LINUX}.whl",
+        wheel(record({"good/a.so": b"\0" * 1048570 + b"OneCollector/1.0"}, LINUX)),
     ),
     "entry points that cannot be read": (
         NAME,
@@ -390,7 +397,7 @@ def test_native_libraries_and_entry_points_are_told():
         "good.libs/libz.so.1": b"",
         "good-1.0.dist-info/entry_points.txt": b"[console_scripts]\ngood = good:main\n",
     }
-    found = check_wheel(memoryview(wheel(record(files))), "good-1.0-cp311-cp311-linux_x86_64.whl")
+    found = check_wheel(memoryview(wheel(record(files, LINUX))), f"good-1.0-{LINUX}.whl")
     assert found == (
         "2 native libraries: libz.so.1, _a.cpython-311.so",
         "entry points 'console_scripts': good",
