@@ -73,13 +73,12 @@ class Grammars:
             valence: The filter of requests that ask for it; None refuses them.
 
         """
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Bridge(vocabulary, facts)), eos_token=list(facts.eos_ids), slices=[]
-        )
+        self._bytes = vocabulary.token_bytes()
+        bridge = TokenizerWrapper(_Bridge(vocabulary, facts, self._bytes))
+        self._tokenizer = LLTokenizer(bridge, eos_token=list(facts.eos_ids), slices=[])
         self._size = facts.vocab_size
         self._tags = facts.tags
         self._vocabulary = vocabulary
-        self._bytes = vocabulary.token_bytes()
         self._valence = valence
         # llguidance may offer the unknown token where nothing fits: control tokens are never legal.
         control = {facts.bos_id, facts.pad_id, facts.unk_id} - set(facts.eos_ids)
@@ -283,10 +282,10 @@ class Constraint:
 class _Bridge:
     """What llguidance asks of a tokenizer."""
 
-    def __init__(self, vocabulary: Vocabulary, facts: ModelFacts) -> None:
+    def __init__(self, vocabulary: Vocabulary, facts: ModelFacts, tokens: list[bytes]) -> None:
         self.eos_token_id = facts.eos_ids[0]
         self.bos_token_id = facts.bos_id
-        self.tokens = vocabulary.token_bytes()
+        self.tokens = tokens
         self.special_token_ids = sorted(vocabulary.special_ids)
         self._vocabulary = vocabulary
 

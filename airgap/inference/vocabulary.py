@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
@@ -36,10 +36,13 @@ class Vocabulary:
         if hashlib.sha256(raw).hexdigest() != facts.tokenizer_sha256:
             raise _unfit("the file does not have the digest that graphs.json names")
         try:
-            self._document: dict[str, Any] = json.loads(raw)
+            document: dict[str, Any] = json.loads(raw)
+            self._unknown = (document.get("model") or {}).get("unk_token")
+            self._decoder = document.get("decoder") or {}
             self._tokenizer = Tokenizer.from_buffer(raw)
         except Exception as error:  # tokenizers raises bare Exception
             raise _unfit("the file is not one that this version of tokenizers reads") from error
+        del document  # of a large vocabulary some 60 MB
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -99,10 +102,11 @@ class Vocabulary:
             ProgramError: `model.grammar`; the decoder is of a kind whose bytes are not known here.
 
         """
-        spell = _speller(self._document)
-        found = [b""] * self._facts.vocab_size
         added = self._tokenizer.get_added_tokens_decoder()
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        entries = self._tokenizer.get_vocab(with_added_tokens=True)
+        spell = _speller(self._decoder, [one for one, at in entries.items() if at not in added])
+        found = [b""] * self._facts.vocab_size
+        for token, number in entries.items():
             found[number] = token.encode() if number in added else spell(token)
         return found
 
@@ -116,7 +120,7 @@ class Vocabulary:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         if max(vocabulary.values(), default=0) >= facts.vocab_size:
             raise _unfit(f"it has ids beyond the model's {facts.vocab_size} entries")
-        unknown = self._document.get("model", {}).get("unk_token")
+        unknown = self._unknown
         if (tokenizer.token_to_id(unknown) if unknown else None) != facts.unk_id:
             raise _unfit("its unknown token is not the one that graphs.json names")
         for tag, number in facts.tags.items():
@@ -173,18 +177,25 @@ def _first_hole(text: str, encoding: Encoding, unk_id: int | None) -> tuple[int,
     return (reached, len(text)) if text[reached:].strip() else None
 
 
-def _speller(document: dict[str, Any]) -> Any:
-    """Return the function from a token's text to its bytes, by the kind of the decoder."""
-    decoder = document.get("decoder") or {}
+def _speller(decoder: dict[str, Any], tokens: Sequence[str]) -> Callable[[str], bytes]:
+    """Return the function from the text of one of `tokens` to its bytes, by kind of decoder."""
     kinds = {decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))}
     if "ByteLevel" in kinds:
-        table = _byte_level()
-        return lambda token: bytes(table[letter] for letter in token)
+        letters = _byte_level()
+        strange = set("".join(tokens)) - set(letters)
+        if strange:
+            raise _no_grammar(f"a token has the letter {min(strange)!r:.40}, which is no byte's")
+        table = str.maketrans({letter: chr(byte) for letter, byte in letters.items()})
+        return lambda token: token.translate(table).encode("latin-1")
     if kinds <= {"Fuse", None}:
         return str.encode
-    raise ProgramError(
+    raise _no_grammar(f"for decoder {kinds!r:.80}")
+
+
+def _no_grammar(why: str) -> ProgramError:
+    return ProgramError(
         "model.grammar",
-        f"no grammar can be applied: the bytes of tokens are not known for decoder {kinds!r:.80}",
+        f"no grammar can be applied: the bytes of tokens are not known, {why}",
         "ask for grammar mode `none`",
     )
 

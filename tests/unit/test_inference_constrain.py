@@ -103,7 +103,7 @@ def test_a_residue_that_the_vocabulary_lacks_is_a_dead_end():
     constraint = Grammars(vocabulary_, vocabulary_._facts).compile(
         Grammar("copy", sequence="MJK"), []
     )
-    assert "J" not in vocabulary_._document["model"]["vocab"]
+    assert b"J" not in vocabulary_.token_bytes()
     constraint.begin(2)
     assert constraint.legal().any(axis=1).tolist() == [True, True]
     constraint.accept(np.array([vocabulary_.plain_ids("M")[0]] * 2))

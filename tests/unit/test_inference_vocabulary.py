@@ -160,6 +160,14 @@ def test_bytes_of_an_unknown_decoder_are_not_guessed():
     def wordpiece(document):
         document["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}
 
-    with pytest.raises(ProgramError) as caught:
-        vocabulary(wordpiece).token_bytes()
-    assert caught.value.code == "model.grammar"
+    def letters_of_no_byte(document):
+        flags = ("add_prefix_space", "trim_offsets", "use_regex")
+        document["decoder"] = {"type": "ByteLevel", **dict.fromkeys(flags, True)}
+        document["model"]["vocab"] = {
+            "\u4e2d" if word == "C" else word: at for word, at in document["model"]["vocab"].items()
+        }
+
+    for change in (wordpiece, letters_of_no_byte):
+        with pytest.raises(ProgramError) as caught:
+            vocabulary(change).token_bytes()
+        assert caught.value.code == "model.grammar"
