@@ -1,6 +1,11 @@
-"""Random mixes of requests: each gets the tokens that it gets alone, whatever runs beside it."""
+"""Random mixes of requests: each gets the tokens that it gets alone, whatever runs beside it.
+
+They differ in prompt, n, length, seed, sampling, grammar and request set; some are cancelled or
+paused on the way, and the batch is as wide as it happens to be.
+"""
 
 import functools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import inference_models as models
@@ -10,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from airgap.inference.constrain import Grammars
 from airgap.inference.decoder import Decoder
 from airgap.inference.engine import Engine
+from airgap.inference.fast import PIECE
 from airgap.inference.model import load_model
 from airgap.inference.protocol import Done, Generate, Grammar, Sample, segments_of
 from airgap.inference.valence import Valence
@@ -31,6 +37,10 @@ PROMPTS = {
             Grammar("structure", "molecule"),
             Grammar("structure", "molecule", valence=True),
         ),
+    ),
+    "long": (  # more than a piece of a prompt: what a set shares of it is found again
+        f"<MoleculeS>{'C' * (PIECE + 40)}",
+        (Grammar(), Grammar("structure", "molecule")),
     ),
     "search": (models.SEARCH, (Grammar(), Grammar("copy", "", models.SEQUENCE))),
 }
@@ -112,14 +122,18 @@ def mix(data):
     sinks, cancelled = [], set()
     for key, request in enumerate(wanted):
         sink = Sink()
-        sink.submit(engine, key, request)
+        owner = data.draw(st.sampled_from(["", "a", "b"]))
+        sink.submit(engine, key, replace(request, request_set=owner))
         sinks.append(sink)
         for _ in range(data.draw(st.integers(0, 20))):
             engine.step()
+        engine.pause(data.draw(st.integers(0, key)), paused=data.draw(st.booleans()))
         if data.draw(st.integers(0, 5)) == 0:
             victim = data.draw(st.integers(0, key))
             if engine.cancel(victim):
                 cancelled.add(victim)
+    for key in range(len(wanted)):
+        engine.pause(key, paused=False)
     while engine.busy:
         engine.step()
     for key, (request, sink) in enumerate(zip(wanted, sinks, strict=True)):
