@@ -6,35 +6,29 @@ for that edition of that list until a day, and is not asked for again before the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from airgap.approvals import Day, read_folder, signers_of
-from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, sign_statement
-from bundle.fields import Document, Instant, Sha256Hex, Text
+from airgap.signed import Day, keep_new, read_folder, signers_of
+from bundle.canonical import canonical_json
+from bundle.envelope import Envelope
+from bundle.fields import Document, Instant, Text
+from bundle.intoto import Kind, Statement
 from bundle.keys import Signer
-from bundle.manifest import first_problem
 from bundle.root import RootDocument
-from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from policy.errors import RefusedError
 from policy.lineage import Ruling
 from policy.snapshots import normal_name
-from policy.terms import Digest
+from policy.terms import URI_BASE, Digest
 
 CODE = "policy.adjudication"
 ROLE = "research_security"
 MAX_DAYS = 400
 FOLDER = Path("policy") / "adjudications"
-MAX_FILE = 1 << 18
-ADJUDICATION_TYPE: Literal["https://airgap.invalid/adjudication/v1"] = (
-    "https://airgap.invalid/adjudication/v1"  # below policy.terms.URI_BASE
-)
 
 
 class Adjudication(Document):
@@ -51,29 +45,13 @@ class Adjudication(Document):
     expires: Day
 
 
-class _Digest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Literal["question"] = "question"
-    digest: _Digest
-
-
-class _Statement(Document):
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: Adjudication
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/adjudication/v1"], Field(alias="predicateType")
-    ] = ADJUDICATION_TYPE
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+KIND = Kind(
+    Statement[Adjudication],
+    f"{URI_BASE}adjudication/v1",
+    subject="question",
+    code=CODE,
+    what="the adjudication",
+)
 
 
 def adjudication(
@@ -88,7 +66,7 @@ def adjudication(
     expires: date,
 ) -> Adjudication:
     """Word an adjudication; RefusedError `policy.adjudication` for what a statement cannot say."""
-    try:
+    with KIND.worded():
         made = Adjudication(
             name=name,
             list_id=list_id,
@@ -99,16 +77,12 @@ def adjudication(
             issued=issued.replace(microsecond=0),
             expires=expires,
         )
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the adjudication: {first_problem(error)}") from error
     return _checked(made)
 
 
 def sign(about: Adjudication, signer: Signer) -> Envelope:
     """Sign an adjudication."""
-    subject = _Subject(digest=_Digest(sha256=_question(about).hex))
-    statement = _Statement(subject=(subject,), predicate=about)
-    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+    return KIND.sign(KIND.draft(about, _question(about)), signer)
 
 
 def verify(envelope: Envelope, root: RootDocument) -> Ruling:
@@ -119,15 +93,9 @@ def verify(envelope: Envelope, root: RootDocument) -> Ruling:
             `seal.type`, `seal.algorithm`.
 
     """
-    parse_canonical(envelope.payload, code=CODE, what="the adjudication", limit=MAX_FILE)
-    try:
-        statement = _Statement.model_validate_json(envelope.payload)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the adjudication: {first_problem(error)}") from error
-    if statement.to_bytes() != envelope.payload:
-        raise RefusedError(CODE, "the adjudication writes a field in another form")
+    statement = KIND.parse(envelope.payload)
     about = _checked(statement.predicate)
-    if statement.subject[0].digest.sha256 != _question(about).hex:
+    if statement.about != _question(about):
         raise RefusedError(CODE, "the adjudication is about another question than it states")
     people = [each for each in signers_of(envelope, root, at=about.issued) if ROLE in each.roles]
     if not people:
@@ -156,13 +124,7 @@ def load(root: Path, trust: RootDocument) -> Iterable[Ruling]:
 
 def write(envelope: Envelope, root: Path) -> Path:
     """Put an adjudication where `load` finds it; never over another file."""
-    path = root / FOLDER / f"{Digest.of(envelope.payload).hex[:24]}.json"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(envelope.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    return path
+    return keep_new(envelope, root / FOLDER)
 
 
 def _checked(about: Adjudication) -> Adjudication:

@@ -13,41 +13,26 @@ stays open, expired or not.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import Field
 
-from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, add_signature, find_signers, parse_envelope, sign_statement
-from bundle.fields import DigestText, Document, Instant, Sha256Hex, Text
-from bundle.keys import Signer, read_limited
-from bundle.manifest import first_problem
+from airgap.signed import CODE, Day, read_folder, signers_of
+from bundle.envelope import Envelope, add_signature
+from bundle.fields import DigestText, Document, Instant, Text
+from bundle.intoto import Kind, Statement
+from bundle.keys import Signer
 from bundle.root import RootDocument
-from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from policy.approvals import BREAK_GLASS_PEOPLE, Approval, Approvals, Approver, same_person
-from policy.errors import RefusedError
-from policy.strict import parse_day
-from policy.terms import Digest
+from policy.terms import URI_BASE, Digest
 
-CODE = "policy.approval"
-OVERRIDE_TYPE: Literal["https://airgap.invalid/override/v1"] = (
-    "https://airgap.invalid/override/v1"  # below policy.terms.URI_BASE
-)
-NOTE_TYPE: Literal["https://airgap.invalid/approval-note/v1"] = (
-    "https://airgap.invalid/approval-note/v1"
-)
 FOLDER = Path("policy") / "approvals"
 NOTES = Path("policy") / "approval-notes"
-MAX_FILE = 1 << 18
-MAX_FILES = 4_096
 
-Day = Annotated[date, BeforeValidator(parse_day), PlainSerializer(date.isoformat, return_type=str)]
 RuleId = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9]*(-[A-Z0-9]+)*$", max_length=48)]
 ProjectId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -74,32 +59,13 @@ class Override(Document):
     break_glass: Literal[True] | None = None
 
 
-class _BundleDigest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Literal["META/manifest.json"] = "META/manifest.json"
-    digest: _BundleDigest
-
-
-class OverrideStatement(Document):
-    """An in-toto statement about one bundle."""
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: Override
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/override/v1"], Field(alias="predicateType")
-    ] = OVERRIDE_TYPE
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        """The canonical form: what is signed."""
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+OVERRIDE = Kind(
+    Statement[Override],
+    f"{URI_BASE}override/v1",
+    subject="META/manifest.json",
+    code=CODE,
+    what="the approval",
+)
 
 
 def override(
@@ -115,7 +81,7 @@ def override(
     break_glass: bool = False,
 ) -> Override:
     """Word an approval; RefusedError `policy.approval` for what a statement cannot say."""
-    try:
+    with OVERRIDE.worded():
         return Override(
             rules=tuple(ApprovedRule(id=each, version=rules[each]) for each in sorted(rules)),
             project=project,
@@ -127,37 +93,12 @@ def override(
             authority=authority,
             break_glass=True if break_glass else None,
         )
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the approval: {first_problem(error)}") from error
-
-
-def draft(bundle: Digest, override: Override) -> OverrideStatement:
-    """Make the statement of an approval of `bundle`."""
-    subject = _Subject(digest=_BundleDigest(sha256=bundle.hex))
-    return OverrideStatement(subject=(subject,), predicate=override)
-
-
-def sign(statement: OverrideStatement, signer: Signer) -> Envelope:
-    """Sign an approval as its first approver."""
-    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
 
 
 def countersign(envelope: Envelope, signer: Signer) -> Envelope:
     """Sign an approval as a further approver."""
-    parse_override(envelope.payload)
+    OVERRIDE.parse(envelope.payload)
     return add_signature(envelope, signer)
-
-
-def parse_override(payload: bytes) -> OverrideStatement:
-    """Read the payload of an approval; RefusedError `policy.approval`."""
-    parse_canonical(payload, code=CODE, what="the approval", limit=MAX_FILE)
-    try:
-        statement = OverrideStatement.model_validate_json(payload)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the approval: {first_problem(error)}") from error
-    if statement.to_bytes() != payload:
-        raise RefusedError(CODE, "the approval writes a field in another form")
-    return statement
 
 
 def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
@@ -167,14 +108,14 @@ def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
         RefusedError: `policy.approval`, `seal.type` or `seal.algorithm`.
 
     """
-    statement = parse_override(envelope.payload)
+    statement = OVERRIDE.parse(envelope.payload)
     override = statement.predicate
     return Approval(
         digest=Digest.of(envelope.payload),
         rules={rule.id: rule.version for rule in override.rules},
         approvers=signers_of(envelope, root, at=override.issued),
         reason=override.reason,
-        bundle=Digest("sha256", bytes.fromhex(statement.subject[0].digest.sha256)),
+        bundle=statement.about,
         project=override.project,
         task=override.task,
         issued=override.issued,
@@ -182,17 +123,6 @@ def verify_approval(envelope: Envelope, root: RootDocument) -> Approval:
         document=None if override.document is None else Digest.parse(override.document),
         authority=override.authority,
         break_glass=override.break_glass is True,
-    )
-
-
-def signers_of(envelope: Envelope, root: RootDocument, *, at: datetime) -> tuple[Approver, ...]:
-    """Return the people enrolled at that time whose signatures hold, each once, in order."""
-    keyids = find_signers(envelope, root.public_keys(), payload_type=PAYLOAD_TYPE)
-    people = root.people_of(keyids)
-    return tuple(
-        Approver(who, frozenset(root.people[who].roles))
-        for who in sorted(people)
-        if root.people[who].is_enrolled(at)
     )
 
 
@@ -216,75 +146,6 @@ def load_approvals(
     return Approvals(tuple(each for each in found if each.digest not in revoked))
 
 
-def read_folder(folder: Path) -> list[Envelope]:
-    """Read every signed file of a folder, signatures not yet verified; none where it is absent."""
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if len(paths) > MAX_FILES:
-        raise RefusedError(CODE, f"more than {MAX_FILES} files in {folder}")
-    return [read_approval(path) for path in paths]
-
-
-def read_approval(path: Path) -> Envelope:
-    """Read one file, its signatures not yet verified."""
-    raw = read_limited(path, MAX_FILE, code=CODE, what="the approval")
-    try:
-        return parse_envelope(raw, code=CODE)
-    except RefusedError as error:
-        raise RefusedError(
-            error.code,
-            f"{path}: {error.message}",
-            hint="move what is no signed approval out of this folder",
-        ) from error
-
-
-def write_approval(envelope: Envelope, root: Path, folder: Path = FOLDER) -> Path:
-    """Put an approval where `load_approvals` finds it; signatures added later replace the file."""
-    name = f"{Digest.of(envelope.payload).hex[:24]}.json"
-    path = root / folder / name
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft_path = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with draft_path.open("xb") as file:
-            file.write(envelope.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        draft_path.replace(path)
-    finally:
-        draft_path.unlink(missing_ok=True)
-    return path
-
-
-@contextlib.contextmanager
-def on_record(root: Path, kind: str, person: str, about: Digest) -> Iterator[None]:
-    """Put an act of a signer on record, before and after it, where this tree keeps a log.
-
-    Args:
-        root: The tree.
-        kind: `admin.approval` or `admin.hold`.
-        person: Who signs, as the trust root names the person.
-        about: Digest of what was signed.
-
-    """
-    if not (root / "audit" / "log").is_dir():
-        yield  # a staging tree: nothing is decided there
-        return
-    # Reading approvals needs no log.
-    from airgap.audit import Actor, Event, new_ulid  # noqa: PLC0415
-    from airgap.audit.site import open_site_log  # noqa: PLC0415
-    from airgap.config import load_site  # noqa: PLC0415
-
-    request, actor = new_ulid(), Actor(person)
-    with open_site_log(root, load_site(root)) as log:
-        log.append(Event(kind, "intent", req=request, actor=actor, data={"object": about}))
-        result = "failed"
-        try:
-            yield
-            result = "complete"
-        finally:
-            data: dict[str, str | Digest] = {"object": about, "result": result}
-            log.append(Event(kind, "outcome", req=request, actor=actor, data=data))
-
-
 # -- notes on approvals ---------------------------------------------------------------------------
 
 
@@ -297,25 +158,13 @@ class ApprovalNote(Document):
     issued: Instant
 
 
-class _NoteSubject(Document):
-    name: Literal["approval"] = "approval"
-    digest: _BundleDigest
-
-
-class _NoteStatement(Document):
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: ApprovalNote
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/approval-note/v1"], Field(alias="predicateType")
-    ] = NOTE_TYPE
-    subject: tuple[_NoteSubject]
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+NOTE = Kind(
+    Statement[ApprovalNote],
+    f"{URI_BASE}approval-note/v1",
+    subject="approval",
+    code=CODE,
+    what="the note",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,29 +195,19 @@ def sign_note(
     approval: Envelope, kind: str, text: str, issued: datetime, signer: Signer
 ) -> Envelope:
     """Sign a note about an approval; RefusedError `policy.approval` for what it cannot say."""
-    parse_override(approval.payload)
-    try:
+    OVERRIDE.parse(approval.payload)
+    with NOTE.worded():
         note = ApprovalNote.model_validate({"kind": kind, "text": text, "issued": issued})
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the note: {first_problem(error)}") from error
-    subject = _NoteSubject(digest=_BundleDigest(sha256=Digest.of(approval.payload).hex))
-    payload = _NoteStatement(subject=(subject,), predicate=note).to_bytes()
-    return sign_statement(payload, PAYLOAD_TYPE, signer)
+    return NOTE.sign(NOTE.draft(note, Digest.of(approval.payload)), signer)
 
 
 def verify_note(envelope: Envelope, root: RootDocument) -> Note:
     """Return a note with those people whose signatures hold; codes as `verify_approval`."""
-    parse_canonical(envelope.payload, code=CODE, what="the note", limit=MAX_FILE)
-    try:
-        statement = _NoteStatement.model_validate_json(envelope.payload)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the note: {first_problem(error)}") from error
-    if statement.to_bytes() != envelope.payload:
-        raise RefusedError(CODE, "the note writes a field in another form")
+    statement = NOTE.parse(envelope.payload)
     note = statement.predicate
     return Note(
         kind=note.kind,
-        about=Digest("sha256", bytes.fromhex(statement.subject[0].digest.sha256)),
+        about=statement.about,
         text=note.text,
         issued=note.issued,
         people=signers_of(envelope, root, at=note.issued),

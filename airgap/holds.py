@@ -24,25 +24,25 @@ from typing import Annotated, Any, Literal
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hpke, serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from pydantic import ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
-from airgap.approvals import Day, ProjectId, read_folder, signers_of, write_approval
+from airgap.approvals import ProjectId
 from airgap.audit import commitment
 from airgap.audit.layout import Layout
+from airgap.signed import Day, keep, read_folder, signers_of
 from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, add_signature, sign_statement
+from bundle.envelope import Envelope, add_signature
 from bundle.fields import DigestText, Document, Instant, Sha256Hex, Text
+from bundle.intoto import Kind, Statement
 from bundle.keys import Signer, read_limited
 from bundle.manifest import first_problem
 from bundle.root import RootDocument
-from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from policy.approvals import Approval, Approver, same_person
 from policy.errors import FaultError, RefusedError
-from policy.terms import Digest
+from policy.terms import URI_BASE, Digest
 
 FOLDER = "holds"
 RELEASES = Path("policy") / "releases"
-RELEASE_TYPE: Literal["https://airgap.invalid/release/v1"] = "https://airgap.invalid/release/v1"
 KEY_FILE = Path("keys") / "hold.pub"
 HOLD_LIMIT = 32 * 1024 * 1024
 RECORD_LIMIT = 8 * 1024 * 1024
@@ -122,32 +122,13 @@ class Release(Document):
     document: DigestText | None = None
 
 
-class _HoldDigest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Literal["hold"] = "hold"
-    digest: _HoldDigest
-
-
-class ReleaseStatement(Document):
-    """An in-toto statement about one hold."""
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: Release
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/release/v1"], Field(alias="predicateType")
-    ] = RELEASE_TYPE
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        """The canonical form: what is signed."""
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+RELEASE = Kind(
+    Statement[Release],
+    f"{URI_BASE}release/v1",
+    subject="hold",
+    code="hold.release",
+    what="the release",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +160,9 @@ class Alert:
 
 def word_release(
     hold: Hold, *, reason: str, issued: datetime, expires: date, document: Digest | None
-) -> ReleaseStatement:
+) -> Statement[Release]:
     """Word a release of `hold`; RefusedError `hold.release` for what a statement cannot say."""
-    try:
+    with RELEASE.worded():
         release = Release(
             reference=hold.reference,
             person=hold.person,
@@ -193,44 +174,24 @@ def word_release(
             expires=expires,
             document=None if document is None else str(document),
         )
-    except ValidationError as error:
-        raise RefusedError("hold.release", f"the release: {first_problem(error)}") from error
-    subject = _Subject(digest=_HoldDigest(sha256=hold.digest.hex))
-    return ReleaseStatement(subject=(subject,), predicate=release)
-
-
-def sign_release(statement: ReleaseStatement, signer: Signer) -> Envelope:
-    """Sign a release as its first person."""
-    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+    return RELEASE.draft(release, hold.digest)
 
 
 def countersign_release(envelope: Envelope, signer: Signer) -> Envelope:
     """Sign a release as a further person."""
-    parse_release(envelope.payload)
+    RELEASE.parse(envelope.payload)
     return add_signature(envelope, signer)
 
 
-def parse_release(payload: bytes) -> ReleaseStatement:
-    """Read the payload of a release; RefusedError `hold.release`."""
-    parse_canonical(payload, code="hold.release", what="the release", limit=1 << 18)
-    try:
-        statement = ReleaseStatement.model_validate_json(payload)
-    except ValidationError as error:
-        raise RefusedError("hold.release", f"the release: {first_problem(error)}") from error
-    if statement.to_bytes() != payload:
-        raise RefusedError("hold.release", "the release writes a field in another form")
-    return statement
-
-
 def verify_release(envelope: Envelope, trust: RootDocument) -> Signed:
-    """Return a release with the people who count; there may be none. RefusedError as above."""
-    statement = parse_release(envelope.payload)
+    """Return a release with the people who count, there may be none; code `hold.release`."""
+    statement = RELEASE.parse(envelope.payload)
     release = statement.predicate
     people = signers_of(envelope, trust, at=release.issued)
     return Signed(
         envelope=envelope,
         release=release,
-        about=Digest("sha256", bytes.fromhex(statement.subject[0].digest.sha256)),
+        about=statement.about,
         people=tuple(p for p in people if same_person(p.person) != same_person(release.person)),
     )
 
@@ -285,7 +246,7 @@ class Holds:
 
     def add_release(self, envelope: Envelope) -> Path:
         """Keep a release where it is found; signatures added later replace the file."""
-        return write_approval(envelope, self._root, RELEASES)
+        return keep(envelope, self._root / RELEASES)
 
     def decision(self, hold: Hold) -> dict[str, Any]:
         """Return the whole record of the decision that held it; FaultError `audit.object`."""

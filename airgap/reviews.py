@@ -7,36 +7,29 @@ asks anew. `airgap policy lint` counts it until its next review is due.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from airgap.approvals import Day, read_folder, signers_of
-from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, sign_statement
+from airgap.signed import Day, keep_new, read_folder, signers_of
+from bundle.envelope import Envelope
 from bundle.fields import Document, Instant, Sha256Hex, Text
+from bundle.intoto import Kind, Statement
 from bundle.keys import Signer
-from bundle.manifest import first_problem
 from bundle.root import RootDocument
-from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from policy.errors import RefusedError
 from policy.lint import Review
-from policy.terms import Digest
+from policy.terms import URI_BASE, Digest
 
 CODE = "policy.review"
 MAX_DAYS = 800
-MAX_FILE = 1 << 18
 FOLDER = Path("policy") / "reviews"
-REVIEW_TYPE: Literal["https://airgap.invalid/citation-review/v1"] = (
-    "https://airgap.invalid/citation-review/v1"  # below policy.terms.URI_BASE
-)
 
-Kind = Literal["rule", "screen_pack", "edge"]
+ItemKind = Literal["rule", "screen_pack", "edge"]
 # Who may answer for what, beside the role that a rule names as its owner.
 ROLES: Mapping[str, frozenset[str]] = {
     "rule": frozenset({"policy"}),
@@ -49,7 +42,7 @@ class CitationReview(Document):
     """What was read, on which day, what came of it, and when it is due again."""
 
     format: Literal["airgap-citation-review/1"] = "airgap-citation-review/1"
-    kind: Kind
+    kind: ItemKind
     item: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     finding: Literal["confirmed", "differs"]
     read_on: Day
@@ -59,36 +52,20 @@ class CitationReview(Document):
     issued: Instant
 
 
-class _Digest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Literal["wording"] = "wording"
-    digest: _Digest
-
-
-class _Statement(Document):
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: CitationReview
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/citation-review/v1"], Field(alias="predicateType")
-    ] = REVIEW_TYPE
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+REVIEW = Kind(
+    Statement[CitationReview],
+    f"{URI_BASE}citation-review/v1",
+    subject="wording",
+    code=CODE,
+    what="the review",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """Something that a person has to read: its wording by digest, and who answers for it."""
 
-    kind: Kind
+    kind: ItemKind
     id: str
     digest: Digest
     citation: str
@@ -112,7 +89,7 @@ def word(
     issued: datetime,
 ) -> CitationReview:
     """Word a review; RefusedError `policy.review` for what a statement cannot say."""
-    try:
+    with REVIEW.worded():
         made = CitationReview.model_validate(
             {
                 "kind": item.kind,
@@ -125,16 +102,12 @@ def word(
                 "issued": issued.replace(microsecond=0),
             }
         )
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the review: {first_problem(error)}") from error
     return _checked(made)
 
 
 def sign(about: CitationReview, item: Item, signer: Signer) -> Envelope:
     """Sign a review of this wording."""
-    subject = _Subject(digest=_Digest(sha256=item.digest.hex))
-    statement = _Statement(subject=(subject,), predicate=about)
-    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+    return REVIEW.sign(REVIEW.draft(about, item.digest), signer)
 
 
 def verify(envelope: Envelope, root: RootDocument, items: Iterable[Item]) -> Review | None:
@@ -145,16 +118,10 @@ def verify(envelope: Envelope, root: RootDocument, items: Iterable[Item]) -> Rev
             `seal.type`, `seal.algorithm`.
 
     """
-    parse_canonical(envelope.payload, code=CODE, what="the review", limit=MAX_FILE)
-    try:
-        statement = _Statement.model_validate_json(envelope.payload)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the review: {first_problem(error)}") from error
-    if statement.to_bytes() != envelope.payload:
-        raise RefusedError(CODE, "the review writes a field in another form")
+    statement = REVIEW.parse(envelope.payload)
     about = _checked(statement.predicate)
-    wanted = (about.kind, about.item, statement.subject[0].digest.sha256)
-    item = next((each for each in items if (each.kind, each.id, each.digest.hex) == wanted), None)
+    wanted = (about.kind, about.item, statement.about)
+    item = next((each for each in items if (each.kind, each.id, each.digest) == wanted), None)
     people = signers_of(envelope, root, at=about.issued)
     roles = ROLES[about.kind] if item is None else item.roles
     named = tuple(each.person for each in people if each.roles & roles)
@@ -190,13 +157,7 @@ def load(root: Path, trust: RootDocument, items: Iterable[Item]) -> tuple[Review
 
 def write(envelope: Envelope, root: Path) -> Path:
     """Put a review where `load` finds it; never over another file."""
-    path = root / FOLDER / f"{Digest.of(envelope.payload).hex[:24]}.json"
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        file.write(envelope.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    return path
+    return keep_new(envelope, root / FOLDER)
 
 
 def _age(review: Review) -> tuple[date, bool]:

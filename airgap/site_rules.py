@@ -7,31 +7,25 @@ the file is named in the statement and does not count.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError
-
-from airgap.approvals import signers_of
-from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import Envelope, add_signature, parse_envelope, sign_statement
-from bundle.fields import Document, Instant, PersonId, Sha256Hex
+from airgap.signed import signers_of
+from bundle.envelope import Envelope, add_signature, parse_envelope
+from bundle.fields import Document, Instant, PersonId
+from bundle.intoto import MAX_PAYLOAD, Kind, Statement
 from bundle.keys import Signer, as_signers, read_limited
-from bundle.manifest import first_problem
 from bundle.root import RootDocument
-from bundle.statement import PAYLOAD_TYPE, STATEMENT_TYPE
 from policy.approvals import same_person
 from policy.errors import RefusedError
-from policy.terms import Digest
+from policy.terms import URI_BASE, Digest
 
 CODE = "policy.signature"
 ROLE = "policy"
 ENDING = ".sig.json"
-RULES_TYPE: Literal["https://airgap.invalid/rules-file/v1"] = (
-    "https://airgap.invalid/rules-file/v1"  # below policy.terms.URI_BASE
-)
-MAX_FILE = 1 << 18
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(yaml|toml)")
 _HINT = "airgap policy sign FILE --key KEY, by a person of the trust root with the role `policy`"
 
 
@@ -43,51 +37,29 @@ class RulesFile(Document):
     issued: Instant
 
 
-class _FileDigest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(yaml|toml)$")]
-    digest: _FileDigest
-
-
-class RulesStatement(Document):
-    """An in-toto statement about one file."""
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: RulesFile
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/rules-file/v1"], Field(alias="predicateType")
-    ] = RULES_TYPE
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        """The canonical form: what is signed."""
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+RULES = Kind(
+    Statement[RulesFile],
+    f"{URI_BASE}rules-file/v1",
+    subject="",  # the name of the file
+    code=CODE,
+    what="the signature",
+)
 
 
 def sign_file(
     content: bytes, name: str, signer: Signer, *, author: str | None, issued: datetime
 ) -> Envelope:
     """Sign a file as its first approver; RefusedError `policy.signature` for a strange name."""
-    try:
-        statement = RulesStatement(
-            subject=(_Subject(name=name, digest=_FileDigest(sha256=Digest.of(content).hex)),),
-            predicate=RulesFile(author=author, issued=issued.replace(microsecond=0)),
-        )
-    except ValidationError as error:
-        raise RefusedError(CODE, f"{name!r:.80}: {first_problem(error)}") from error
-    return sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
+    if not _NAME.fullmatch(name):
+        raise RefusedError(CODE, f"{name!r:.80}: a file of rules is called NAME.yaml or NAME.toml")
+    with RULES.worded():
+        about = RulesFile(author=author, issued=issued.replace(microsecond=0))
+    return RULES.sign(RULES.draft(about, Digest.of(content), name), signer)
 
 
 def countersign(envelope: Envelope, content: bytes, name: str, signer: Signer) -> Envelope:
     """Sign a file as a further approver; RefusedError `policy.signature` for another file."""
-    _require_same(_parse(envelope), content, name)
+    _require_same(RULES.parse(envelope.payload), content, name)
     signed = {each.keyid for each in envelope.signatures}
     again = sorted(signed & {each.public_key.keyid for each in as_signers(signer)})
     if again:
@@ -106,7 +78,7 @@ def verify_file(content: bytes, name: str, envelope: Envelope, root: RootDocumen
         RefusedError: `policy.signature`; `seal.type` or `seal.algorithm` for a strange envelope.
 
     """
-    statement = _parse(envelope)
+    statement = RULES.parse(envelope.payload)
     _require_same(statement, content, name)
     about = statement.predicate
     author = None if about.author is None else same_person(about.author)
@@ -130,8 +102,8 @@ def verify_file(content: bytes, name: str, envelope: Envelope, root: RootDocumen
 
 def is_about(envelope: Envelope, content: bytes, name: str) -> bool:
     """Whether a signature is about this very file."""
-    signed = _parse(envelope).subject[0]
-    return signed.name == name and signed.digest.sha256 == Digest.of(content).hex
+    signed = RULES.parse(envelope.payload)
+    return signed.subject[0].name == name and signed.about == Digest.of(content)
 
 
 def read_signature(path: Path) -> Envelope:
@@ -144,22 +116,11 @@ def read_signature(path: Path) -> Envelope:
             hint=_HINT,
         )
     return parse_envelope(
-        read_limited(beside, MAX_FILE, code=CODE, what="the signature"), code=CODE
+        read_limited(beside, MAX_PAYLOAD, code=CODE, what="the signature"), code=CODE
     )
 
 
-def _parse(envelope: Envelope) -> RulesStatement:
-    parse_canonical(envelope.payload, code=CODE, what="the signature", limit=MAX_FILE)
-    try:
-        statement = RulesStatement.model_validate_json(envelope.payload)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the signature: {first_problem(error)}") from error
-    if statement.to_bytes() != envelope.payload:
-        raise RefusedError(CODE, "the signature writes a field in another form")
-    return statement
-
-
-def _require_same(statement: RulesStatement, content: bytes, name: str) -> None:
+def _require_same(statement: Statement[RulesFile], content: bytes, name: str) -> None:
     signed = statement.subject[0]
     found = Digest.of(content).hex
     if signed.name != name or signed.digest.sha256 != found:

@@ -12,34 +12,21 @@ import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from bundle.canonical import canonical_json, parse_canonical
-from bundle.envelope import MAX_STATEMENTS, Envelope, find_signers, parse_envelope, sign_statement
-from bundle.fields import DigestText, Document, Instant, PersonId, Sha256Hex, Text, Token
+from bundle.envelope import MAX_STATEMENTS, Envelope, find_signers, parse_envelope
+from bundle.fields import DigestText, Document, Instant, PersonId, Text, Token
+from bundle.intoto import PAYLOAD_TYPE, Kind, Statement
 from bundle.keys import Signer
-from bundle.manifest import first_problem
 from bundle.root import OFFICES, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
 
-STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-APPROVAL_TYPE = f"{URI_BASE}approval/v1"
 CODE = "seal.malformed"
 APPROVAL_LIMIT = 16_384
 _MOST = {"default": MAX_STATEMENTS, "cnsa2": 6}  # a statement has two signatures in `cnsa2`
-
-
-class _Digest(Document):
-    sha256: Sha256Hex
-
-
-class _Subject(Document):
-    name: Literal["META/manifest.json"] = "META/manifest.json"
-    digest: _Digest
 
 
 class Approval(Document):
@@ -55,23 +42,14 @@ class Approval(Document):
     conditions: Text | None = None
 
 
-class ApprovalStatement(Document):
-    """The whole statement; its subject is the bundle digest."""
-
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
-    )
-    predicate: Approval
-    predicate_type: Annotated[
-        Literal["https://airgap.invalid/approval/v1"], Field(alias="predicateType")
-    ] = "https://airgap.invalid/approval/v1"
-    subject: tuple[_Subject]
-
-    def to_bytes(self) -> bytes:
-        """Return the canonical form: the payload that is signed."""
-        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+APPROVAL = Kind(
+    Statement[Approval],
+    f"{URI_BASE}approval/v1",
+    subject="META/manifest.json",
+    code=CODE,
+    what="the approval",
+    limit=APPROVAL_LIMIT,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +78,18 @@ def with_approval(
         RefusedError: `seal.malformed`; a field is not allowed, or there is no room.
 
     """
-    try:
-        statement = ApprovalStatement(
-            subject=(_Subject(digest=_Digest(sha256=about.manifest_sha256)),),
-            predicate=Approval(
-                person=person,
-                roles=tuple(roles),
-                seal=str(Digest.of(about.payload)),
-                report_digest=about.report_digest,
-                approved=approved.replace(microsecond=0),
-                expires=about.expires,
-                conditions=conditions.strip() or None,
-            ),
+    with APPROVAL.worded():
+        predicate = Approval(
+            person=person,
+            roles=tuple(roles),
+            seal=str(Digest.of(about.payload)),
+            report_digest=about.report_digest,
+            approved=approved.replace(microsecond=0),
+            expires=about.expires,
+            conditions=conditions.strip() or None,
         )
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the approval: {first_problem(error)}") from error
-    made = sign_statement(statement.to_bytes(), PAYLOAD_TYPE, *signers).to_bytes()
+    manifest = Digest("sha256", bytes.fromhex(about.manifest_sha256))
+    made = APPROVAL.sign(APPROVAL.draft(predicate, manifest), *signers).to_bytes()
     if len(made) > APPROVAL_LIMIT or len(envelope.statements) == MAX_STATEMENTS:
         raise RefusedError(CODE, "the envelope has no room for one more approval")
     return envelope.with_statements([*envelope.statements, made])
@@ -142,7 +116,7 @@ def find_approvals(
             signed = root.people_of(keyid for keyid in keyids if keyid not in revoked)
             if not signed:  # before the payload is parsed: it is nobody's word yet
                 continue
-            statement = parse_approval(inner.payload)
+            statement = APPROVAL.parse(inner.payload)
             approval = statement.predicate
             person = root.people.get(approval.person)
             if (
@@ -152,7 +126,7 @@ def find_approvals(
                 and approval.seal == str(Digest.of(about.payload))
                 and approval.report_digest == about.report_digest
                 and approval.expires == about.expires
-                and statement.subject[0].digest.sha256 == about.manifest_sha256
+                and statement.about.hex == about.manifest_sha256
             ):
                 found.setdefault(approval.person, approval)
     return found
@@ -164,17 +138,5 @@ def read_approvals(envelope: Envelope) -> tuple[Approval, ...]:
     for raw in envelope.statements:
         with contextlib.suppress(RefusedError):
             inner = parse_envelope(raw, limit=APPROVAL_LIMIT)
-            found.append(parse_approval(inner.payload).predicate)
+            found.append(APPROVAL.parse(inner.payload).predicate)
     return tuple(sorted(found, key=lambda each: each.person))
-
-
-def parse_approval(raw: bytes) -> ApprovalStatement:
-    """Turn an untrusted payload into an approval; RefusedError `seal.malformed`."""
-    parse_canonical(raw, code=CODE, what="the approval", limit=APPROVAL_LIMIT)
-    try:
-        statement = ApprovalStatement.model_validate_json(raw)
-    except ValidationError as error:
-        raise RefusedError(CODE, f"the approval: {first_problem(error)}") from error
-    if statement.to_bytes() != raw:
-        raise RefusedError(CODE, "the approval writes a field in another form")
-    return statement

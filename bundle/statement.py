@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from bundle import intoto
 from bundle.approval import Approval, Approved, find_approvals
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.envelope import ENVELOPE_SIZE, Envelope, find_signers
@@ -33,8 +34,7 @@ from bundle.root import BUILDER, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
 
-STATEMENT_TYPE: Literal["https://in-toto.io/Statement/v1"] = "https://in-toto.io/Statement/v1"
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
+PAYLOAD_TYPE = intoto.PAYLOAD_TYPE
 SEAL_TYPE = f"{URI_BASE}seal/v1"
 SEAL_FORMAT: Literal["airgap-seal/1"] = "airgap-seal/1"
 PAYLOAD_LIMIT = ENVELOPE_SIZE // 2
@@ -93,7 +93,7 @@ class SealStatement(Document):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     type_: Annotated[Literal["https://in-toto.io/Statement/v1"], Field(alias="_type")] = (
-        STATEMENT_TYPE
+        intoto.STATEMENT_TYPE
     )
     predicate: Seal
     predicate_type: Annotated[str, Field(alias="predicateType")] = SEAL_TYPE
@@ -329,7 +329,7 @@ def _require_type(value: Any) -> None:
     if not isinstance(value, dict):
         raise RefusedError("seal.malformed", "the statement is not a JSON object")
     found = value.get("predicateType")
-    if value.get("_type") != STATEMENT_TYPE or found != SEAL_TYPE:
+    if value.get("_type") != intoto.STATEMENT_TYPE or found != SEAL_TYPE:
         raise RefusedError("seal.type", f"expected predicate type {SEAL_TYPE}, found {found!r:.80}")
 
 

@@ -28,8 +28,9 @@ from airgap.cli.signing import (
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from airgap.approvals import OverrideStatement, Review
+    from airgap.approvals import Override, Review
     from bundle.envelope import Envelope
+    from bundle.intoto import Statement
     from policy.approvals import Approval
     from policy.terms import Digest
 
@@ -85,9 +86,9 @@ def new(
         authority=authority or None,
         break_glass=break_glass,
     )
-    statement = approvals.draft(bundle_digest(bundle, tree), override)
+    statement = approvals.OVERRIDE.draft(override, bundle_digest(bundle, tree))
     require_confirmed(statement, confirm)
-    envelope = approvals.sign(statement, signer_of(key, passphrase_file, tree))
+    envelope = approvals.OVERRIDE.sign(statement, signer_of(key, passphrase_file, tree))
     finish(envelope, tree, json=json)
 
 
@@ -102,10 +103,11 @@ def sign(
 ) -> None:
     """Sign an approval as a further person."""
     from airgap import approvals
+    from airgap.signed import read_signed
 
     tree = root_folder(root)
-    envelope = approvals.read_approval(approval)
-    require_confirmed(approvals.parse_override(envelope.payload), confirm)
+    envelope = read_signed(approval)
+    require_confirmed(approvals.OVERRIDE.parse(envelope.payload), confirm)
     signed = approvals.countersign(envelope, signer_of(key, passphrase_file, tree))
     finish(signed, tree, json=json)
 
@@ -183,12 +185,13 @@ def revoke(
 def note(approval: Path, kind: str, text: str, signer: Any, tree: Path, *, json: bool) -> None:
     """Sign a note about an approval, if the signer is one who may, and put it in its place."""
     from airgap import approvals
+    from airgap.signed import keep, on_record, read_signed
     from bundle.trust import load_trust
     from policy.approvals import same_person
     from policy.terms import Digest
 
     trust = load_trust(tree / "trust").standing
-    target = approvals.read_approval(approval)
+    target = read_signed(approval)
     about = approvals.verify_approval(target, trust)
     now = datetime.now(UTC).replace(microsecond=0)
     envelope = approvals.sign_note(target, kind, text, now, signer)
@@ -206,8 +209,8 @@ def note(approval: Path, kind: str, text: str, signer: Any, tree: Path, *, json:
             + ", and one who did not sign the approval" * (kind == "after-review"),
             hint="airgap trust show lists people and roles",
         )
-    with approvals.on_record(tree, "admin.approval", people[0], Digest.of(envelope.payload)):
-        path = approvals.write_approval(envelope, tree, approvals.NOTES)
+    with on_record(tree, "admin.approval", people[0], Digest.of(envelope.payload)):
+        path = keep(envelope, tree / approvals.NOTES)
     document = {"note": kind, "approval": str(about.digest), "people": people, "file": str(path)}
     words = f"wrote {path}: {kind} of {words_of(about)}, by {people[0]}"
     show(document, Text(words), json=json)
@@ -292,13 +295,14 @@ def review_document(each: Review, told: Told = EVERYTHING) -> dict[str, Any]:
 
 def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
     """Verify what was signed, put it in its place and on record, and say whose signatures count."""
-    from airgap.approvals import on_record, verify_approval, write_approval
+    from airgap.approvals import FOLDER, verify_approval
+    from airgap.signed import keep, on_record
     from bundle.trust import load_trust
 
     approval = verify_approval(envelope, load_trust(tree / "trust").standing)
     who = approval.approvers[-1].person if approval.approvers else "nobody-enrolled"
     with on_record(tree, "admin.approval", who, approval.digest):
-        path = write_approval(envelope, tree)
+        path = keep(envelope, tree / FOLDER)
     warnings = warnings_of(approval, tree)
     for each in warnings:
         stderr.print(f"warning: {each}", markup=False, soft_wrap=True)
@@ -416,12 +420,12 @@ def bundle_digest(bundle: str, tree: Path) -> Digest:
     return found.digest
 
 
-def require_confirmed(statement: OverrideStatement, confirm: str | None) -> None:
+def require_confirmed(statement: Statement[Override], confirm: str | None) -> None:
     """Show what will be signed and have the project typed; RefusedError otherwise."""
     override = statement.predicate
     rules = ", ".join(each.id for each in override.rules)
     require_typed(
-        f"You approve {rules} for bundle sha256:{statement.subject[0].digest.sha256},"
+        f"You approve {rules} for bundle {statement.about},"
         f" project {override.project}, until {override.expires}: {override.reason}",
         override.project,
         confirm,

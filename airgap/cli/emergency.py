@@ -94,9 +94,9 @@ def clock_reset(
     json: Json = False,
 ) -> None:
     """Forget the time that the statement names. It goes on record, and works once."""
-    from airgap.approvals import on_record
     from airgap.cli.policy import account_name
     from airgap.install import Store
+    from airgap.signed import on_record
     from bundle.clock import verify_clock
     from bundle.fields import format_time
     from policy.terms import Digest

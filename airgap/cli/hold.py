@@ -146,7 +146,7 @@ def release(
 ) -> None:
     """Sign a release; the first signer words it, the next ones sign the same words."""
     from airgap import holds
-    from airgap.approvals import on_record
+    from airgap.signed import on_record
     from policy.terms import Digest
 
     desk = Desk.of(root)
@@ -170,7 +170,7 @@ def release(
             document=document_digest(document),
         )
         desk.confirm(found, statement.predicate.reason, confirm)
-        envelope = holds.sign_release(statement, signer)
+        envelope = holds.RELEASE.sign(statement, signer)
     else:
         if reason or expires or document:
             raise UsageError(
@@ -250,8 +250,8 @@ def open_output(
 
 def purge(hold: Reference, *, root: Root = None, json: Json = False) -> None:
     """Remove what was typed and written of a hold; that it was held stays on record."""
-    from airgap.approvals import on_record
     from airgap.cli.policy import account_name
+    from airgap.signed import on_record
 
     desk = Desk.of(root)
     found = desk.holds.find(hold)

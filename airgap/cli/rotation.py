@@ -351,10 +351,10 @@ def import_file(
 
 def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
     """Save a longer chain, on record where this tree keeps a log, and show it."""
-    from airgap.approvals import on_record
     from airgap.cli.policy import account_name
     from airgap.cli.trust import trust_document, trust_view
     from airgap.install import Store
+    from airgap.signed import on_record
     from bundle.trust import require_dated, save_trust
 
     require_dated(trust, datetime.now(UTC))

@@ -470,9 +470,10 @@ def _is_stale(beside: Path, content: bytes, name: str) -> bool:
     """Whether the signature at hand is about another state of the file."""
     from airgap import site_rules
     from bundle.envelope import parse_envelope
+    from bundle.intoto import MAX_PAYLOAD
     from bundle.keys import read_limited
 
-    raw = read_limited(beside, site_rules.MAX_FILE, code=site_rules.CODE, what="the signature")
+    raw = read_limited(beside, MAX_PAYLOAD, code=site_rules.CODE, what="the signature")
     return not site_rules.is_about(parse_envelope(raw, code=site_rules.CODE), content, name)
 
 

@@ -16,6 +16,7 @@ from airgap.gate import decide_admission
 from airgap.model_facts import registry_facts
 from bundle import keys, trust
 from bundle.envelope import Envelope, Signature
+from bundle.intoto import PAYLOAD_TYPE
 from policy.errors import AirgapError, RefusedError
 from policy.terms import URI_BASE, Digest, Known, Outcome
 
@@ -60,7 +61,7 @@ def statement(**changes):
         "authority": None,
         **changes,
     }
-    return approvals.draft(BUNDLE, approvals.override(**fields))
+    return approvals.OVERRIDE.draft(approvals.override(**fields), BUNDLE)
 
 
 def decide(*envelopes, submitter="ada"):
@@ -90,7 +91,7 @@ def decide(*envelopes, submitter="ada"):
 
 def test_counsel_lifts_the_licence_conflict_of_logos_in_writing():
     assert blocking(decide()) == {"LIC-CONFLICT"}
-    signed = approvals.sign(statement(), bundles.signer("grace"))
+    signed = approvals.OVERRIDE.sign(statement(), bundles.signer("grace"))
     decision = decide(signed)
     assert decision.outcome is Outcome.PERMIT_WITH_OBLIGATIONS
     assert decision.as_document()["approvals"] == [
@@ -105,26 +106,26 @@ def test_counsel_lifts_the_licence_conflict_of_logos_in_writing():
 
 
 def test_the_predicate_type_hangs_under_our_base():
-    assert f"{URI_BASE}override/v1" == approvals.OVERRIDE_TYPE
+    assert f"{URI_BASE}override/v1" == approvals.OVERRIDE.predicate_type
 
 
 WORTHLESS = {
-    "nobody enrolled": lambda: approvals.sign(statement(), bundles.signer("mallory")),
-    "another role": lambda: approvals.sign(statement(), bundles.signer("tom")),
+    "nobody enrolled": lambda: approvals.OVERRIDE.sign(statement(), bundles.signer("mallory")),
+    "another role": lambda: approvals.OVERRIDE.sign(statement(), bundles.signer("tom")),
     "a changed payload": lambda: Envelope(
         statement(expires=date(2027, 6, 2)).to_bytes(),
-        approvals.PAYLOAD_TYPE,
-        approvals.sign(statement(), bundles.signer("grace")).signatures,
+        PAYLOAD_TYPE,
+        approvals.OVERRIDE.sign(statement(), bundles.signer("grace")).signatures,
     ),
     "a broken signature": lambda: Envelope(
         statement().to_bytes(),
-        approvals.PAYLOAD_TYPE,
+        PAYLOAD_TYPE,
         (Signature(bundles.signer("grace").public_key.keyid, b"\0" * 64),),
     ),
-    "another project": lambda: approvals.sign(
+    "another project": lambda: approvals.OVERRIDE.sign(
         statement(project="sensor-coatings"), bundles.signer("grace")
     ),
-    "an approval from before she was enrolled": lambda: approvals.sign(
+    "an approval from before she was enrolled": lambda: approvals.OVERRIDE.sign(
         statement(issued=datetime(2026, 4, 1, tzinfo=UTC), expires=date(2027, 3, 1)),
         bundles.signer("grace"),
     ),
@@ -133,18 +134,18 @@ WORTHLESS = {
 
 @pytest.mark.parametrize("make", WORTHLESS.values(), ids=WORTHLESS.keys())
 def test_an_approval_that_is_not_what_it_seems_lifts_nothing(make):
-    assert decide(approvals.sign(statement(), bundles.signer("grace"))).permitted
+    assert decide(approvals.OVERRIDE.sign(statement(), bundles.signer("grace"))).permitted
     assert blocking(decide(make())) == {"LIC-CONFLICT"}
 
 
 def test_the_submitter_does_not_approve_her_own():
     assert not decide(
-        approvals.sign(statement(), bundles.signer("grace")), submitter="Grace"
+        approvals.OVERRIDE.sign(statement(), bundles.signer("grace")), submitter="Grace"
     ).permitted
 
 
 def test_two_keys_of_one_person_are_one_person():
-    signed = approvals.sign(statement(), bundles.signer("grace"))
+    signed = approvals.OVERRIDE.sign(statement(), bundles.signer("grace"))
     signed = approvals.countersign(signed, bundles.signer("grace2"))
     found = approvals.verify_approval(signed, TRUST.document)
     assert [each.person for each in found.approvers] == ["grace"]
@@ -170,9 +171,9 @@ def other_forms():
 
 @pytest.mark.parametrize("payload", list(other_forms()))
 def test_another_statement_is_refused(payload):
-    assert approvals.parse_override(statement().to_bytes())
+    assert approvals.OVERRIDE.parse(statement().to_bytes())
     with pytest.raises(RefusedError) as caught:
-        approvals.parse_override(payload)
+        approvals.OVERRIDE.parse(payload)
     assert caught.value.code == "policy.approval"
 
 
@@ -202,17 +203,19 @@ IDLE = {
 
 @pytest.mark.parametrize(("changes", "words"), IDLE.values(), ids=IDLE.keys())
 def test_an_approval_without_effect_says_why(changes, words):
-    signed = approvals.sign(statement(**changes), bundles.signer("grace"))
+    signed = approvals.OVERRIDE.sign(statement(**changes), bundles.signer("grace"))
     (reason,) = reasons(signed)
     assert words in reason, reason
     assert not decide(signed).permitted
 
 
 def test_only_approvals_without_effect_are_listed_the_nearest_first():
-    good = approvals.sign(statement(), bundles.signer("grace"))
-    shorter = approvals.sign(statement(expires=date(2027, 5, 1)), bundles.signer("grace"))
-    elsewhere = approvals.sign(statement(project="sensor-coatings"), bundles.signer("grace"))
-    nobody = approvals.sign(statement(), bundles.signer("tom"))
+    good = approvals.OVERRIDE.sign(statement(), bundles.signer("grace"))
+    shorter = approvals.OVERRIDE.sign(statement(expires=date(2027, 5, 1)), bundles.signer("grace"))
+    elsewhere = approvals.OVERRIDE.sign(
+        statement(project="sensor-coatings"), bundles.signer("grace")
+    )
+    nobody = approvals.OVERRIDE.sign(statement(), bundles.signer("tom"))
     assert reasons(good) == []
     assert reasons(elsewhere, good, shorter) == [
         "LIC-CONFLICT is lifted by another approval, which lasts longer",
@@ -223,7 +226,7 @@ def test_only_approvals_without_effect_are_listed_the_nearest_first():
 
 
 def test_hazard_rules_are_not_spoken_of_without_the_role():
-    signed = approvals.sign(statement(rules={"HAZ-CWC1": 1}), bundles.signer("grace"))
+    signed = approvals.OVERRIDE.sign(statement(rules={"HAZ-CWC1": 1}), bundles.signer("grace"))
     decision = decide(signed)
     assert decision.idle_approvals() == ()
     assert [each.rules for each in decision.idle_approvals(hazard_role=True)] == [("HAZ-CWC1",)]
@@ -392,7 +395,7 @@ def test_an_approval_counts_from_the_legal_day_on_which_it_was_signed(zone, issu
     site = site.model_copy(
         update={"institution": site.institution.model_copy(update={"legal_zone": zone})}
     )
-    envelope = approvals.sign(statement(issued=issued), bundles.signer("grace"))
+    envelope = approvals.OVERRIDE.sign(statement(issued=issued), bundles.signer("grace"))
     assumed = {
         "bundle.verified": Known(value=True, source="test"),
         "bundle.manifest_complete": Known(value=True, source="test"),

@@ -16,7 +16,9 @@ from airgap.audit import open_log
 from airgap.audit.query import read_records
 from airgap.cli import install, policy
 from airgap.cli.common import show_error
+from airgap.signed import keep as keep_file
 from bundle import keys, trust
+from bundle.intoto import PAYLOAD_TYPE
 from policy import pack
 from policy.approvals import Approval, Approver, Case, fault_of
 from policy.errors import AirgapError
@@ -28,7 +30,7 @@ SHORT = {"issued": ISSUED, "expires": date(2026, 11, 26), "break_glass": True, "
 
 
 def signed(*people, **changes):
-    envelope = approvals.sign(statement(**{**SHORT, **changes}), bundles.signer(people[0]))
+    envelope = approvals.OVERRIDE.sign(statement(**{**SHORT, **changes}), bundles.signer(people[0]))
     for person in people[1:]:
         envelope = approvals.countersign(envelope, bundles.signer(person))
     return envelope
@@ -41,7 +43,7 @@ def test_two_people_of_any_role_break_the_glass_and_owe_a_review():
     duty = next(each for each in decision.obligations if each.id == "after-review-lic-conflict")
     assert "did not sign it" in duty.text
     assert decision.as_document()["approvals"][0]["break_glass"] is True
-    ordinary = approvals.sign(statement(), bundles.signer("grace"))
+    ordinary = approvals.OVERRIDE.sign(statement(), bundles.signer("grace"))
     assert "break_glass" not in decide(ordinary).as_document()["approvals"][0]
 
 
@@ -163,7 +165,7 @@ def note(of, person, kind="after-review", text="it was needed"):
 
 
 def keep(root, envelope, folder=approvals.FOLDER):
-    return approvals.write_approval(envelope, root, folder)
+    return keep_file(envelope, root / folder)
 
 
 PEOPLE = enrolled(
@@ -174,7 +176,7 @@ PEOPLE = enrolled(
 def test_a_review_is_owed_until_somebody_else_signs_it(tmp_path):
     broken = signed("grace", "tom")
     keep(tmp_path, broken)
-    keep(tmp_path, approvals.sign(statement(), bundles.signer("grace")))
+    keep(tmp_path, approvals.OVERRIDE.sign(statement(), bundles.signer("grace")))
     keep(tmp_path, signed("grace", reason="one person broke nothing"))
     assert [each.is_open for each in approvals.reviews_of(tmp_path, PEOPLE)] == [True]
     for nobody in ("grace", "tom", "ben", "mallory"):
@@ -199,7 +201,7 @@ def test_an_approval_that_is_taken_back_lifts_nothing_and_its_review_stays_owed(
 BAD_NOTES = {
     "another kind": lambda d: d["predicate"].update(kind="praise"),
     "no text": lambda d: d["predicate"].update(text=""),
-    "another type": lambda d: d.update(predicateType=approvals.OVERRIDE_TYPE),
+    "another type": lambda d: d.update(predicateType=approvals.OVERRIDE.predicate_type),
     "about nothing": lambda d: d.update(subject=[]),
 }
 
@@ -213,7 +215,7 @@ def test_a_note_of_another_form_is_refused(change):
     assert approvals.verify_note(good, PEOPLE).people[0].person == "max"
     document = json.loads(good.payload)
     change(document)
-    bad = sign_statement(canonical_json(document), approvals.PAYLOAD_TYPE, bundles.signer("max"))
+    bad = sign_statement(canonical_json(document), PAYLOAD_TYPE, bundles.signer("max"))
     with pytest.raises(AirgapError, match="note"):
         approvals.verify_note(bad, PEOPLE)
     with pytest.raises(AirgapError):

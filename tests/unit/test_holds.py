@@ -115,7 +115,7 @@ def released(hold, *people, **changes):
         "document": MEMO,
         **changes,
     }
-    envelope = holds.sign_release(holds.word_release(hold, **words), bundles.signer(people[0]))
+    envelope = holds.RELEASE.sign(holds.word_release(hold, **words), bundles.signer(people[0]))
     for person in people[1:]:
         envelope = holds.countersign_release(envelope, bundles.signer(person))
     return envelope
@@ -299,7 +299,7 @@ def test_a_statement_that_is_no_release_is_refused(broker, change):
     good = released(held(broker, frames=writes(FAMILY)), "eve")
     assert [p.person for p in holds.verify_release(good, PEOPLE).people] == ["eve"]
     with pytest.raises(RefusedError) as refused:
-        holds.parse_release(change(good.payload))
+        holds.RELEASE.parse(change(good.payload))
     assert refused.value.code == "hold.release"
     other = Envelope(good.payload, good.payload_type, ())
     assert holds.verify_release(other, PEOPLE).people == ()

@@ -202,7 +202,7 @@ def test_who_may_answer_and_for_how_long():
     assert refused(lambda: about(expires=date(2028, 6, 1))) == "policy.adjudication"
     assert refused(lambda: about(expires=ISSUED.date())) == "policy.adjudication"
     assert refused(lambda: about(list_id="No List")) == "policy.adjudication"
-    assert f"{URI_BASE}adjudication/v1" == adjudications.ADJUDICATION_TYPE
+    assert f"{URI_BASE}adjudication/v1" == adjudications.KIND.predicate_type
 
 
 def test_a_changed_or_foreign_statement_is_refused():

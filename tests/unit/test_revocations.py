@@ -7,11 +7,12 @@ import bundles
 import cnsa2
 import pytest
 
-from airgap import approvals
 from airgap.install import Store, install
 from airgap.install.standing import require_standing
+from airgap.signed import signers_of
 from bundle import clock, envelope, keys, revocation, rotation, trust
 from bundle.canonical import canonical_json
+from bundle.intoto import PAYLOAD_TYPE
 from bundle.verify import verify_bundle
 from policy.errors import AirgapError, RefusedError
 from policy.terms import Digest
@@ -525,8 +526,8 @@ def test_an_act_of_cnsa2_needs_both_keys_too():
         ([pair[1]], []),
         ([pair, cnsa2.pair("bob")[0]], ["alice"]),
     ):
-        made = envelope.sign_statement(b"{}", approvals.PAYLOAD_TYPE, *signers)
-        found = approvals.signers_of(made, root, at=NOW)
+        made = envelope.sign_statement(b"{}", PAYLOAD_TYPE, *signers)
+        found = signers_of(made, root, at=NOW)
         assert [each.person for each in found] == people
 
 

@@ -53,7 +53,7 @@ def test_a_signed_pack_counts(root):
     assert "SITE-1" in rules_of(root)
     about = site_rules.verify_file(PACK, "site.yaml", sign(author="ann"), TRUST.document)
     assert (about.author, about.issued) == ("ann", ISSUED)
-    assert f"{URI_BASE}rules-file/v1" == site_rules.RULES_TYPE
+    assert f"{URI_BASE}rules-file/v1" == site_rules.RULES.predicate_type
 
 
 def test_a_pack_without_a_signature_is_refused(root):
