@@ -29,7 +29,8 @@ from airgap.science.molecules import (
     parse_loosely,
 )
 from airgap.science.screens import Screener, can_screen
-from airgap.science.tasks import Subject, Task
+from airgap.science.subjects import Subject
+from airgap.science.tasks import Task
 
 TEXT_SHOWN = 2_000
 """Characters of an unreadable completion that are kept."""

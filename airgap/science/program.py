@@ -44,7 +44,17 @@ from typing import Any
 from rdkit import Chem
 
 from airgap.enclave.channel import ProgramError
-from airgap.science import assessment, drawing, molecules, raw, screens, structures, tasks
+from airgap.science import (
+    assessment,
+    drawing,
+    molecules,
+    prompts,
+    raw,
+    screens,
+    structures,
+    subjects,
+    tasks,
+)
 from airgap.science.checkpoint import require_tokens
 from airgap.science.refusals import PromptError
 from airgap.science.svg import SVG_LIMIT
@@ -123,18 +133,18 @@ class Program:
         task, inputs = self.task_and_inputs(request)
         notes = raw.notes(_object(request, "inputs", {}))
         subject, screen = self.subject(task, inputs, notes)
-        context = tasks.parse_context(_object(request, "context"))
+        context = prompts.parse_context(_object(request, "context"))
         preset, extra = tasks.choose_preset(task, _object(request, "options", {}))
         require_tokens(context.tags, task.tokens, model=context.model, task=task.name)
-        prompt = tasks.build_prompt(task, subject, self._residues)
-        room = tasks.budget(task, subject, prompt, preset, context)
+        prompt = prompts.build_prompt(task, subject, self._residues)
+        room = prompts.budget(task, subject, prompt, preset, context)
         return {
             "task": task.name,
             "prompt": prompt,
-            "display": tasks.display(task, subject),
+            "display": prompts.display(task, subject),
             "stop": list(task.stop),
-            "grammar": tasks.grammar_spec(task, subject),
-            "max_new_tokens": tasks.limit_new_tokens(room, extra, task),
+            "grammar": prompts.grammar_spec(task, subject),
+            "max_new_tokens": prompts.limit_new_tokens(room, extra, task),
             "preset": tasks.preset_document(preset, extra),
             "modality": task.modality,
             "subject": _subject_document(subject),
@@ -142,7 +152,7 @@ class Program:
             "unchecked": task.unchecked,
             "notes": [
                 *notes,
-                *tasks.reference_note(task, context),
+                *prompts.reference_note(task, context),
                 *tasks.setting_notes(preset),
             ],
         }
@@ -154,15 +164,15 @@ class Program:
             raise _malformed("`task` is not a text")
         task, inputs = tasks.find_task(name), _object(request, "inputs", {})
         if "prompt" in inputs:
-            tasks.check_inputs(task, inputs)
+            subjects.check_inputs(task, inputs)
             inputs = raw.typed(task, inputs, self._residues)
         return task, inputs
 
     def subject(
         self, task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]
-    ) -> tuple[tasks.Subject, screens.ScreenResult]:
+    ) -> tuple[subjects.Subject, screens.ScreenResult]:
         """Read the inputs of a task and screen what can be screened."""
-        tasks.check_inputs(task, inputs)
+        subjects.check_inputs(task, inputs)
         if task.name == "retrosynthesis":
             product = molecules.read_product(
                 inputs["smiles"], fix=inputs.get("fix", False), notes=notes
@@ -173,11 +183,11 @@ class Program:
             # Screen what was typed, not only what was kept of it.
             typed = molecules.read_molecule(inputs["smiles"], "product")
             result = self.screener.screen([product, typed], target=True)
-            return tasks.Subject(product=smiles), result
+            return subjects.Subject(product=smiles), result
         if "<ProteinS>" in task.tokens:
             subject = _protein(task, inputs, notes)
             return subject, self.screener.nothing("input sequence not screened")
-        return tasks.Subject(), self.screener.nothing("no input")
+        return subjects.Subject(), self.screener.nothing("no input")
 
     def assess(self, request: Mapping[str, Any], emit: Emit) -> dict[str, Any]:
         """Turn completions into ranked rows with an output screen."""
@@ -258,7 +268,7 @@ _OPERATIONS: dict[str, Callable[[Program, Mapping[str, Any], Emit], dict[str, An
 }
 
 
-def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> tasks.Subject:
+def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> subjects.Subject:
     if "pdb" in inputs:
         found = structures.read_protein(
             inputs["pdb"],
@@ -267,7 +277,7 @@ def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> t
             residues=inputs.get("residues"),
             notes=notes,
         )
-        subject = tasks.Subject(
+        subject = subjects.Subject(
             sequence=found.sequence,
             labels=found.labels,
             pockets=found.pockets,
@@ -280,17 +290,17 @@ def _protein(task: tasks.Task, inputs: Mapping[str, Any], notes: list[str]) -> t
                 f"{' and '.join(given)} belong{'s' * (len(given) == 1)} to a structure",
                 hint="give the structure with --pdb",
             )
-        sequence, labels, source = tasks.read_sequence(inputs, notes)
-        subject = tasks.Subject(sequence=sequence, labels=labels, source=source)
+        sequence, labels, source = subjects.read_sequence(inputs, notes)
+        subject = subjects.Subject(sequence=sequence, labels=labels, source=source)
         if "residues" in inputs:
-            chosen = tasks.select(inputs["residues"], labels, "residues")
+            chosen = subjects.select(inputs["residues"], labels, "residues")
             subject = replace(subject, pockets=tuple(chosen))
     if "region" in inputs:
-        subject = tasks.cut_region(subject, inputs["region"])
-    return tasks.choose_level(task, subject, inputs.get("level"), notes)
+        subject = subjects.cut_region(subject, inputs["region"])
+    return subjects.choose_level(task, subject, inputs.get("level"), notes)
 
 
-def _subject_document(subject: tasks.Subject) -> dict[str, Any]:
+def _subject_document(subject: subjects.Subject) -> dict[str, Any]:
     document = asdict(subject)
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in document.items()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import gemmi
 
 from airgap.science.refusals import PromptError
-from airgap.science.tasks import STRUCTURE_LIMIT, select
+from airgap.science.subjects import STRUCTURE_LIMIT, select
 
 CONTACT = 4.5
 """Distance in angstrom."""

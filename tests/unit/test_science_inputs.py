@@ -18,7 +18,7 @@ from science_runs import (
 )
 
 from airgap.enclave.channel import ProgramError
-from airgap.science import drawing, fields, molecules, raw, results, svg, tasks, views
+from airgap.science import drawing, fields, molecules, raw, results, subjects, svg, tasks, views
 from airgap.science.program import create
 
 
@@ -307,7 +307,7 @@ def test_raw_prompt_stands_alone(task, inputs, code):
 
 def test_free_task_takes_a_raw_prompt_and_typed_input_gets_no_note_of_one():
     assert raw.notes({"smiles": "C"}) == []
-    tasks.check_inputs(tasks.TASKS["molecule"], {"prompt": "<MoleculeS>"})
+    subjects.check_inputs(tasks.TASKS["molecule"], {"prompt": "<MoleculeS>"})
     assert raw.typed(tasks.TASKS["molecule"], {"prompt": "<MoleculeS>"}, {}) == {}
 
 

@@ -26,7 +26,7 @@ def test_broker_side_loads_no_chemistry_and_no_model():
 def test_prompt_side_needs_the_standard_library_alone():
     code = (
         "import sys; before = set(sys.modules);"
-        "import airgap.science.checkpoint, airgap.science.completions, airgap.science.tasks;"
+        "import airgap.science.checkpoint, airgap.science.completions, airgap.science.prompts;"
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

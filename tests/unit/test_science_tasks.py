@@ -1,9 +1,11 @@
 import pytest
 
-from airgap.science import tasks
+from airgap.science import prompts, subjects, tasks
 from airgap.science.grammar import TAGS
+from airgap.science.prompts import Context
 from airgap.science.refusals import PromptError
-from airgap.science.tasks import TASKS, Context, Subject
+from airgap.science.subjects import Subject
+from airgap.science.tasks import TASKS
 
 WORDS = Context("tiny", 512, {tag: n for n, tag in enumerate(TAGS)}, vocabulary=150)
 BYTES = Context("large", 512, {}, vocabulary=150_000)
@@ -56,8 +58,8 @@ WRONG_INPUTS = {
 
 @pytest.mark.parametrize(("task", "inputs"), WRONG_INPUTS.values(), ids=WRONG_INPUTS.keys())
 def test_wrong_inputs_are_refused(task, inputs):
-    tasks.check_inputs(TASKS["retrosynthesis"], {"smiles": "C", "fix": True})
-    assert code_of(tasks.check_inputs, TASKS[task], inputs) == "prompt.input"
+    subjects.check_inputs(TASKS["retrosynthesis"], {"smiles": "C", "fix": True})
+    assert code_of(subjects.check_inputs, TASKS[task], inputs) == "prompt.input"
 
 
 FASTA = ">sp|P1|X human protein\nMKT AYI\n10 AKQ\n>second\nGGG\n"
@@ -65,10 +67,10 @@ FASTA = ">sp|P1|X human protein\nMKT AYI\n10 AKQ\n>second\nGGG\n"
 
 def test_fasta_record_is_read_with_its_name_and_without_layout():
     notes: list[str] = []
-    read = tasks.read_sequence({"fasta": FASTA, "record": 1}, notes)
+    read = subjects.read_sequence({"fasta": FASTA, "record": 1}, notes)
     assert read == ("MKTAYIAKQ", tuple(str(n) for n in range(1, 10)), "FASTA record sp|P1|X")
-    assert tasks.read_sequence({"fasta": FASTA, "record": 2}, notes)[0] == "GGG"
-    assert tasks.read_sequence({"fasta": "MK\nTA\n"}, notes)[0] == "MKTA"
+    assert subjects.read_sequence({"fasta": FASTA, "record": 2}, notes)[0] == "GGG"
+    assert subjects.read_sequence({"fasta": "MK\nTA\n"}, notes)[0] == "MKTA"
 
 
 @pytest.mark.parametrize(
@@ -87,12 +89,12 @@ def test_fasta_record_is_read_with_its_name_and_without_layout():
     ],
 )
 def test_bad_sequences_are_refused(inputs, code):
-    assert code_of(tasks.read_sequence, inputs, []) == code
+    assert code_of(subjects.read_sequence, inputs, []) == code
 
 
 def test_fix_mends_what_was_offered_and_says_so():
     notes: list[str] = []
-    assert tasks.read_sequence({"sequence": "mk-t*", "fix": True}, notes)[0] == "MKT"
+    assert subjects.read_sequence({"sequence": "mk-t*", "fix": True}, notes)[0] == "MKT"
     assert "upper-cased" in notes[0]
 
 
@@ -101,21 +103,21 @@ LABELS = ("A:-1", "A:1", "A:2", "A:2B", "A:5")
 
 def test_residues_are_selected_by_label_and_range():
     plain = tuple(label[2:] for label in LABELS)
-    assert tasks.select("1, 2-5;-1", plain, "residues") == [0, 1, 2, 3, 4]
-    assert tasks.select("2B", plain, "residues") == [3]
-    assert tasks.select("A:1-A:2", LABELS, "region") == [1, 2]
+    assert subjects.select("1, 2-5;-1", plain, "residues") == [0, 1, 2, 3, 4]
+    assert subjects.select("2B", plain, "residues") == [3]
+    assert subjects.select("A:1-A:2", LABELS, "region") == [1, 2]
     for text in ("", "x", "1-", "3", "5-1", "1,,2", "1-99"):
-        assert code_of(tasks.select, text, plain, "residues") == "prompt.input"
+        assert code_of(subjects.select, text, plain, "residues") == "prompt.input"
 
 
 def test_region_keeps_labels_and_pockets_inside():
     subject = Subject(
         sequence="MKTAY", labels=("1", "2", "3", "4", "5"), pockets=(0, 2, 4), source="sequence"
     )
-    part = tasks.cut_region(subject, "2-4")
+    part = subjects.cut_region(subject, "2-4")
     assert (part.sequence, part.labels, part.pockets) == ("KTA", ("2", "3", "4"), (1,))
     assert "2 to 4" in part.source
-    assert code_of(tasks.cut_region, subject, "1,3-4") == "prompt.input"
+    assert code_of(subjects.cut_region, subject, "1,3-4") == "prompt.input"
 
 
 # -- budget ---------------------------------------------------------------------------------------
@@ -127,8 +129,8 @@ def protein(length: int) -> Subject:
 
 def room(name: str, subject: Subject, context: Context = WORDS, preset: str = "ours") -> int:
     task = TASKS[name]
-    prompt = tasks.build_prompt(task, subject, {})
-    return tasks.budget(task, subject, prompt, task.presets[preset], context)
+    prompt = prompts.build_prompt(task, subject, {})
+    return prompts.budget(task, subject, prompt, task.presets[preset], context)
 
 
 def test_a_copy_gets_three_tokens_a_residue_and_its_end_tag():
@@ -178,8 +180,8 @@ def test_large_vocabulary_counts_bytes_as_an_upper_bound():
     ],
 )
 def test_context_that_is_none_is_refused(document):
-    tasks.parse_context({"max_context": 512, "tags": {"<Search>": 4}})
-    assert code_of(tasks.parse_context, document) == "prompt.input"
+    prompts.parse_context({"max_context": 512, "tags": {"<Search>": 4}})
+    assert code_of(prompts.parse_context, document) == "prompt.input"
 
 
 # -- prompts and presets --------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def test_context_that_is_none_is_refused(document):
 
 def test_prompts_have_the_published_forms():
     def build(name, subject):
-        return tasks.build_prompt(TASKS[name], subject, {"K": "NCC(=O)O"})
+        return prompts.build_prompt(TASKS[name], subject, {"K": "NCC(=O)O"})
 
     assert build("retrosynthesis", Subject(product="CCO")).endswith("CCO<MoleculeE><ReverseReact>")
     assert build("binding-site", Subject(sequence="MK")) == (
@@ -207,10 +209,10 @@ def test_grammar_part_is_what_the_worker_reads():
     from airgap.inference.protocol import TASKS as KNOWN
 
     for name, task in TASKS.items():
-        spec = tasks.grammar_spec(task, Subject(sequence="MK"))
+        spec = prompts.grammar_spec(task, Subject(sequence="MK"))
         assert spec["mode"] in MODES
         assert spec.get("task", name) in KNOWN
-    assert tasks.grammar_spec(TASKS["binding-site"], Subject(sequence="MK")) == {
+    assert prompts.grammar_spec(TASKS["binding-site"], Subject(sequence="MK")) == {
         "mode": "copy",
         "sequence": "MK",
     }
@@ -263,34 +265,34 @@ def test_wrong_options_are_refused(options):
 
 
 def test_user_may_lower_the_budget_but_not_below_a_full_copy():
-    assert tasks.limit_new_tokens(200, {"max_new_tokens": 50}, TASKS["molecule"]) == 50
-    assert tasks.limit_new_tokens(200, {"max_new_tokens": 900}, TASKS["molecule"]) == 200
+    assert prompts.limit_new_tokens(200, {"max_new_tokens": 50}, TASKS["molecule"]) == 50
+    assert prompts.limit_new_tokens(200, {"max_new_tokens": 900}, TASKS["molecule"]) == 200
     asked = {"max_new_tokens": 50}
-    assert code_of(tasks.limit_new_tokens, 91, asked, TASKS["binding-site"]) == "prompt.option"
+    assert code_of(prompts.limit_new_tokens, 91, asked, TASKS["binding-site"]) == "prompt.option"
 
 
 def test_level_follows_the_pocket_and_is_recorded():
     task = TASKS["pocket-ligand"]
     notes: list[str] = []
     marked = Subject(sequence="MK", labels=("1", "2"), pockets=(1,))
-    assert tasks.choose_level(task, marked, None, notes).level == 2
-    assert tasks.choose_level(task, marked, 1, notes).pockets == ()
-    assert tasks.choose_level(task, marked, 3, notes).level == 3
+    assert subjects.choose_level(task, marked, None, notes).level == 2
+    assert subjects.choose_level(task, marked, 1, notes).pockets == ()
+    assert subjects.choose_level(task, marked, 3, notes).level == 3
     assert any("not published" in note for note in notes)
     bare = Subject(sequence="MK", labels=("1", "2"))
-    assert tasks.choose_level(task, bare, None, notes).level == 1
-    assert code_of(tasks.choose_level, task, bare, 2, notes) == "prompt.input"
-    assert code_of(tasks.choose_level, task, marked, 4, notes) == "prompt.input"
+    assert subjects.choose_level(task, bare, None, notes).level == 1
+    assert code_of(subjects.choose_level, task, bare, 2, notes) == "prompt.input"
+    assert code_of(subjects.choose_level, task, marked, 4, notes) == "prompt.input"
     odd = Subject(sequence="MX", labels=("1", "2"), pockets=(1,))
-    assert code_of(tasks.choose_level, task, odd, 3, notes) == "prompt.input"
-    assert tasks.choose_level(TASKS["binding-site"], bare, 3, notes) == bare
+    assert code_of(subjects.choose_level, task, odd, 3, notes) == "prompt.input"
+    assert subjects.choose_level(TASKS["binding-site"], bare, 3, notes) == bare
 
 
 @pytest.mark.parametrize(
     "text", [">a\rMK\rNG\r", ">a\r\nMK\r\nNG\r\n", "\ufeff>a\nMK\nNG", ">a\nMKNG"]
 )
 def test_a_fasta_record_of_any_editor_is_read(text):
-    assert tasks.read_sequence({"fasta": text}, [])[0] == "MKNG"
+    assert subjects.read_sequence({"fasta": text}, [])[0] == "MKNG"
 
 
 def test_the_two_wishes_stand_in_the_preset_and_are_explained():
