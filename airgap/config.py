@@ -156,9 +156,7 @@ class Person(Frozen):
 
     id: PersonId
     name: Words | None = None
-    account: (
-        Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")] | None
-    ) = None
+    account: Account | None = None
     uid: int | None = Field(default=None, ge=0, le=2**32 - 2)
     roles: NameSet = frozenset()
     projects: Annotated[frozenset[ProjectId], BeforeValidator(_names)] = frozenset()
@@ -215,9 +213,7 @@ class ScreenSettings(Frozen):
 class AuditSettings(Frozen):
     """The usage log: who writes it, what it keeps, and when it warns or stops."""
 
-    origin: (
-        Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9./_-]{0,127}$")] | None
-    ) = None
+    origin: LogOrigin | None = None
     socket: Annotated[str, StringConstraints(pattern=r"^/[ -~]{1,100}$")] | None = None
     payloads: Literal["none", "sealed"] = "none"
     retention: Literal["m-26-14", "m-21-31-legacy", "site"] = "m-26-14"
@@ -470,7 +466,7 @@ def _places(text: str) -> Mapping[tuple[str | int, ...], tuple[int, int]]:
 
 def default_site_toml() -> str:
     """Return a commented site.toml in which every answer is open, so that nothing is permitted."""
-    return _TEMPLATE
+    return Path(__file__).with_name("site_template.toml").read_text(encoding="utf-8")
 
 
 def create_site(root: Path) -> Path:
@@ -496,112 +492,3 @@ def create_site(root: Path) -> Path:
 def unnamed_site() -> Site:
     """A site about which nothing is known: what a question without a site.toml is held against."""
     return Site(institution=Institution(name="no site.toml"))
-
-
-_TEMPLATE = """\
-# What this site says about itself. Rules of the policy read these facts; a key that is not given
-# is an UNKNOWN fact, and an unknown never counts as yes. Take the # away where you know the answer.
-# `airgap policy explain` shows what is missing for a decision, and whom to ask.
-
-[institution]
-name = "Fill in the legal name"
-# kind = "university"          # university, national_lab, company, nonprofit, government
-# state = "MA"                 # two letters; "none" outside the United States
-# public = false               # state-owned?
-legal_zone = "UTC"             # time zone whose calendar date decides which law is in force
-
-[system]
-# owner = "institution"        # institution, DoD, DOE, NASA, IC, other_federal, state, ...
-# ic_nss = false               # national-security system of the intelligence community?
-# state_business = false       # state device, or used for state business?
-# cui_authorised = false       # authorised for CUI?
-# in_ssp = false               # described in the system security plan?
-
-# [system.crypto]              # recording the status says nothing about its merit
-# module = "OpenSSL 3.0 FIPS provider"
-# certificate = "#4282"
-# status = "historical"
-# checked_on = 2026-11-23
-
-[transaction]                  # how models come to this site
-# buyer = "institution"        # institution, DoD, other_federal, state, contractor, individual
-# kind = "free_download"       # free_download, purchase, support_contract, own_work, donation
-# counterparty = "Legal name"  # only where there is a contract
-
-# [[project]]
-# id = "chem-1"
-# title = "What it is about"
-# sponsors = ["NIH"]           # DoD, DOE, NASA, NIH, NSF, ..., state, foundation, internal
-# instrument = "grant"         # contract, subcontract, grant, cooperative_agreement, ota, none
-# federal_funds = true
-# active = true
-# closed = false
-# principal_investigators = ["pi"]
-# actions = ["infer"]          # infer, evaluate, finetune, export_output, export_weights, ...
-# subjects = []                # itar, military, warfare, nuclear, ... ; [] says: none of them
-# [project.data]
-# markings = []                # CUI, ITAR, EAR, NIH-CA, PHI, proprietary; [] says: unmarked
-# export_class = "fundamental_research"   # ITAR, ECCN, EAR99, fundamental_research, unreviewed
-# [project.deliverable]
-# to_dod = false
-# embeds_model_or_output = false
-# [project.performance]
-# dod_contract = false
-
-# [[person]]
-# id = "pi"
-# name = "Full Name"
-# uid = 1000                   # the local account; `account = "name"` where uids differ by host
-# roles = ["principal_investigator"]
-# projects = ["chem-1"]
-# training_until = 2027-06-30  # first day on which the training is out of date
-# us_person = true             # from the export office's own record, never guessed
-# record = "export office, file 12"
-
-[enclave]
-# min_rung = "B"               # weakest seal accepted of A U B C; default A for root, B for users
-# reverify_s = 60              # seconds between two looks at a running seal, its probe included
-
-# [screen.sequences]           # an installed screener; without it new residues are held
-# program = "/opt/screener/screen.py"
-# program_sha256 = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
-# name = "Its name"
-# version = "1.0"
-# mode = "biorisk only"        # how thorough it is, as it says itself
-# database = "/opt/screener/db"
-# # Over the sorted lines `SHA-256  NAME` of its files:
-# database_sha256 = "sha256:0000000000000000000000000000000000000000000000000000000000000000"
-# kinds = ["protein"]
-# seconds = 300
-
-[audit]
-# socket = "/run/airgap/audit.sock"   # the service that owns the log; default: this process does
-payloads = "none"              # "sealed": prompts and outputs, encrypted to keys/payloads.pub
-retention = "m-26-14"          # m-26-14, m-21-31-legacy, or site with retention_months
-# retention_months = 24
-quota_mb = 0                   # 0: as long as there is space
-refuse_overdue_export = false  # true: no new work when the last export is over 7 days old
-
-[inference]
-precision = "fp32"             # fp32, bf16, fp16, int8, int4; airgap verify tells what each costs
-provider = "cpu"               # cpu, cuda, tensorrt: a demand; airgap doctor --gpu says what fits
-# threads = 8                  # of the CPU; default every core
-# spin = true                  # threads wait by spinning; false where others need the cores
-# arena = true                 # memory of the CPU is kept from run to run
-# memory_mb = 16384            # of one request; default half of what is free at the start
-# device = 0                   # number of the GPU
-# device_mb = 40960            # most of its memory that we take; default all
-# deterministic = true         # kernels that add up in one order, where the GPU has them
-# engine_rows = 32             # tensorrt: widest batch, most positions, most ids at once that the
-# engine_positions = 2048      # engines are built for; airgap engine build
-# engine_piece = 256
-
-[service]                      # of `airgap serve`: many people, one daemon
-# socket = "/run/airgap-broker.sock"  # then `airgap run` asks the daemon
-# per_person = 4               # requests of one person at once
-
-[limits]
-samples = 10000                # of one request
-prompt_bytes = 65536
-new_tokens = 1024
-"""
