@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from airgap.enclave import channel, evidence, filters, host, twin
+from airgap.enclave import channel, evidence, filters, host, reading, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.plan import Plan
@@ -267,7 +267,7 @@ def _seal(
         tried=tried,
         probe=None if probe is None else twin.summary(probe),
         self_test={},
-        host=evidence.own_namespaces(),
+        host=reading.own_namespaces(),
     )
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from airgap.enclave import convert, evidence, host, linux, probe
+from airgap.enclave import convert, evidence, host, linux, probe, reading
 from airgap.enclave.gpu import Driver
 from airgap.enclave.host import HostSurvey
 from airgap.enclave.process import DESCRIPTORS, last_words
@@ -111,7 +111,7 @@ def remove_stale(parent: Path) -> None:
 def _lives(pid: int, made: float) -> bool:
     """Say whether the process that made a folder at `made` may still be there."""
     try:
-        started = evidence.started_at(pid)
+        started = reading.started_at(pid)
     except OSError:
         return False
     return started <= made + 1
@@ -376,8 +376,8 @@ class Outside:
         for listening in (tcp, stream, abstract, *self._own_address6(socket.SOCK_STREAM)):
             listening.listen(64)
             self._serve_stream(listening)
-        for reading in (udp, datagram, *self._own_address6(socket.SOCK_DGRAM)):
-            self._serve_datagrams(reading)
+        for receiver in (udp, datagram, *self._own_address6(socket.SOCK_DGRAM)):
+            self._serve_datagrams(receiver)
         self._serve_names(names)
         for family, kind, protocol in ((2, 2, 136), (2, 3, 1)):  # UDP-Lite; ICMP
             with contextlib.suppress(OSError):
@@ -431,27 +431,27 @@ class Outside:
         self._kept.append(listening)
         self._receivers.append(accept)
 
-    def _serve_datagrams(self, reading: socket.socket) -> None:
+    def _serve_datagrams(self, receiver: socket.socket) -> None:
         def receive() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    self._note(reading.recv(4096))
+                    self._note(receiver.recv(4096))
 
-        self._kept.append(reading)
+        self._kept.append(receiver)
         self._receivers.append(receive)
 
-    def _serve_names(self, reading: socket.socket) -> None:
+    def _serve_names(self, receiver: socket.socket) -> None:
         def receive() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    query, sender = reading.recvfrom(4096)
+                    query, sender = receiver.recvfrom(4096)
                     label = query[13 : 13 + query[12]].decode("latin1")
                     token, _, kind = label.partition("-")
                     name = "dns_getaddrinfo" if kind == "dns" else "dns_udp"
                     self._note(f"{token}:{name}\n".encode())
-                    reading.sendto(query[:2] + b"\x81\x83" + query[4:], sender)  # no such name
+                    receiver.sendto(query[:2] + b"\x81\x83" + query[4:], sender)  # no such name
 
-        self._kept.append(reading)
+        self._kept.append(receiver)
         self._receivers.append(receive)
 
     def _note(self, content: bytes) -> None:

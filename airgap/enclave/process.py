@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from airgap.enclave import channel, evidence, filters, host
+from airgap.enclave import channel, evidence, filters, host, reading
 from airgap.enclave import plan as plans
 from airgap.enclave.channel import ChannelError, Frame, Reader, Writer
 from airgap.enclave.host import HostSurvey
@@ -150,7 +150,7 @@ class Process:
 
     def verify(
         self, facts: HostSurvey, *, own_filters: int, dumpable: bool | None
-    ) -> evidence.Facts:
+    ) -> reading.Facts:
         """Read /proc and compare with the plan; SealRefused names the first difference."""
         try:
             found = self._settled()
@@ -159,9 +159,10 @@ class Process:
         findings = evidence.verify(
             found,
             self.plan,
+            inherited=reading.inherited_filters(),
             own_filters=own_filters,
             dumpable=dumpable,
-            host=evidence.own_namespaces(),
+            host=reading.own_namespaces(),
             uid=self.uid_seen(facts),
         )
         if findings:
@@ -176,11 +177,11 @@ class Process:
             time.sleep(0.001)
         return found
 
-    def _settled(self) -> evidence.Facts:
+    def _settled(self) -> reading.Facts:
         """Read the facts; the kernel counts a closed socket of the launcher an instant longer."""
         until = time.monotonic() + _GRACE_S
         while True:
-            found = evidence.read(self.pid)
+            found = reading.read(self.pid)
             if not self._waited_for or not found.sockets or time.monotonic() > until:
                 return found
             time.sleep(0.001)
@@ -205,10 +206,10 @@ class Process:
         if self._parent_sealed:
             return True
         try:
-            found = evidence.read(self._popen.pid)
+            found = reading.read(self._popen.pid)
         except OSError as error:
             raise SealRefused("parent", f"the waiting parent is gone: {error}") from error
-        if not found.seccomp or found.filters != evidence.inherited_filters() + 1:
+        if not found.seccomp or found.filters != reading.inherited_filters() + 1:
             return False
         whole = (found.uids[1], found.no_new_privs, found.capabilities["prm"], found.descriptors)
         if whole[:3] != (self.uid_seen(facts), 1, "0") or whole[3]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from airgap.enclave import evidence
+from airgap.enclave import reading
 
 FOLDER = "running"
 _SIZE_LIMIT = 1 << 20
@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _lives(document: dict[str, Any]) -> bool:
     """Compare the start time: a pid may be another process by now."""
     try:
-        found = evidence.read(int(document["proc"]["pid"]))
+        found = reading.read(int(document["proc"]["pid"]))
     except (OSError, KeyError, ValueError):
         return False
     return bool(found.start_time == document["proc"]["starttime"])

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from airgap.enclave import channel, evidence, filters, host, twin
+from airgap.enclave import channel, evidence, filters, host, reading, twin
 from airgap.enclave import plan as plans
 from airgap.enclave.calls import Calls
 from airgap.enclave.channel import ChannelError, Frame
@@ -192,7 +192,7 @@ def prove(
     tried: Sequence[dict[str, str]],
     probe: dict[str, Any] | None,
     said: dict[str, Any],
-) -> tuple[evidence.Facts, dict[str, Any]]:
+) -> tuple[reading.Facts, dict[str, Any]]:
     """Take a loaded process through its last filter; returns the last facts and the evidence.
 
     `said` is what the program reports of itself: its part of the artifacts.
@@ -221,7 +221,7 @@ def prove(
         tried=tried,
         probe=None if probe is None else twin.summary(probe),
         self_test=_self_test(ready.payload, plan),
-        host=evidence.own_namespaces(),
+        host=reading.own_namespaces(),
     )
     return sealed, document
 
@@ -276,7 +276,7 @@ class Enclave:
     def __init__(
         self,
         process: Process,
-        sealed: evidence.Facts,
+        sealed: reading.Facts,
         document: dict[str, Any],
         spec: SealSpec,
         *,
@@ -484,7 +484,7 @@ class Enclave:
             return None
         try:
             self._looked = time.monotonic()
-            found = evidence.differences(self._sealed, evidence.read(self._process.pid))
+            found = evidence.differences(self._sealed, reading.read(self._process.pid))
         except OSError:
             return None
         self._denials.poll()

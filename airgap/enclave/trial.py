@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from airgap.enclave import channel, evidence, host, twin
+from airgap.enclave import channel, evidence, host, reading, twin
 from airgap.enclave.channel import ChannelError, Frame
 from airgap.enclave.denials import LAST_DOOR, LAST_OF_STAGE1, Denials
 from airgap.enclave.guest import SOURCE_LIMIT
@@ -298,7 +298,7 @@ class _Attempt:
     def _look(self) -> None:
         """Read /proc and compare with the first reading; a process that is gone says so itself."""
         try:
-            now = evidence.read(self._process.pid)
+            now = reading.read(self._process.pid)
         except OSError:
             return
         self._looks += 1
@@ -395,7 +395,7 @@ class _Attempt:
             tried=self._tried,
             probe=twin.summary(self._report),
             self_test={},
-            host=evidence.own_namespaces(),
+            host=reading.own_namespaces(),
         )
         kept = ("s1", "live_dump_match")
         document["seccomp"] = {name: document["seccomp"][name] for name in kept}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from enclave_harness import ROOT, needs_namespaces, run_as, starters
 
-from airgap.enclave import Caps, SealRefused, SealSpec, evidence, host, trial, twin
+from airgap.enclave import Caps, SealRefused, SealSpec, host, reading, trial, twin
 from policy.errors import CODES, RefusedError
 
 DEADLINE_S = 4.0
@@ -69,7 +69,7 @@ def run(tmp_path, source, *, stage=2, spec=SPEC):
     assert found.code in {"", *CODES}
     assert len(found.output) <= spec.caps.stderr_bytes
     with pytest.raises(OSError, match="No such"):
-        evidence.read(found.evidence["proc"]["pid"])
+        reading.read(found.evidence["proc"]["pid"])
     json.dumps(found.as_document())
     return found
 
@@ -459,13 +459,13 @@ def test_a_probe_that_ends_while_it_loads_proves_no_second_stage(tmp_path):
 
 def test_a_change_that_the_host_sees_is_told(tmp_path, monkeypatch):
     source = "import time\nwhile True: time.sleep(0.1)"
-    real, after = evidence.read, time.monotonic() + 2
+    real, after = reading.read, time.monotonic() + 2
 
     def read(pid):
         found = real(pid)
         return replace(found, seccomp=0) if time.monotonic() > after else found
 
-    monkeypatch.setattr(evidence, "read", read)
+    monkeypatch.setattr(reading, "read", read)
     found = trial.run_trial(
         trial.read_probe(write(tmp_path, source)), replace(SPEC, deadline_s=20.0)
     )

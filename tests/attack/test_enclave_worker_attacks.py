@@ -26,6 +26,7 @@ from airgap.enclave import (
     host,
     launch,
     plan,
+    reading,
     seal,
     twin,
 )
@@ -294,9 +295,9 @@ def test_the_end_is_recorded_once_and_after_the_seal(worker):
 
 
 def test_a_change_that_the_host_sees_is_an_incident(worker, monkeypatch):
-    real = evidence.read
+    real = reading.read
     with monkeypatch.context() as patch:
-        patch.setattr(evidence, "read", lambda pid: replace(real(pid), seccomp=0))
+        patch.setattr(reading, "read", lambda pid: replace(real(pid), seccomp=0))
         with pytest.raises(SealRefused) as caught:
             worker.reverify()
     assert caught.value.code == "enclave.stage2"
@@ -319,8 +320,8 @@ def test_the_filters_are_looked_at_before_each_request(worker, monkeypatch):
 
 def test_all_facts_are_read_again_before_a_later_request(worker, monkeypatch):
     assert ask(worker, "echo", value=1) == b"1"
-    real = evidence.read
-    monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), links=("lo", "eth0")))
+    real = reading.read
+    monkeypatch.setattr(reading, "read", lambda pid: replace(real(pid), links=("lo", "eth0")))
     worker._looked -= 2.0
     with pytest.raises(SealRefused) as caught:
         ask(worker, "echo", value=1)
@@ -354,9 +355,9 @@ def test_the_timer_looks_at_an_idle_worker_and_ends_one_that_changed(monkeypatch
     with launch(replace(spec(), reverify_s=0.1), told.append) as enclave:
         time.sleep(0.35)
         assert ask(enclave, "echo", value=1) == b"1"
-        real = evidence.read
+        real = reading.read
         with monkeypatch.context() as patch:
-            patch.setattr(evidence, "read", lambda pid: replace(real(pid), seccomp=0))
+            patch.setattr(reading, "read", lambda pid: replace(real(pid), seccomp=0))
             end = ended(enclave)
         assert "seccomp" in end["incident"]
         assert told == [end]
@@ -366,9 +367,9 @@ def test_the_timer_looks_at_an_idle_worker_and_ends_one_that_changed(monkeypatch
 
 def test_the_timer_ends_a_request_in_flight(monkeypatch):
     with launch(replace(spec(), reverify_s=0.2)) as enclave:
-        real, after = evidence.read, time.monotonic() + 0.5
+        real, after = reading.read, time.monotonic() + 0.5
         monkeypatch.setattr(
-            evidence,
+            reading,
             "read",
             lambda pid: replace(real(pid), seccomp=0) if time.monotonic() > after else real(pid),
         )

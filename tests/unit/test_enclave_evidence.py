@@ -12,14 +12,14 @@ import pytest
 from enclave_plans import FACTS as HOST
 from enclave_plans import make
 
-from airgap.enclave import evidence, filters, host
-from airgap.enclave.evidence import Facts, Mount
+from airgap.enclave import evidence, filters, host, reading
+from airgap.enclave.reading import Facts, Mount
 
 PLAN = make(writable=["/data/out"])
 PLAN["mapping"] = [1000, 1000]
 PLAN["binds"].append({"path": "/data/model", "mode": "read", "owner": None})
-HOST_SPACES = {name: f"{name}:[1]" for name in evidence.NAMESPACES}
-OWN_SPACES = {name: f"{name}:[2]" for name in evidence.NAMESPACES}
+HOST_SPACES = {name: f"{name}:[1]" for name in reading.NAMESPACES}
+OWN_SPACES = {name: f"{name}:[2]" for name in reading.NAMESPACES}
 BOUNDED = "1ffffffffff"
 GOOD = Facts(
     pid=4711,
@@ -30,7 +30,7 @@ GOOD = Facts(
     capabilities={"eff": "0", "prm": "0", "inh": "0", "bnd": BOUNDED, "amb": "0"},
     no_new_privs=1,
     seccomp=2,
-    filters=evidence.inherited_filters() + 2,
+    filters=2,
     threads=3,
     stray_threads=0,
     pid_inside=1,
@@ -55,7 +55,13 @@ GOOD = Facts(
 
 
 def findings(facts, plan=PLAN, **more):
-    wanted = {"own_filters": 2, "dumpable": False, "host": HOST_SPACES, "uid": 1000} | more
+    wanted = {
+        "inherited": 0,
+        "own_filters": 2,
+        "dumpable": False,
+        "host": HOST_SPACES,
+        "uid": 1000,
+    } | more
     return [finding.layer for finding in evidence.verify(facts, plan, **wanted)]
 
 
@@ -268,19 +274,19 @@ def test_a_thread_that_is_sealed_otherwise_is_counted(tmp_path):
     thread("7", text)
     thread("8", re.sub("NSpid:.*", "NSpid:\\t8\\t2", text))
     (tmp_path / "task" / "9").mkdir()  # it has ended meanwhile
-    assert evidence._stray_threads(tmp_path, status) == 0
+    assert reading._stray_threads(tmp_path, status) == 0
     changes = {"Seccomp": "1", "NoNewPrivs": "9", "Uid": "7 7 7 7", "CapEff": "f0f0"}
     for number, (name, value) in enumerate(changes.items(), 1):
         thread(f"2{number}", re.sub(f"(?m)^{name}:.*$", f"{name}:\\t{value}", text))
-        assert evidence._stray_threads(tmp_path, status) == number
+        assert reading._stray_threads(tmp_path, status) == number
 
 
 def test_this_process_is_read_as_it_is():
-    found = evidence.read(os.getpid())
+    found = reading.read(os.getpid())
     assert found.pid == os.getpid()
     assert found.uids[1] == os.geteuid()
     assert found.dumpable
-    assert found.namespaces == evidence.own_namespaces()
+    assert found.namespaces == reading.own_namespaces()
     assert "lo" in found.links
     assert found.limits["NOFILE"] == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert found.environment is not None
@@ -295,16 +301,16 @@ def test_a_process_that_is_gone_cannot_be_read():
         os._exit(0)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ProcessLookupError):  # dead, and not yet buried
-        evidence.read(child)
+        reading.read(child)
     os.waitpid(child, 0)
     with pytest.raises(OSError, match="No such"):
-        evidence.read(child)
+        reading.read(child)
 
 
 def fake_proc(folder, **files):
     base = {
         "status": "Uid:\t7\t7\t7\t7\nNoNewPrivs:\t1\nSeccomp:\t2\nThreads:\t1\nNSpid:\t50\t1\n"
-        + "".join(f"{name}:\t0000000000000000\n" for name in evidence._CAPABILITY_SETS.values()),
+        + "".join(f"{name}:\t0000000000000000\n" for name in reading._CAPABILITY_SETS.values()),
         "stat": "50 (a) b (c) S 1 " + " ".join(str(n) for n in range(5, 40)),
     } | files
     (folder / "50/net").mkdir(parents=True)
@@ -314,7 +320,7 @@ def fake_proc(folder, **files):
 
 
 def test_an_old_kernel_and_closed_folders_give_none(tmp_path):
-    found = evidence.read(50, fake_proc(tmp_path))
+    found = reading.read(50, fake_proc(tmp_path))
     assert found.filters is None
     assert found.namespaces is None
     assert found.descriptors is None
@@ -337,6 +343,6 @@ def test_addresses_of_an_interface_that_is_up_are_seen(tmp_path):
     six = "00000000000000000000000000000001 01 80 10 80       lo\n"
     used = "sockets: used 2\nTCP: inuse 1 orphan 0\n"
     proc = fake_proc(tmp_path, net__fib_trie=trie, net__if_inet6=six, net__sockstat=used)
-    found = evidence.read(50, proc)
+    found = reading.read(50, proc)
     assert found.addresses == ("0" * 31 + "1", "127.0.0.1")
     assert found.sockets == 2

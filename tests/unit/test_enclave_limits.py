@@ -15,7 +15,7 @@ import pytest
 from enclave_harness import NAMESPACES, ROOT, needs_namespaces, needs_root, run_as
 from enclave_plans import FACTS
 
-from airgap.enclave import SealSpec, evidence, fixture, launcher, plan, process, seal
+from airgap.enclave import SealSpec, fixture, launcher, plan, process, reading, seal
 from policy.errors import FaultError
 
 # -- limits ---------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def test_only_folders_of_dead_probes_of_this_user_are_removed(tmp_path):
 
 
 def test_the_start_of_a_process_is_read():
-    assert abs(evidence.started_at(os.getpid()) - time.time()) < 7200
-    assert evidence.started_at(1) <= evidence.started_at(os.getpid())
+    assert abs(reading.started_at(os.getpid()) - time.time()) < 7200
+    assert reading.started_at(1) <= reading.started_at(os.getpid())
 
 
 KILLED = """

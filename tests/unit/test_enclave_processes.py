@@ -27,6 +27,7 @@ from airgap.enclave import (
     plan,
     probe,
     process,
+    reading,
     seal,
     twin,
 )
@@ -328,7 +329,7 @@ def test_a_finding_of_the_broker_refuses_and_ends_the_process(monkeypatch):
     assert caught.value.code == "enclave.nnp"
     time.sleep(0.05)
     with pytest.raises(OSError, match="No such"):
-        evidence.read(seen[0])
+        reading.read(seen[0])
 
 
 @needs_namespaces
@@ -343,13 +344,13 @@ def test_filters_that_are_not_the_published_ones_are_refused(monkeypatch):
 def test_a_waiting_parent_that_is_not_sealed_is_refused(monkeypatch):
     if RUNG != "A":
         pytest.skip("only rung A has a waiting parent")
-    real, shown = evidence.read, {}
+    real, shown = reading.read, {}
 
     def read(pid):
         found = real(pid)
         return found if found.pid_inside == 1 else replace(found, **shown)
 
-    monkeypatch.setattr(evidence, "read", read)
+    monkeypatch.setattr(reading, "read", read)
     start().close()
     shown["no_new_privs"] = 0
     with pytest.raises(SealRefused) as caught:
@@ -364,8 +365,8 @@ def test_a_waiting_parent_that_is_not_sealed_is_refused(monkeypatch):
 
 @needs_namespaces
 def test_a_shared_session_is_refused(monkeypatch):
-    real = evidence.read
-    monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), session=1))
+    real = reading.read
+    monkeypatch.setattr(reading, "read", lambda pid: replace(real(pid), session=1))
     with pytest.raises(SealRefused) as caught:
         start()
     assert caught.value.code == "enclave.parent"
@@ -376,7 +377,7 @@ def test_a_process_that_is_gone_is_no_proof(monkeypatch):
     def gone(_):
         raise FileNotFoundError("/proc/1")
 
-    monkeypatch.setattr(evidence, "read", gone)
+    monkeypatch.setattr(reading, "read", gone)
     with pytest.raises(SealRefused) as caught:
         start()
     assert caught.value.code == "enclave.evidence"

@@ -12,7 +12,7 @@ from enclave_harness import PROGRAMS, needs_namespaces
 
 from airgap.audit import open_log
 from airgap.audit.query import read_records
-from airgap.enclave import Caps, SealSpec, evidence, running, twin
+from airgap.enclave import Caps, SealSpec, reading, running, twin
 from airgap.serve.session import sealed
 
 pytestmark = needs_namespaces
@@ -63,8 +63,8 @@ def test_an_incident_is_on_record_before_the_session_ends(tmp_path, monkeypatch)
         open_log(tmp_path, site="Test") as log,
         sealed(log, spec(tmp_path, reverify_s=0.1)) as enclave,
     ):
-        real = evidence.read
-        monkeypatch.setattr(evidence, "read", lambda pid: replace(real(pid), seccomp=0))
+        real = reading.read
+        monkeypatch.setattr(reading, "read", lambda pid: replace(real(pid), seccomp=0))
         until = time.monotonic() + 10
         while len(kinds(log)) < 2 and time.monotonic() < until:
             time.sleep(0.02)
@@ -103,7 +103,7 @@ def test_a_signpost_of_a_dead_process_or_of_another_kind_is_no_sealed_process(tm
     (folder / "3.json").write_text("{")
     (folder / "4.json").symlink_to("/etc/passwd")
     (folder / "5.json").write_text(json.dumps({**dead, "mono_ns": -1}))
-    own = {"pid": os.getpid(), "starttime": evidence.read(os.getpid()).start_time}
+    own = {"pid": os.getpid(), "starttime": reading.read(os.getpid()).start_time}
     (folder / "6.json").write_text(json.dumps({"proc": own, "mono_ns": 1}))  # no profile, no rung
     words = {"profile": "worker", "rung": "A", "ts": "x", "mono_ns": float("inf"), "proc": own}
     (folder / "7.json").write_text(json.dumps(words))
