@@ -18,7 +18,8 @@ from typing import Any
 import bundles
 
 from bundle.staging import convert_main, parity_main, scanner_main, unpickle_main
-from bundle.staging.pipeline import Built, Facts, build
+from bundle.staging.pipeline import Built, build
+from bundle.staging.release import Facts
 from bundle.staging.sealed import SealedJob
 
 PROGRAMS = {

@@ -174,7 +174,7 @@ def verify_view(report: VerifyReport) -> str:
             ("licence", f"{model.licence.spdx} ({model.licence.status})"),
             ("supplier", f"{model.supplier.legal_name} ({model.supplier.status})"),
         ]
-    rows += [(f"{claim.precision}", _parity(vectors)) for claim, vectors in report.parity]
+    rows += [(f"{claim.precision}", parity_text(vectors)) for claim, vectors in report.parity]
     rows += [("ALARM", text) for text in report.alarms]
     rows += medium_rows(report.medium)
     rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
@@ -189,7 +189,7 @@ def approvers_text(seal: VerifiedSeal) -> str:
     )
 
 
-def _parity(vectors: Vectors) -> str:
+def parity_text(vectors: Vectors) -> str:
     """Say what a precision costs, or that it answers like the source."""
     if vectors.measured is not None:
         where = (

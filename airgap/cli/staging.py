@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from policy.terms import Digest
 
 Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
+Inspected = Annotated[
+    Path,
+    typer.Argument(help="Folder of a snapshot, a bundle, or the name of an installed release."),
+]
 Key = Annotated[Path, typer.Option("--key", help="Private key file, from `airgap keys new`.")]
 Pin = Annotated[
     Path | None,
@@ -106,7 +110,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    source: Source,
+    source: Inspected,
     *,
     pin: Pin = None,
     model_signature: ModelSignatures = None,
@@ -128,17 +132,24 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option("--html", help="Also write the report as one HTML page.")
     ] = None,
+    root: Root = None,
     json: Json = False,
 ) -> int:
     """Tell what a snapshot is and what is proved; of a bundle, what it attests.
 
     Lists or refuses every file, hashes every byte, and compares with the pins of your institution
-    and the records of the hub client. Nothing in the snapshot is loaded or run.
+    and the records of the hub client. Nothing in the snapshot is loaded or run. Of an installed
+    release: its seal, its files and their origin, checked again now, its precisions and parity.
     """
     if source.is_file():
         from airgap.cli.evidence import show_attested
 
         return show_attested(source, json=json)
+    from airgap.cli.installed import find_release, show_installed
+
+    release = find_release(source, root_folder(root))
+    if release is not None:
+        return show_installed(release, root=root_folder(root), json=json)
     with wheels.staging():
         from bundle.staging.inspect import inspect_source
         from bundle.staging.output import output_problem
@@ -298,8 +309,9 @@ def build(
             json=json,
         )
     with wheels.staging():
-        from bundle.staging.pipeline import Cut, Facts
+        from bundle.staging.pipeline import Cut
         from bundle.staging.pipeline import build as build_draft
+        from bundle.staging.release import Facts
         from bundle.staging.views import built_document, built_view
 
         chosen = precisions.wanted_precisions(precision)

@@ -25,7 +25,7 @@ from bundle.media import open_medium
 from bundle.medium import Medium
 from bundle.revocation import revoked_signers
 from bundle.root import BUILDER, OFFICES
-from bundle.staging.pipeline import DECISION
+from bundle.staging.release import DECISION
 from bundle.statement import (
     PAYLOAD_TYPE,
     SealStatement,
