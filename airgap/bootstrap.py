@@ -19,8 +19,8 @@ from typing import Any
 
 from airgap.audit import Actor, Event, new_ulid
 from airgap.audit.site import open_site_log
-from airgap.config import FILE_NAME, Institution, Site, create_site, load_site, parse_site
-from airgap.host_setup import Places, Program, place_file, require_possible, set_up
+from airgap.config import FILE_NAME, create_site, load_site, parse_site
+from airgap.host_setup import Places, Program, log_served, place_file, set_up, to_start
 from airgap.install import Store
 from airgap.install.record import actor_of, find_submitter, last_record
 from bundle.canonical import canonical_json, parse_canonical
@@ -109,17 +109,22 @@ def bootstrap(
     before, trust = _verified(wish, places, now, more, tell)
     admitted = _to_admit(wish, places, trust, now, more)
     site = _site_bytes(wish, places)
-    require_possible(places, _site_to_be(site, wish, places))
     _require_places(places)
     # Every check held: from here on the host changes.
     for done, text in _changes(places, trust, before, site, program):
         outcome.changed += [text] if done else []
         tell(text if done else f"{text}: as it was")
-    if admitted is not None:
-        outcome.refusal = _admit(*admitted, wish, places, program, outcome=outcome, tell=tell)
-    if outcome.changed:
-        _examine(places, program, tell)
-        _record(wish, places, outcome)
+    facts = load_site(places.root)
+    if admitted is None and not outcome.changed:
+        return outcome
+    with log_served(places, facts, program):
+        if admitted is not None:
+            outcome.refusal = _admit(*admitted, wish, places, program, outcome=outcome, tell=tell)
+        if outcome.changed:
+            _examine(places, program, tell)
+            if command := to_start(places, facts):
+                tell(f"next: {command}")
+            _record(wish, places, outcome)
     return outcome
 
 
@@ -207,13 +212,6 @@ def _site_bytes(wish: Wish, places: Places) -> bytes | None:
     return None
 
 
-def _site_to_be(raw: bytes | None, wish: Wish, places: Places) -> Site:
-    """Return the facts that will stand; an empty form names no service."""
-    if raw is None:
-        return load_site(places.root)
-    return parse_site(raw, str(wish.site)) if raw else Site(institution=Institution(name="-"))
-
-
 def _require_places(places: Places) -> None:
     """Refuse before anything changes where a folder of the host cannot be written.
 
@@ -230,7 +228,7 @@ def _require_places(places: Places) -> None:
         place = folder
         while not os.path.lexists(place) and place != place.parent:
             place = place.parent
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
             raise FaultError(
                 "host.io",
                 f"{place} is no folder, or cannot be written by this account",

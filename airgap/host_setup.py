@@ -17,11 +17,14 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -32,7 +35,7 @@ from policy.errors import FaultError
 
 GATE: Final = "airgap"  # the group that may enter the tree, and the daemon's account
 LOG_ACCOUNT: Final = "airgap-audit"
-LOG_UNIT: Final = "airgap-audit.service"
+_LOG_S: Final = 60.0
 _PREFIX, _ROOT = "/opt/airgap", "/var/lib/airgap"  # as the shipped units name them
 _UNITS = ("systemd", "/etc/systemd/system")
 _FOLDERS = (("sysusers.d", "/etc/sysusers.d"), ("sysctl.d", "/etc/sysctl.d"))
@@ -106,11 +109,7 @@ def packaged() -> Path:
 
 
 def set_up(places: Places, site: Site, program: Program) -> Iterator[tuple[bool, str]]:
-    """Bring accounts, files and owners to their state; yield whether each changed, and what it is.
-
-    Where site.toml names the socket of the log's own service and systemd runs the host, that
-    service is started: the first admission needs it.
-    """
+    """Bring accounts, files and owners to their state; yield whether each changed, and what."""
     yield from _accounts(places, packaged() / "sysusers.d" / "airgap.conf", program)
     pairs = _files(places)
     changed = [target for source, target in pairs if _install_file(source, target, places)]
@@ -124,24 +123,67 @@ def set_up(places: Places, site: Site, program: Program) -> Iterator[tuple[bool,
     owners = _owners(places, site)
     moved = [path for path, wanted in owners.items() if _settle(path, *wanted)]
     yield bool(moved), f"owners and modes in {places.root}"
-    if moved and site.audit.socket is not None and places.live:
-        program.foreign("systemctl", "enable", "--now", LOG_UNIT)
 
 
-def require_possible(places: Places, site: Site) -> None:
-    """Refuse before anything changes what could not be finished here.
+@contextmanager
+def log_served(places: Places, site: Site, program: Program) -> Iterator[None]:
+    """Have the log served while the block runs, as its account, where its unit is not started yet.
+
+    A first installation needs it: the program gets its place last, and no unit can start before.
 
     Raises:
-        FaultError: `audit.service`; the log is to have a service, and no systemd can start it.
+        FaultError: `audit.service`, with what the service said.
 
     """
-    if places.system and site.audit.socket is not None and not places.live:
-        raise FaultError(
-            "audit.service",
-            f"site.toml gives the log a service at {site.audit.socket}, and no systemd runs here"
-            " that could start it",
-            hint="run install.sh on the host itself; or leave [audit] socket away until then",
+    path = None if site.audit.socket is None else Path(site.audit.socket)
+    if path is None or not (places.system and places.real) or _answers(path):
+        yield
+        return
+    account = pwd.getpwnam(LOG_ACCOUNT)
+    if not path.parent.exists():  # as RuntimeDirectory= of the unit will make it
+        path.parent.mkdir(mode=0o750)
+        os.chown(path.parent, account.pw_uid, account.pw_gid)
+    words = ["audit", "serve", "--root", str(places.root), "--socket", str(path)]
+    with tempfile.TemporaryFile() as said:
+        child = subprocess.Popen(
+            [*program.argv, *words, "--group", GATE, "--broker", GATE],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            cwd="/",
+            umask=0o077,
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
         )
+        try:
+            until = time.monotonic() + _LOG_S
+            while not _answers(path):
+                if child.poll() is not None or time.monotonic() > until:
+                    said.seek(0)
+                    told = said.read(4_000).decode("utf-8", "replace").strip()
+                    raise FaultError(
+                        "audit.service",
+                        f"the log's service did not come up: {told[-400:]}",
+                        hint="airgap doctor --system; then the same command again",
+                    )
+                time.sleep(0.1)
+            yield
+        finally:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_LOG_S)
+            child.kill()
+            child.wait()
+
+
+def _answers(path: Path) -> bool:
+    """Tell whether somebody listens at a socket."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as trial:
+        trial.settimeout(2.0)
+        trial.connect(str(path))
+        return True
+    return False
 
 
 def differences(places: Places, site: Site) -> list[str]:
@@ -154,6 +196,17 @@ def differences(places: Places, site: Site) -> list[str]:
         for path, wanted in _owners(places, site).items()
         if (text := _differs(path, *wanted)) != ""
     ]
+
+
+def to_start(places: Places, site: Site) -> str:
+    """Return the command that starts what site.toml asks for, empty where nothing is to start."""
+    units = ["airgap-audit.service"] if site.audit.socket is not None else []
+    units += ["airgap.socket", "airgap.service"] if site.service.socket is not None else []
+    if not units or not places.system:
+        return ""
+    wanted = places.on_host(f"{_UNITS[1]}/multi-user.target.wants/{units[-1]}")
+    act = "restart" if wanted.exists() else "enable --now"
+    return f"systemctl {act} {' '.join(units)}"
 
 
 def stop_daemon(places: Places, program: Program) -> None:
