@@ -23,7 +23,6 @@ from policy.terms import Digest
 
 SCHEMA = "airgap/lineage/1"
 MAX_PARTIES = 20_000
-NO_DOMICILE = "none"  # a known value: a party without a seat, such as a set of files
 
 _SURE = frozenset({"high", "medium"})
 _SYMMETRIC = frozenset({"same_person_as", "affiliate_of"})

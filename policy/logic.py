@@ -23,21 +23,6 @@ T: Final[Truth] = 2
 LETTERS: Final = "FUT"
 
 
-def kleene_and(values: Sequence[Truth]) -> Truth:
-    """The least of `values`; true when there are none."""
-    return min(values, default=T)
-
-
-def kleene_or(values: Sequence[Truth]) -> Truth:
-    """The greatest of `values`; false when there are none."""
-    return max(values, default=F)
-
-
-def kleene_not(value: Truth) -> Truth:
-    """Mirror `value`; unknown stays unknown."""
-    return T - value
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """A leaf over one fact: `form` is an operator of `OPERATORS`, `operand` a literal or a set."""

@@ -27,7 +27,6 @@ MAX_SNAPSHOTS = 64
 MAX_ENTRIES = 50_000
 
 Edition = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,31}$")]
-Month = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}$")]
 
 
 class Entry(Frozen):

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from airgap.config import Project, Site
-from airgap.dossier.controls import FAMILIES, ROWS, Row
+from airgap.dossier.controls import FAMILIES, ROWS
 from airgap.dossier.page import Page, Section
 from airgap.dossier.usage import Evidence, LogFacts, Usage
 from bundle.canonical import canonical_json
@@ -471,8 +471,3 @@ def _words(value: object) -> str:
 def families() -> tuple[str, ...]:
     """Return the families of the table, in order."""
     return tuple(dict.fromkeys(row.family for row in ROWS))
-
-
-def row_of(control: str) -> Row | None:
-    """Return the row of one requirement by its revision 2 or 3 number."""
-    return next((row for row in ROWS if control in (*row.r2, *row.r3)), None)

@@ -32,7 +32,6 @@ from rdkit.Chem.MolStandardize import rdMolStandardize
 from airgap.science.packs import read_pack
 
 PACK_FOLDER = Path(__file__).parent / "screen_packs"
-PACK_FILE = PACK_FOLDER / "cwc.toml"
 PACKS_LIMIT = 16
 ATOM_LIMIT = 500
 FRAGMENT_LIMIT = 40
@@ -151,11 +150,6 @@ def parse_pack(raw: bytes) -> Pack:
         ),
         families=tuple(_family(entry) for entry in document.get("family", ())),
     )
-
-
-def load_pack() -> Pack:
-    """Read the pack of the Chemical Weapons Convention."""
-    return parse_pack(PACK_FILE.read_bytes())
 
 
 def load_packs(paths: Iterable[Path] = ()) -> tuple[Pack, ...]:

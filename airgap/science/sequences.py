@@ -41,7 +41,6 @@ from bundle.keys import read_limited
 from policy.errors import AirgapError, FaultError, RefusedError
 
 REQUEST = "airgap/sequence-request/1"
-RESULT = "airgap/sequence-result/1"
 REPLY_LIMIT = 4 * 1024 * 1024
 SEQUENCES_LIMIT = 1_000
 LENGTH_LIMIT = 20_000

@@ -162,19 +162,6 @@ def csv(assessed: Assessed, header: Header) -> str:
     return out.getvalue()
 
 
-def votes_csv(assessed: Assessed, header: Header) -> str:
-    """Return the votes per residue as CSV; only its head for a task without a track."""
-    out = io.StringIO()
-    writer = csvlib.writer(out, lineterminator="\r\n")
-    writer.writerow(["residue", "letter", "votes", "copies", *_RUN])
-    if assessed.track is not None:
-        track = assessed.track
-        run = [getattr(header, name) for name in _RUN]
-        for label, letter, votes in zip(track.labels, track.sequence, track.votes, strict=True):
-            writer.writerow([_cell(v) for v in (label, letter, votes, track.copies, *run)])
-    return out.getvalue()
-
-
 def _row_texts(row: Row) -> dict[str, str]:
     match row:
         case RetroRow():

@@ -58,13 +58,6 @@ def verify_artifact(
     return Signed(identity, issuer)
 
 
-def is_available() -> bool:
-    """Tell whether sigstore-python is installed here."""
-    from importlib.util import find_spec  # noqa: PLC0415 - beside the only question it answers
-
-    return find_spec("sigstore") is not None
-
-
 class _Library:
     """The names of sigstore-python that are used; importing them costs a second."""
 

@@ -25,7 +25,7 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier import FAMILIES, NEVER_SAID, ROWS, Page, Section, render
-from airgap.dossier.reports import families, role_conflicts, row_of
+from airgap.dossier.reports import families, role_conflicts
 from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
 from airgap.holds import Holds
 from airgap.serve.broker import Broker
@@ -79,7 +79,7 @@ def lab(tmp_path_factory):
         statement = holds.word_release(
             hold, **words, expires=datetime(2099, 1, 1, tzinfo=UTC).date(), document=None
         )
-        broker.holds.add_release(holds.sign_release(statement, bundles.signer("eve")))
+        broker.holds.add_release(holds.RELEASE.sign(statement, bundles.signer("eve")))
     (root / "kept").mkdir()
     (root / "kept" / "answer.tlog-proof").write_text(answer.outcome.as_proof())
     return root, answer, hold
@@ -186,8 +186,6 @@ def test_controls_are_listed_by_family_with_counts_and_shares(call):
     assert {row["family"] for row in one["rows"]} == {"3.3"}
     assert call("report", "controls", "--family", "9.9")[0] == 2
     assert families() == tuple(FAMILIES)
-    assert row_of("03.03.08") is row_of("3.3.8")
-    assert row_of("3.99.1") is None
 
 
 def test_duties_that_one_person_should_not_bear_alone_are_listed(lab):

@@ -1,7 +1,6 @@
 import pytest
 
 from airgap.science import checkpoint, fields, grammar
-from airgap.science.checkpoint import compare_tokens
 from airgap.science.completions import parse_completion
 from airgap.science.grammar import (
     TAGS,
@@ -347,18 +346,6 @@ def test_annotated_copy_gives_residues_with_marks():
 def test_completion_of_an_unknown_task_is_a_mistake_of_the_caller():
     with pytest.raises(KeyError):
         parse_completion("poetry", "C")
-
-
-def test_token_table_reports_missing_unknown_clash_and_not_special():
-    ids = {tag: number for number, tag in enumerate(TAGS)}
-    assert compare_tokens(ids, special=TAGS) == checkpoint.TokenReport((), (), (), ())
-    ids.pop("<Search>")
-    ids |= {"<Extra>": 99, "<Trans>": 0, "<eos>": 3, "<unk>": 98}
-    report = compare_tokens(ids, special=[tag for tag in TAGS if tag != "<React>"])
-    assert report.missing == ("<Search>",)
-    assert report.unknown == ("<Extra>",)
-    assert report.clash == (0, 3)
-    assert report.not_special == ("<React>",)
 
 
 def test_task_is_refused_on_a_checkpoint_without_its_token():

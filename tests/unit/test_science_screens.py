@@ -16,8 +16,8 @@ VECTORS = Path(__file__).parents[1] / "vectors"
 POSITIVE = tomllib.loads((VECTORS / "cwc_positive.toml").read_text())
 PRECURSORS = tomllib.loads((VECTORS / "ag_positive.toml").read_text())
 NEGATIVE = tomllib.loads((VECTORS / "cwc_negative.toml").read_text())
-PACK = screens.load_pack()
 PACKS = {pack.name: pack for pack in screens.load_packs()}
+PACK = PACKS["cwc"]
 SCREENER = Screener(*PACKS.values())
 FAMILIES = {family.paragraph: family for family in PACK.families}
 LISTED = {}
@@ -463,7 +463,7 @@ def test_groups_fill_in_any_order_and_may_be_absent_from_zero():
     assert not screens._fit([(1, False), (1, False)], [small])
 
 
-GOOD = screens.PACK_FILE.read_bytes()
+GOOD = (screens.PACK_FOLDER / "cwc.toml").read_bytes()
 BAD_PACKS = {
     "not text": b"\xff\xfe",
     "not TOML": b"= =",

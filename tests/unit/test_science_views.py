@@ -153,15 +153,6 @@ def test_csv_keeps_smiles_as_they_are():
     assert {line["smiles"] for line in lines} == {"[NH4+]", "C=C"}
 
 
-def test_votes_have_a_table_of_their_own():
-    texts, inputs = RUNS["binding-site"]
-    _, assessed, _ = run("binding-site", texts, **inputs)
-    lines = list(csvlib.DictReader(io.StringIO(views.votes_csv(assessed, HEADER))))
-    assert [line["votes"] for line in lines] == ["0", "1", "0", "0"]
-    _, other, _ = run("molecule", RUNS["molecule"][0])
-    assert views.votes_csv(other, HEADER).count("\n") == 1
-
-
 # -- screen and small texts -----------------------------------------------------------------------
 
 
