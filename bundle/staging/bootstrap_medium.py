@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 HEAD = ("META/envelope.dsse.json", "META/trust.json", "META/manifest.json", "META/chunks.bin")
 LIMITS = (131_072, 2 << 20, 4 << 20, 16 << 20)
 BLOCK, ALIGN, CHUNK = 512, 4096, 4 << 20
+UNMAPPED = 65534  # whom the root folders of a container without real root belong to
 DELTA, VOLUME, TRANSIT = "META/delta.json", "META/volume.json", "META/transit.json"
 NUMBERED = re.compile(r"(?P<stem>.+\.agb)\.(?P<number>[0-9]{3})")
 
@@ -61,12 +62,14 @@ def require_own(folder: Path) -> None:
     """
     mine = os.geteuid()
     others = 0o022 if mine == 0 else 0o002
-    for place in (folder, *folder.parents):
+    above = folder.parent.resolve()
+    for place in (folder, above, *above.parents):
         if not os.path.lexists(place):
             continue
-        found = place.lstat() if place == folder else place.stat()
+        found = place.lstat()
         shared = found.st_mode & others and (place == folder or not found.st_mode & stat.S_ISVTX)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in {0, mine} or shared:
+        known = {0, mine} if place == folder else {0, mine, UNMAPPED}
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in known or shared:
             raise fault(
                 "host.io",
                 f"{place} is no folder, or another account owns it or may write to it",
@@ -84,7 +87,7 @@ def require_place(folder: Path, needed: int) -> None:
     place = folder
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
         read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         why = "its disk is mounted read-only" if read_only else "it is no folder or denied to you"
         raise fault(

@@ -16,7 +16,9 @@ from airgap.demo import site_toml
 from airgap.host_setup import Places, Program, packaged
 from bundle.media import Help
 from bundle.trust import load_trust
+from bundle.verify import open_bundle
 from policy.errors import FaultError, RefusedError
+from policy.terms import Digest
 
 PRINT = bundles.make_trust().fingerprint
 YEARS = timedelta(days=4 * 365)
@@ -104,6 +106,27 @@ def test_a_second_run_changes_nothing(tmp_path, medium):
     assert again.changed == []
     assert again.record is None
     assert snapshot(tmp_path) == before
+
+
+def test_a_medium_that_was_exchanged_since_install_sh_checked_it_is_refused(tmp_path, medium):
+    path = medium / "wheels.agb"
+    refused("seal.subject", tmp_path, path, digest=Digest.of(b"another release"))
+    assert not (tmp_path / "tree").exists()
+    with open_bundle(path, bundles.make_trust(), now=datetime.now(UTC)) as found:
+        digest = found.digest
+    assert set_up(tmp_path, path, digest=digest).changed
+
+
+def test_a_folder_of_the_host_that_cannot_be_written_is_found_before_anything_changes(
+    tmp_path, medium
+):
+    place = tmp_path / "host/etc/systemd/system"
+    place.parent.mkdir(parents=True)
+    place.write_text("in the way")
+    refused("host.io", tmp_path, medium / "wheels.agb", system=True)
+    assert not (tmp_path / "tree").exists()
+    place.unlink()
+    assert set_up(tmp_path, medium / "wheels.agb", system=True).changed
 
 
 def test_without_site_facts_there_is_a_form_to_fill_in(tmp_path, medium):

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import fcntl
 import os
 import random
 import re
@@ -10,11 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import bundles
 import cnsa2
@@ -267,17 +264,6 @@ def test_times(tmp_path, medium, capsys):
     refused(capsys, tmp_path, "trust.root", bundle=good, now=bundles.NOW + 10 * year)
 
 
-@pytest.mark.parametrize(
-    "target", ["linux-aarch64-cp311-glibc2.17", "linux-x86_64-cp399-glibc2.17",
-               "linux-x86_64-cp311-glibc2.99"],
-)  # fmt: skip
-def test_wheels_for_another_host(tmp_path, capsys, target):
-    (tmp_path / "a").mkdir()
-    bundle = sealed(house_for(tmp_path / "house", target), tmp_path / "x.agb")
-    said = refused(capsys, tmp_path / "a", "install.target", bundle=bundle)
-    assert target in said
-
-
 def test_the_accelerator_must_be_there(tmp_path, medium, capsys):
     refused(capsys, tmp_path, "install.target", "--accelerator", "cuda", bundle=medium / "good.agb")
 
@@ -362,32 +348,6 @@ def test_a_list_that_names_other_wheels_is_refused_though_it_is_signed(
     refused(capsys, tmp_path / "a", "install.wheel", bundle=bundle)
 
 
-def test_a_second_installer_waits_for_nobody(tmp_path, medium, capsys):
-    prefix = tmp_path / "program"
-    prefix.mkdir()
-    number = os.open(prefix, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX)
-        refused(capsys, tmp_path, "host.state", bundle=medium / "good.agb")
-    finally:
-        os.close(number)
-
-
-def test_a_file_in_the_way_and_a_folder_that_is_denied(tmp_path, medium, capsys):
-    (tmp_path / "program").write_text("mine")
-    refused(capsys, tmp_path, "host.io", bundle=medium / "good.agb")
-    (tmp_path / "program").unlink()
-    with tempfile.TemporaryDirectory() as name:  # where a user may read
-        open_place = Path(name)
-        open_place.chmod(0o755)
-        bundle = open_place / "good.agb"
-        shutil.copyfile(medium / "good.agb", bundle)
-        (open_place / "denied").mkdir(mode=0o500)
-        with as_user():
-            said = refused(capsys, open_place / "denied", "host.io", bundle=bundle)
-        assert "denied" in said
-
-
 @contextlib.contextmanager
 def as_user():
     """Act as nobody for a while where root runs the tests: root is denied nothing."""
@@ -399,28 +359,6 @@ def as_user():
         yield
     finally:
         os.seteuid(0)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mount a small file system of its own; only root can."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("a file system can be mounted by root alone")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def test_a_full_disk_and_one_that_is_read_only(tmp_path, medium, capsys, small_disk):
-    words = ("--prefix", str(small_disk / "p"))
-    refused(capsys, tmp_path, "host.space", *words, bundle=medium / "good.agb")
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    said = refused(capsys, tmp_path, "host.io", *words, bundle=medium / "good.agb")
-    assert "read-only" in said
 
 
 BROKEN = {
