@@ -24,6 +24,8 @@ CLASSES = {
 }
 _IGNORED = (".rotary_emb.inv_freq",)  # written by old releases, computed by every loader
 _MAX = 1 << 24
+_LAYERS = 1024  # and experts: a typo must not make us list tensors by the million
+_CONTEXT = 1 << 20  # positions; the rotary tables are made when a graph is loaded
 _MAX_REAL = 1e12
 
 
@@ -121,10 +123,10 @@ def parse_architecture(
             "the weights are quantised already; the parity proof needs the original ones",
             hint="take the release in bf16, fp16 or fp32",
         )
-    _require_activation(config)
+    _require_plain(config)
     context = _count(config, "max_position_embeddings")
     mixture = kind == "mixtral"
-    return Architecture(
+    shape = Architecture(
         kind=str(kind),
         layers=_count(config, "num_hidden_layers"),
         hidden=hidden,
@@ -146,6 +148,8 @@ def parse_architecture(
         experts=_count(config, "num_local_experts", 8) if mixture else 0,
         experts_chosen=_count(config, "num_experts_per_tok", 2) if mixture else 0,
     )
+    _require_sound(shape)
+    return shape
 
 
 def expected_tensors(shape: Architecture) -> dict[str, tuple[int, ...]]:
@@ -223,12 +227,50 @@ def require_tensors(shape: Architecture, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _require_activation(config: Mapping[str, Any]) -> None:
+def _require_plain(config: Mapping[str, Any]) -> None:
+    """Refuse what a loader of the family would compute otherwise than the fast graph does."""
     activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise RefusedError(
-            "source.architecture", f"config.json: hidden_act {activation!r:.40} is not converted"
-        )
+    partial = config.get("partial_rotary_factor")
+    layers = config.get("layer_types")
+    for odd, what in (
+        (activation not in ("silu", "swish"), f"hidden_act {activation!r:.40}"),
+        (partial not in (None, 1.0), f"partial_rotary_factor {partial!r:.40}"),
+        (
+            layers is not None
+            and (not isinstance(layers, list) or any(one != "full_attention" for one in layers)),
+            f"layer_types {layers!r:.60}",
+        ),
+    ):
+        if odd:
+            raise RefusedError("source.architecture", f"config.json: {what} is not converted")
+
+
+def _require_sound(shape: Architecture) -> None:
+    """Refuse numbers that contradict each other, or that no model of these families has."""
+    for problem, what in (
+        (
+            shape.heads % shape.kv_heads,
+            f"{shape.heads} heads cannot share {shape.kv_heads} key-value heads",
+        ),
+        (
+            shape.head_dim % 2 or not shape.head_dim,
+            f"a head of {shape.head_dim} dimensions cannot be turned in pairs",
+        ),
+        (
+            shape.experts_chosen > shape.experts,
+            f"{shape.experts_chosen} of {shape.experts} experts cannot be chosen",
+        ),
+        (
+            max(shape.layers, shape.experts) > _LAYERS,
+            f"{shape.layers:,} layers, {shape.experts:,} experts: at most {_LAYERS:,} are read",
+        ),
+        (
+            shape.context > _CONTEXT,
+            f"{shape.context:,} positions: at most {_CONTEXT:,} are converted",
+        ),
+    ):
+        if problem:
+            raise RefusedError("source.architecture", f"config.json: {what}")
 
 
 def _rope(config: Mapping[str, Any], context: int) -> Rope:

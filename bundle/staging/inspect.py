@@ -334,6 +334,14 @@ def _require_vocabulary(shape: Architecture, tokenizer: Tokenizer | None) -> Non
     ids = [shape.bos_id, shape.pad_id, *shape.eos_ids]
     if any(number is not None and number >= shape.vocabulary for number in ids):
         raise RefusedError("source.shape", "config.json names a token id outside the vocabulary")
+    known = {*tokenizer.ids.values(), *tokenizer.special.values()}
+    nameless = sorted(set(shape.eos_ids) - known)
+    if nameless:
+        raise RefusedError(
+            "source.shape",
+            f"end token {nameless[0]:,} has no entry in tokenizer.json",
+            hint="download tokenizer.json and generation_config.json of the same release",
+        )
 
 
 def _hash_all(report: InspectReport, tell: Progress) -> None:
