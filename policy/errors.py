@@ -179,6 +179,7 @@ CODES: dict[str, str] = {
     # -- holds ----------------------------------------------------------------------------------
     "hold.file": "a hold, or the decision that it cites, is not the file that was written",
     "hold.key": "a key that does not open or receive what is held",
+    "hold.model": "a hold is of another release than the one that is served",
     "hold.missing": "no hold answers to that name, or its output was not kept",
     "hold.release": "a release is not the signed statement that it should be, or cannot be made",
     # -- site: institution facts and settings ---------------------------------------------------
@@ -265,6 +266,9 @@ CODES: dict[str, str] = {
     "service.absent": "there is no daemon at the socket",
     "service.client": "the other end of the socket does not keep to the protocol",
     "service.draining": "the daemon is ending and takes no new request",
+    "service.failed": "sealed workers end one after the other; the daemon starts no more",
+    "service.locked": "another daemon serves this tree",
+    "service.reloading": "the daemon changes to another release or worker",
     "service.roles": "the file of roles is malformed or may be written by others",
     # -- science: the sealed helper ----------------------------------------------------------
     "science.reply": "the sealed helper sent what is no reply",
@@ -305,6 +309,7 @@ CODES: dict[str, str] = {
     "install.target": "the bundle has no wheels for this host",
     "install.wheel": "a wheel is missing, or is not the sealed one",
     "install.io": "writing to the store failed",
+    "install.needed": "something on this host still needs that environment",
     "install.update": "there is no release of that line to update",
     "start.digest": "an installed bundle is damaged",
     "store.active": "the release answers by default",

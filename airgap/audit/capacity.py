@@ -24,6 +24,8 @@ from policy.errors import RefusedError
 RESERVE: Final = 64 << 20
 DAY_S: Final = 86_400
 _MAX_NOTE: Final = 4_096
+_MARGIN: Final = 1 << 20  # beside the reserve, before a log that had none admits again
+_AGAIN_S: Final = 5
 
 
 class State(Enum):
@@ -110,12 +112,13 @@ class Health:
         self.anchored, self.exported = 0, LastExport()
         self._layout, self._disk = layout, disk
         self._anchored_at = 0
-        self._reserved = True
+        self._reserved, self._tried = True, 0  # when that was last tried
         self._usage: Usage | None = None
 
     def begin(self, now: int) -> bool:
         """Hold the reserve back and begin to count; False when there is no room for it."""
         self._reserved = keep_reserve(self._layout, self._disk, self.capacity.reserve_bytes)
+        self._tried = now
         self._usage = Usage(self._layout, self.capacity)
         self.exported = last_export(self._layout)
         if not self.exported.wall_s:
@@ -144,10 +147,20 @@ class Health:
 
     def state(self, now: int) -> State:
         """Return the state that reserve, space and export age ask for."""
-        if not self._reserved:
+        if not self._reserved and not self._reserve_again(now):
             return State.DRAIN
         part = self._usage.part if self._usage is not None else 0.0
         return self.capacity.state(part, self._export_age(now))
+
+    def _reserve_again(self, now: int) -> bool:
+        """Hold the reserve back once there is room for it again."""
+        if abs(now - self._tried) < _AGAIN_S:
+            return False
+        self._tried = now
+        if _free_bytes(self._layout) > self.capacity.reserve_bytes + _MARGIN:
+            size = self.capacity.reserve_bytes
+            self._reserved = keep_reserve(self._layout, self._disk, size)
+        return self._reserved
 
     def low(self) -> bool:
         """Whether so little is free that the reserve must serve the next records."""

@@ -57,6 +57,7 @@ __all__ = ["MAX_BATCH", "MAX_OBJECT", "AuditLog", "Beginning", "Capacity", "Cloc
 PATIENCE_S: Final = 10.0
 HEARTBEAT_RECORDS: Final = 1_000
 HEARTBEAT_S: Final = 60.0
+DRAIN_S: Final = 5.0  # how often a log that admits nothing looks whether it may again
 PUBLISH_S: Final = 1.0
 CLOCK_STEP_MS: Final = 1_000
 _OWNED_BYTES: Final = 640  # at most what the owner adds to a caller's fields
@@ -476,7 +477,8 @@ class AuditLog:
         running = True
         while running:
             soon = self._writer.unpublished or self._joiner.holds
-            batch, running = self._gather(PUBLISH_S if soon else HEARTBEAT_S)
+            idle = DRAIN_S if self.state is State.DRAIN else HEARTBEAT_S
+            batch, running = self._gather(PUBLISH_S if soon else idle)
             batch = self._joiner.take(batch, self._clock.mono_ns(), last=not running)
             try:
                 if self.state is not State.HALTED:

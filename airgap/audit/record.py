@@ -199,7 +199,10 @@ RULES: Final[dict[str, _Rule]] = {
     }, person=True),
     "egress.probe": _Rule(_TWO, {"probe": str, "result": str}),
     "policy.load": _Rule(_TWO, {"digest": str, "evidence": str, "seal": str, "result": str}),
-    "model.load": _Rule(_TWO, {"digest": str, "seal": str, "result": str}),
+    # `reason` and `previous`: why a daemon loads it, and in place of which release.
+    "model.load": _Rule(_TWO, {
+        "digest": str, "seal": str, "result": str, "reason": str, "previous": str,
+    }),
     "key.rotate": _Rule(_EVENT_ONLY, {"use": str, "next": str, "epoch": int}, person=True),
     "export": _Rule(_TWO, _RANGE, person=True),
     "prune": _Rule(_TWO, _RANGE | {"profile": str}, person=True),

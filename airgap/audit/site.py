@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,25 @@ from airgap.config import AuditSettings, Site
 from policy.errors import RefusedError
 
 PAYLOAD_KEY: Final = Path("keys") / "payloads.pub"
+# Where a daemon that holds the log takes records of the administrator's commands.
+OWNER_SOCKET: Final = Path("enclave") / "log.sock"
+
+
+def find_log_socket(root: Path, settings: AuditSettings | None) -> Path | None:
+    """Return where the log is served: as site.toml says, else by the daemon of this tree, if any.
+
+    A daemon that was killed leaves a socket at which nobody answers: then the log is free.
+    """
+    if settings is not None and settings.socket is not None:
+        return Path(settings.socket)
+    path = root / OWNER_SOCKET
+    with socket.socket(socket.AF_UNIX) as trial:
+        trial.settimeout(1.0)
+        try:
+            trial.connect(str(path))
+        except OSError:
+            return None
+    return path
 
 
 def open_site_log(root: Path, site: Site) -> Log:
@@ -26,8 +46,9 @@ def open_site_log(root: Path, site: Site) -> Log:
         FaultError: `audit.service`, the service is not there; else as `open_log`.
 
     """
-    if site.audit.socket is not None:
-        return RemoteLog(Path(site.audit.socket), payload_key=payload_key(root, site.audit))
+    path = find_log_socket(root, site.audit)
+    if path is not None:
+        return RemoteLog(path, payload_key=payload_key(root, site.audit))
     return open_own_log(root, site)
 
 

@@ -523,11 +523,11 @@ def own_log(tree: Path, *, changes: bool = True) -> OwnLog:
     `changes` says that files of the log change or go: that is for the service's account alone.
     """
     from airgap.audit import AuditLog
-    from airgap.audit.site import capacity, payload_key
+    from airgap.audit.site import capacity, find_log_socket, payload_key
     from airgap.audit.steward import held_by_service
 
     settings = _site(tree).audit if (tree / "site.toml").exists() else None
-    path = Path(settings.socket) if settings and settings.socket else None
+    path = find_log_socket(tree, settings)
     held = held_by_service(path, tree / "audit")
     if held is not None:
         if changes:

@@ -43,42 +43,33 @@ def serve(
     ] = 600,
     root: Root = None,
 ) -> None:
-    """Serve many people on a Unix socket, each decided and logged, until SIGTERM."""
+    """Serve many people on a Unix socket, each decided and logged, until SIGTERM.
+
+    SIGHUP loads release, rules and site facts anew; a second SIGTERM cuts off what is under way.
+    """
     import grp
 
-    from airgap.audit.service import RemoteLog
-    from airgap.audit.site import open_own_log, payload_key
     from airgap.extras import require_extras
     from airgap.serve.session import House
-    from airgap.service.daemon import Daemon, listening, on_signals, tell_systemd
-    from airgap.service.roles import find_roles
+    from airgap.service.keeper import Patience
+    from airgap.service.start import Plan
+    from airgap.service.start import serve as run
+    from airgap.systemd import tell_systemd
 
     require_extras("cpu", "science")
-    tree = root_folder(root)
-    house = House.of(tree, model=model)
     number = -1
     if group:
         try:
             number = grp.getgrnam(group).gr_gid
         except KeyError:
             raise UsageError("usage.argument", f"--group: no group {group!r:.40}") from None
-    site = house.site
-    path = socket or (Path(site.service.socket) if site.service.socket else None)
-    log = (
-        RemoteLog(Path(site.audit.socket), payload_key=payload_key(tree, site.audit))
-        if site.audit.socket
-        else open_own_log(tree, site, mode="service")
-    )
-    with log:
-        daemon = Daemon(house, log, roles or find_roles(tree), drain_s=float(drain))
-        server = listening(path, number)
-        on_signals(daemon)
 
-        def ready() -> None:
-            tell_systemd("READY=1")
-            stderr.print(f"serving {house.model.name} {house.model.version}", markup=False)
+    def ready(house: House) -> None:
+        tell_systemd("READY=1")
+        stderr.print(f"serving {house.model.name} {house.model.version}", markup=False)
 
-        daemon.run(server, ready)
+    patience = Patience(drain_s=float(drain))
+    run(Plan(root_folder(root), socket, number, roles, model, patience=patience), ready)
 
 
 def lint(

@@ -235,17 +235,7 @@ class Broker:
             return within(results.parse_prepared(reply), self.limits)
         except RefusedError as error:
             # A refused prompt is an attempt to use the model, so it is on record as well.
-            self.log.append(
-                Event(
-                    "denial",
-                    req=request,
-                    actor=self.actor,
-                    project=job.project,
-                    model=self.model.bundle,
-                    err=error.code,
-                    data={"count": 1, "stage": "prompt", "task": printable(job.task)},
-                )
-            )
+            self._record_refusal(request, job, "prompt", error)
             raise
 
     def _permit(
@@ -261,7 +251,12 @@ class Broker:
         document = screen.model_dump(mode="json")
         released = self._released(job, stage, made)
         more = {"released": released} if released else {}
-        decision = self.use_policy(job, modality=prepared.modality, screen=document, **more)
+        try:
+            decision = self.use_policy(job, modality=prepared.modality, screen=document, **more)
+        except RefusedError as error:
+            if made is None:  # after the intent its outcome says it
+                self._record_refusal(request, job, "standing", error)
+            raise
         permit = self._keep(decision)
         log.info("request.decided", request=request, permitted=decision.permitted)
         if decision.permitted:
@@ -463,6 +458,19 @@ class Broker:
                 project=job.project,
                 model=self.model.bundle,
                 **fields,
+            )
+        )
+
+    def _record_refusal(self, request: str, job: Job, stage: str, error: RefusedError) -> None:
+        self.log.append(
+            Event(
+                "denial",
+                req=request,
+                actor=self.actor,
+                project=job.project,
+                model=self.model.bundle,
+                err=error.code,
+                data={"count": 1, "stage": stage, "task": printable(job.task)},
             )
         )
 

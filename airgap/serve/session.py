@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
 
-from airgap import gate, rule_history
+from airgap import gate
 from airgap.approvals import load_approvals
 from airgap.audit import Event, new_ulid
 from airgap.audit.service import Log, RemoteLog
@@ -46,6 +47,7 @@ from airgap.serve.provider import (
     require_host,
     worker_settings,
 )
+from airgap.serve.tree import Facts, Tree
 from airgap.site_rules import read_signature, verify_file
 from bundle.graphs import Graphs, parse_graphs
 from bundle.root import RootDocument
@@ -64,6 +66,9 @@ SCREEN_PACKS = Path("policy") / "screens"
 operator = structlog.get_logger("airgap.session")
 
 Clock = Callable[[], datetime]
+# The person behind an account in the site facts of the moment, and these with what is known of her;
+# RefusedError `site.person`.
+Identify = Callable[[Site], tuple[Person, Site]]
 
 
 def utc_now() -> datetime:
@@ -99,24 +104,31 @@ def open_broker(
     """
     require_extras("cpu", "science")
     house = House.of(root, model=model, valence=valence, provider=provider, clock=clock)
-    person = house.site.require_account(os.getuid(), account_name())
+
+    def identify(site: Site) -> tuple[Person, Site]:
+        return site.require_account(os.getuid(), account_name()), site
+
+    person, _ = identify(house.site)
     chosen = choose_project(house.site, person, project)
     with open_site_log(root, house.site) as log, house.sealed_pair(log) as pair:
-        yield house.broker(person, log=log, pair=pair, uid=os.getuid()), chosen
+        yield house.broker(identify, log=log, pair=pair, uid=os.getuid()), chosen
 
 
 @dataclass(frozen=True, slots=True)
 class House:
     """What a broker of one tree needs before it knows whom it serves; checked, nothing started."""
 
-    root: Path
-    site: Site
-    rules: gate.Rules
+    tree: Tree
+    site: Site  # as it was when the processes were specified; a request reads it anew
     installed: InstalledBundle
     model: Model
-    trust: RootDocument
     specs: tuple[SealSpec, SealSpec]
     clock: Clock
+
+    @property
+    def root(self) -> Path:
+        """The tree."""
+        return self.tree.root
 
     @classmethod
     def of(
@@ -132,10 +144,10 @@ class House:
         site = load_site(root)
         demand = demanded(site.inference, provider)
         require_host(demand)
-        rules = gate.load_rules(root)
+        tree = Tree(root)
+        trusted = tree.read().trust
         installed = find_installed(root, model)
         require_valid(installed, clock())
-        trusted = load_trust(root / "trust")
         for alarm in require_standing(installed, trusted, now=clock()):
             operator.warning("revocation", alarm=alarm)
         verify_installed(installed.folder)
@@ -155,29 +167,33 @@ class House:
             valence=valence,
             engines=engines,
         )
-        return cls(root, site, rules, installed, described, trusted.standing, wanted, clock)
+        return cls(tree, site, installed, described, wanted, clock)
 
-    def require_standing(self) -> None:
-        """Refuse to go on with a bundle that was revoked or has expired since this was loaded.
+    def require_standing(self) -> Facts:
+        """Return what the tree says now; refuse a bundle that was revoked or has expired since.
 
         Raises:
-            RefusedError: `trust.expired`, or as `require_standing`.
+            RefusedError: `trust.expired`, or as `require_standing` and `Tree.read`.
 
         """
-        now = self.clock()
+        now, facts = self.clock(), self.tree.read()
         require_valid(self.installed, now)
-        for alarm in require_standing(self.installed, load_trust(self.root / "trust"), now=now):
+        for alarm in require_standing(self.installed, facts.trust, now=now):
             operator.warning("revocation", alarm=alarm)
+        return facts
 
     @contextlib.contextmanager
-    def sealed_pair(self, log: Log, *, lasting: bool = False) -> Iterator[tuple[Enclave, Enclave]]:
+    def sealed_pair(
+        self, log: Log, *, lasting: bool = False, why: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[tuple[Enclave, Enclave]]:
         """Start worker and helper, their evidence on record before they are given.
 
-        `lasting`: an end that nobody asked for is an incident.
+        `lasting`: an end that nobody asked for is an incident. `why`: `reason` and `previous` of
+        the load, for its record.
         """
         with contextlib.ExitStack() as stack:
-            rule_history.put_on_record(log, self.rules)
-            with loading(log, self.installed):
+            self.tree.put_on_record(log, self.tree.read())
+            with loading(log, self.installed, why):
                 worker, helper = (
                     stack.enter_context(sealed(log, spec, lasting=lasting)) for spec in self.specs
                 )
@@ -185,27 +201,38 @@ class House:
 
     def broker(
         self,
-        person: Person,
+        identify: Identify,
         *,
         log: Log,
         pair: tuple[Enclave, Enclave],
         uid: int,
-        site: Site | None = None,
         request_set: str = "",
+        proceed: Callable[[], None] = lambda: None,
     ) -> Broker:
-        """Return the broker of one person; `site` where it knows more of her than site.toml."""
-        site = site or self.site
-        holds = Holds(self.root, self.trust, person.id)
+        """Return the broker of one person.
+
+        Args:
+            identify: Finds her in the site facts of the moment; see `Identify`.
+            log: Where her records go.
+            pair: Worker and helper.
+            uid: Of her account.
+            request_set: See `Broker`.
+            proceed: Raises where the request must not go on, before each decision.
+
+        """
+        person, site = identify(self.require_standing().site)
+
+        def facts() -> UseFacts:
+            proceed()
+            found = self.require_standing()
+            self.tree.put_on_record(log, found)
+            now, known = identify(found.site)
+            approvals = load_approvals(self.root, found.trust.standing)
+            return UseFacts(known, found.rules, now, approvals)
+
+        holds = Holds(self.root, self.tree.read().trust.standing, person.id)
         policy = UseRules(
-            site,
-            self.rules,
-            running(self.installed, self.model.precision),
-            person,
-            log,
-            self.clock,
-            load_approvals(self.root, self.trust),
-            holds,
-            uid,
+            facts, running(self.installed, self.model.precision), log, self.clock, holds, uid
         )
         return Broker(
             log=log,
@@ -239,42 +266,55 @@ def sequence_screen(log: Log, site: Site, root: Path) -> SequenceScreen | None:
 
 
 @contextlib.contextmanager
-def loading(log: Log, installed: InstalledBundle) -> Iterator[None]:
+def loading(
+    log: Log, installed: InstalledBundle, why: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Put the load of a model on record, before it begins and as it ended."""
     request = new_ulid()
 
-    def record(phase: str, **result: str) -> None:
+    def record(phase: str, code: str = "", **result: str) -> None:
         log.append(
             Event(
                 "model.load",
                 phase,
                 req=request,
                 model=installed.digest,
-                data={"digest": installed.digest, **result},
+                err=code,
+                data={"digest": installed.digest, **why, **result},
             )
         )
 
     record("intent")
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        code = error.code if isinstance(error, AirgapError) else ""
         with contextlib.suppress(AirgapError):
-            record("outcome", result="failed")
+            record(
+                "outcome", code, result="refused" if isinstance(error, RefusedError) else "failed"
+            )
         raise
     record("outcome", result="complete")
+
+
+@dataclass(frozen=True, slots=True)
+class UseFacts:
+    """What a decision on a use rests on beside the job: read at each decision anew."""
+
+    site: Site
+    rules: gate.Rules
+    person: Person
+    approvals: Approvals
 
 
 @dataclass(slots=True)
 class UseRules:
     """The rules with the facts of this site, this person and this bundle bound in."""
 
-    site: Site
-    rules: gate.Rules
+    facts: Callable[[], UseFacts]
     installed: InstalledBundle
-    person: Person
     log: Log
     clock: Clock
-    approvals: Approvals
     held: Holds
     uid: int = field(default_factory=os.getuid)
     holds: int | None = None  # counted on first use, while this process alone writes the log
@@ -288,17 +328,17 @@ class UseRules:
         released: tuple[Approval, ...] = (),
     ) -> Decision:
         """Return the decision on one use; see `broker.UsePolicy`."""
-        now = self.clock()
-        day = self.site.legal_day(now)
+        facts, now = self.facts(), self.clock()
+        day = facts.site.legal_day(now)
         if self.holds is None or isinstance(self.log, RemoteLog):
             settled = self.held.settled()
             self.holds = hazard_holds(self.log, self.uid, now, settled)
         decision = gate.decide_use(
-            self.site,
-            self.rules,
+            facts.site,
+            facts.rules,
             self.installed.manifest.models,
             bundle_digest=self.installed.digest,
-            person=self.person.id,
+            person=facts.person.id,
             project=job.project,
             task=gate.TaskFacts(job.task, modality),
             screen=screen,
@@ -307,7 +347,7 @@ class UseRules:
             day_source=day.source,
             admitted=True,  # the store activates nothing that was not admitted
             hazard_holds=self.holds,
-            approvals=Approvals((*self.approvals.approvals, *released)),
+            approvals=Approvals((*facts.approvals.approvals, *released)),
         )
         if not decision.permitted:
             self.holds = None  # the hold that follows counts from the next request on
@@ -514,7 +554,7 @@ def sealed(log: Log, spec: SealSpec, *, lasting: bool = False) -> Iterator[Encla
     leaving = threading.Event()
 
     def record(rung: str) -> None:
-        with contextlib.suppress(AirgapError):  # a halted log has said so already
+        with contextlib.suppress(AirgapError, OSError):  # a log that fails has said so already
             record_end(log, spec, rung, ends.pop())
 
     def on_end(end: dict[str, Any]) -> None:

@@ -30,26 +30,54 @@ def run(
         AirgapError: What the daemon answered; `service.absent` when there is none.
 
     """
+    message = {
+        "op": "run",
+        "task": job.task,
+        "inputs": dict(job.inputs),
+        "options": dict(job.options),
+        "project": job.project,
+        "held": job.held,
+    }
+    return _answered(path, message, outputs, on_progress)
+
+
+def fetch(
+    path: Path, hold: str, outputs: Mapping[str, Path | None], on_progress: OnProgress
+) -> Presented:
+    """Get the answer of one's own hold that was released; as `run`."""
+    return _answered(path, {"op": "fetch", "hold": hold}, outputs, on_progress)
+
+
+def holds(path: Path) -> list[dict[str, Any]]:
+    """Return what the daemon holds of the caller, oldest first, and how far each release is."""
     with connect(path) as connection:
-        wire.send(
-            connection,
-            {
-                "op": "run",
-                "task": job.task,
-                "inputs": dict(job.inputs),
-                "options": dict(job.options),
-                "project": job.project,
-                "held": job.held,
-                "files": [kind for kind, where in outputs.items() if where is not None],
-            },
+        _send(connection, {"op": "holds"})
+        rows = _next(connection).get("holds")
+    if not isinstance(rows, list) or not all(_is_hold(row) for row in rows):
+        raise wire.malformed("a list of holds that is none")
+    return rows
+
+
+def hold_of(path: Path, name: str) -> dict[str, Any]:
+    """Return one's own hold of a reference or its number; RefusedError `hold.missing`."""
+    found = [
+        row
+        for row in holds(path)
+        if name.removeprefix("#") in {row["reference"], row["reference"].rpartition("#")[2]}
+    ]
+    if len(found) != 1:
+        raise RefusedError(
+            "hold.missing",
+            f"{len(found)} of your holds answer to {name!r:.80}",
+            hint="airgap hold list shows their references",
         )
-        return deliver(answer_of(connection, on_progress), outputs)
+    return found[0]
 
 
 def status(path: Path) -> dict[str, Any]:
     """Ask the daemon whom it takes the caller for, and what runs for her."""
     with connect(path) as connection:
-        wire.send(connection, {"op": "status"})
+        _send(connection, {"op": "status"})
         return _next(connection)
 
 
@@ -98,6 +126,32 @@ def answer_of(connection: socket.socket, on_progress: OnProgress) -> Rendered:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise wire.malformed(f"the answer cannot be read: {error!s:.120}") from error
+
+
+def _answered(
+    path: Path,
+    message: dict[str, Any],
+    outputs: Mapping[str, Path | None],
+    on_progress: OnProgress,
+) -> Presented:
+    files = [kind for kind, where in outputs.items() if where is not None]
+    with connect(path) as connection:
+        _send(connection, message | {"files": files})
+        return deliver(answer_of(connection, on_progress), outputs)
+
+
+def _is_hold(row: object) -> bool:
+    names = ("reference", "opened", "person", "project", "task", "stage", "state")
+    return isinstance(row, dict) and all(isinstance(row.get(name), str) for name in names)
+
+
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send a request; one that the daemon did not take to its end may have an answer all the same.
+
+    `_next` then says which.
+    """
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        wire.send(connection, message)
 
 
 def _next(connection: socket.socket) -> dict[str, Any]:

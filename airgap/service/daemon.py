@@ -1,21 +1,21 @@
 """The broker as a daemon (docs/design/architecture.md, 4): one sealed pair, one log, many people.
 
 The kernel says who a client is; nothing that a client sends names a person. Each request is decided
-for its own person, written to the log under her uid, and answered only once its outcome is durable.
-A client sees its own requests and no other. A sealed process that ends while it was to serve is an
-incident on record, and a new pair is started; requests meanwhile are refused.
+for its own person by what site.toml, rules, roles and trust say at that moment, written to the log
+under her uid, and answered only once its outcome is durable. A client sees its own requests and
+holds and no other. Whatever cannot be done has a code, and the daemon stands: a client that is
+slow, silent or hostile costs its own places alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import os
 import secrets
 import select
 import signal
 import socket
-import stat
 import struct
 import threading
 import time
@@ -23,168 +23,79 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import structlog
 
-from airgap.audit import Event, Receipt
+from airgap.audit import Event, new_ulid
 from airgap.audit.clock import Peer
-from airgap.audit.log import AuditLog
-from airgap.audit.record import Commit, Record
-from airgap.audit.service import RemoteLog
-from airgap.enclave import Enclave
-from airgap.inference.protocol import Forget
-from airgap.serve.broker import Broker, Job
+from airgap.config import Person, Site
+from airgap.holds import Hold, Holds
+from airgap.install.record import actor_of
+from airgap.release_desk import ReleaseDesk
+from airgap.serve.broker import Broker, Job, printable
 from airgap.serve.present import render
 from airgap.serve.session import House, choose_project
+from airgap.serve.tree import Facts
 from airgap.service import roles, wire
+from airgap.service.keeper import LAST_WORDS_S, LOOK_S, Keeper, Ticket, cut_off
+from airgap.service.kept_log import KeptLog, PersonLog, disk_fault
 from airgap.service.roles import Caller
-from policy.errors import AirgapError, FaultError, RefusedError
-from policy.terms import Digest
+from policy.errors import AirgapError, RefusedError
 
-IDLE_S: Final = 3_600.0
-SEND_S: Final = 60.0  # a client that takes nothing for so long is cut off
-CLIENTS: Final = 256
-CLIENTS_PER_PERSON: Final = 32
-LOOK_S: Final = 0.25
-RESTART_S: Final = (0.0, 1.0, 5.0, 30.0)  # before the next start, by how many failed in a row
-_CREDENTIALS = struct.Struct("3i")
+HOLDS_TOLD: Final = 1_000  # the newest, in one message
+ON_RECORD: Final = frozenset({"trust", "seal", "site", "policy", "pack", "start", "hold"})
+_CREDENTIALS: Final = struct.Struct("3i")
+_OF_THE_SOCKET: Final = (TimeoutError, ConnectionError)
 
 operator = structlog.get_logger("airgap.service")
 
+MakeJob = Callable[[House, Person, Site], Job]
+
 
 @dataclass(frozen=True, slots=True)
-class PersonLog:
-    """The daemon's log as one client sees it: every record bears that client's uid."""
+class Limits:
+    """What clients may take; times in seconds."""
 
-    log: AuditLog | RemoteLog
-    peer: Peer
-
-    @property
-    def origin(self) -> str:
-        """The log's name."""
-        return self.log.origin
-
-    @property
-    def folder(self) -> Path:
-        """The folder that holds `log/`."""
-        return self.log.folder
-
-    def append(self, event: Event) -> Receipt:
-        """Append for this client."""
-        return self.log.append(event, peer=self.peer)
-
-    def put_object(self, content: bytes) -> Digest:
-        """Store evidence."""
-        return self.log.put_object(content)
-
-    def commit(self, payload: bytes, nonce: bytes, *, req: str, side: str) -> Commit:
-        """Commit to a payload."""
-        return self.log.commit(payload, nonce, req=req, side=side)
-
-    def denials(self, uid: int, since: str) -> Iterator[Record]:
-        """Yield the denials of this client's account."""
-        if isinstance(self.log, RemoteLog):
-            return self.log.denials(uid, since, peer=self.peer)
-        return self.log.denials(uid, since)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the daemon's log open."""
+    clients: int = 256
+    per_person: int = 32
+    idle_s: float = 3_600.0  # without a request
+    message_s: float = 60.0  # from its first byte to its last
+    send_s: float = 60.0  # for one piece of an answer
+    answer_s: float = 600.0  # for the whole of it
+    large: int = 1 << 20  # bytes from which on a request needs one of few places
+    large_at_once: int = 16
+    large_per_person: int = 4
 
 
-@dataclass(slots=True)
-class Pair:
-    """Keeps worker and helper running: starts them, looks at them, starts new ones."""
+@dataclass(slots=True, eq=False)
+class Client:
+    """One connection; `idle_since` is None while it waits for an answer."""
 
-    house: House
-    log: AuditLog | RemoteLog
-    _now: tuple[Enclave, Enclave] | None = None
-    _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _stop: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the first pair; raises as `open_broker`. Then look after it in a thread."""
-        self._open()
-        self._thread = threading.Thread(target=self._look, name="service-pair", daemon=True)
-        self._thread.start()
-
-    @property
-    def serving(self) -> bool:
-        """Whether a pair is up."""
-        return self._now is not None
-
-    def current(self) -> tuple[Enclave, Enclave]:
-        """Return the pair that serves; FaultError `enclave.worker` between two pairs."""
-        pair = self._now
-        if pair is None or not all(each.alive for each in pair):
-            raise FaultError(
-                "enclave.worker",
-                "the sealed worker has ended and a new one is being started",
-                hint="send the request again in a while",
-            )
-        return pair
-
-    def forget(self, request_set: str) -> None:
-        """Let the worker drop what a person's requests left in its memory."""
-        with contextlib.suppress(AirgapError):
-            self.current()[0].request(Forget(request_set).encode(), 60.0)
-
-    def close(self) -> None:
-        """End the pair; its end is no incident."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._now = None
-        self._stack.close()
-
-    def _open(self) -> None:
-        self._now = self._stack.enter_context(self.house.sealed_pair(self.log, lasting=True))
-
-    def _look(self) -> None:
-        failed = 0
-        while not self._stop.wait(LOOK_S):
-            pair = self._now
-            if pair is not None and all(each.alive for each in pair):
-                failed = 0
-                continue
-            for each in pair or ():
-                if not each.alive:
-                    each.close()  # its end is on record from here on, as an incident
-            self._now = None
-            try:
-                self._stack.close()
-                if self._stop.wait(RESTART_S[min(failed, len(RESTART_S) - 1)]):
-                    return
-                self._open()
-                operator.warning("service.restarted")
-            except AirgapError as error:
-                failed += 1
-                operator.error("service.restart", code=error.code, message=error.message[:300])
+    connection: socket.socket
+    uid: int
+    gid: int
+    pid: int
+    idle_since: float | None
+    thread: threading.Thread | None = None
 
 
 @dataclass(slots=True)
 class Daemon:
     """Serves people on a listening socket until told to stop."""
 
-    house: House
-    log: AuditLog | RemoteLog
+    keeper: Keeper
+    log: KeptLog
     roles_file: Path | None
-    drain_s: float = 600.0
-    _pair: Pair = field(init=False)
-    _stop: threading.Event = field(default_factory=threading.Event)
+    limits: Limits = field(default_factory=Limits)
+    _asked: int = 0  # times it was told to stop; set in signal handlers, which may take no lock
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _clients: dict[socket.socket, int] = field(default_factory=dict)
+    _clients: set[Client] = field(default_factory=set)
     _running: Counter[int] = field(default_factory=Counter)
+    _large: Counter[int] = field(default_factory=Counter)
     _sets: dict[int, str] = field(default_factory=dict)  # of people who are connected
 
-    def __post_init__(self) -> None:
-        self._pair = Pair(self.house, self.log)
-
-    def run(self, server: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+    def run(self, server: socket.socket, ready: Callable[[House], None] = lambda _: None) -> None:
         """Start the sealed pair, serve, and drain when told to stop.
 
         Raises:
@@ -192,79 +103,165 @@ class Daemon:
             FaultError: As there.
 
         """
-        roles.load_roles(self.roles_file, self.house.site)
-        self._pair.start()
+        house = self.keeper.start()
         try:
+            roles.load_roles(self.roles_file, house.site)
             server.settimeout(LOOK_S)
-            ready()
-            while not self._stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    connection, _ = server.accept()
-                    self._take(connection)
+            ready(house)
+            while not self._asked:
+                self._accept(server)
             server.close()
-            self._drain()
         finally:
-            self._pair.close()
+            self._end()
 
     def stop(self) -> None:
-        """Take no new request and end once those under way have; safe in a signal handler."""
-        self._stop.set()
+        """Take no new request and end those under way; told twice, at once. For signal handlers."""
+        self._asked += 1
 
-    def _drain(self) -> None:
-        until = time.monotonic() + self.drain_s
-        operator.info("service.draining", requests=self._running.total())
-        while self._running.total() and time.monotonic() < until:
-            time.sleep(LOOK_S)
+    def _end(self) -> None:
+        self._asked = self._asked or 1
+        self.keeper.close(lambda: self._asked > 1, cut_off("the daemon is ending"))
+        self._await(lambda: not self._running.total())  # answers on their way out
         with self._lock:
-            for connection in self._clients:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+            clients = tuple(self._clients)
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.connection.shutdown(socket.SHUT_RDWR)
+        self._await(lambda: not self._clients)
+
+    def _await(self, done: Callable[[], bool]) -> None:
+        until = time.monotonic() + LAST_WORDS_S
+        while not done() and time.monotonic() < until:
+            time.sleep(LOOK_S / 5)
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def _accept(self, server: socket.socket) -> None:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            return
+        except OSError as error:
+            # No descriptor is left, or a client went before its turn: the others go on.
+            if error.errno != errno.ECONNABORTED:
+                operator.error("service.accept", error=str(error)[:120])
+                self._make_room(0)
+                time.sleep(LOOK_S)
+            return
+        try:
+            self._take(connection)
+        except (OSError, RuntimeError) as error:  # of the socket; no thread can be started
+            operator.error("service.accept", error=str(error)[:120])
+            connection.close()
 
     def _take(self, connection: socket.socket) -> None:
         pid, uid, gid = _CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
+        client = Client(connection, uid, gid, pid, time.monotonic())
         with self._lock:
-            mine = sum(1 for each in self._clients.values() if each == uid)
-            if len(self._clients) >= CLIENTS or mine >= CLIENTS_PER_PERSON:
-                operator.warning("service.clients", uid=uid)
-                connection.close()
-                return
-            self._clients[connection] = uid
+            mine = sum(1 for each in self._clients if each.uid == uid)
+            full = len(self._clients) >= self.limits.clients
+        if mine >= self.limits.per_person or (full and not self._make_room(mine + 1)):
+            operator.warning("service.clients", uid=uid)
+            with contextlib.suppress(OSError):
+                connection.settimeout(0.0)
+                wire.send(connection, error_message(_no_place()))
+            connection.close()
+            return
+        client.thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
+        with self._lock:
+            self._clients.add(client)
             self._sets.setdefault(uid, secrets.token_hex(16))
-        threading.Thread(target=self._serve, args=(connection, uid, gid, pid), daemon=True).start()
+        try:
+            client.thread.start()
+        except RuntimeError:
+            self._leave(client)
+            raise
 
-    def _serve(self, connection: socket.socket, uid: int, gid: int, pid: int) -> None:
+    def _make_room(self, least: int) -> bool:
+        """Close the idlest connection of whoever has most, if that is more than `least`."""
+        with self._lock:
+            counts = Counter(each.uid for each in self._clients)
+            idle = [each for each in self._clients if each.idle_since is not None]
+            idle = [each for each in idle if counts[each.uid] > least]
+            if not idle:
+                return False
+            found = max(idle, key=lambda each: (counts[each.uid], -(each.idle_since or 0.0)))
+            self._clients.discard(found)
+        operator.warning("service.crowded", uid=found.uid)
+        with contextlib.suppress(OSError):
+            found.connection.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it
+        return True
+
+    def _serve(self, client: Client) -> None:
+        connection = client.connection
         try:
             while True:
-                connection.settimeout(IDLE_S)
-                message = wire.receive(connection, wire.REQUEST_LIMIT)
-                if message is None:
-                    return
-                connection.settimeout(SEND_S)
-                try:
-                    self._answer(connection, message, roles.caller_of(uid, gid, pid))
-                except AirgapError as error:
-                    if error.code == wire.CODE:
+                connection.settimeout(self.limits.idle_s)
+                client.idle_since = time.monotonic()
+                with contextlib.ExitStack() as places:
+                    try:
+                        message = self._receive(client, places)
+                        if message is None:
+                            return
+                        client.idle_since = None
+                        connection.settimeout(self.limits.send_s)
+                        caller = roles.caller_of(client.uid, client.gid, client.pid)
+                        self._answer(connection, message, caller)
+                    except AirgapError as error:
+                        if error.code == wire.CODE:
+                            raise
+                        wire.send(connection, error_message(error))
+                    except _OF_THE_SOCKET:
                         raise
-                    wire.send(connection, error_message(error))
+                    except OSError as error:  # of the disk, or of this process's limits
+                        fault = disk_fault(error, "the request could not be served")
+                        wire.send(connection, error_message(fault))
         except (OSError, AirgapError) as error:
-            operator.info("service.client", uid=uid, pid=pid, error=str(error)[:120])
+            operator.info("service.client", uid=client.uid, pid=client.pid, error=str(error)[:120])
         except Exception as error:  # noqa: BLE001 - one client's thread; the others go on
             operator.error(
-                "service.defect", uid=uid, error=f"{type(error).__name__}: {error}"[:300]
+                "service.defect", uid=client.uid, error=f"{type(error).__name__}: {error}"[:300]
             )
         finally:
-            self._leave(connection, uid)
+            self._leave(client)
 
-    def _leave(self, connection: socket.socket, uid: int) -> None:
+    def _receive(self, client: Client, places: contextlib.ExitStack) -> dict[str, Any] | None:
+        """Return the next request; a large one takes one of few places, so that memory is kept."""
+
+        def admit(length: int) -> RefusedError | None:
+            limits, uid = self.limits, client.uid
+            if length < limits.large:
+                return None
+            with self._lock:
+                if (
+                    self._large.total() >= limits.large_at_once
+                    or self._large[uid] >= limits.large_per_person
+                ):
+                    return _no_place()
+                self._large[uid] += 1
+            places.callback(self._give_back, uid)
+            return None
+
+        return wire.receive(
+            client.connection, wire.REQUEST_LIMIT, within_s=self.limits.message_s, admit=admit
+        )
+
+    def _give_back(self, uid: int) -> None:
         with self._lock:
-            del self._clients[connection]
-            last = uid not in self._clients.values()
-            gone = self._sets.pop(uid, "") if last else ""
-        connection.close()
-        if gone and not self._stop.is_set():
-            self._pair.forget(gone)
+            self._large[uid] -= 1
+
+    def _leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+            last = all(each.uid != client.uid for each in self._clients)
+            gone = self._sets.pop(client.uid, "") if last else ""
+        client.connection.close()
+        if gone and not self._asked:
+            self.keeper.forget(gone)
+
+    # -- requests ------------------------------------------------------------------------------
 
     def _answer(self, connection: socket.socket, message: dict[str, Any], caller: Caller) -> None:
         match message:
@@ -272,45 +269,77 @@ class Daemon:
                 return  # it came after the end
             case {"op": "status", **rest} if not rest:
                 wire.send(connection, self._status(caller))
+            case {"op": "holds", **rest} if not rest:
+                wire.send(connection, {"event": "holds", "holds": self._holds_of(caller)})
+            case {"op": "fetch", "hold": str(name), "files": list(files), **rest} if (
+                not rest and set(files) <= set(wire.FILES)
+            ):
+
+                def held(house: House, person: Person, _: Site) -> Job:
+                    return take_up(house, person, name)
+
+                self._run(connection, held, files, caller, "hold")
             case {
                 "op": "run",
                 "task": str(task),
                 "inputs": dict(inputs),
                 "options": dict(options),
                 "project": str(project),
-                "held": str(held),
+                "held": str(held_by),
                 "files": list(files),
                 **rest,
             } if not rest and set(files) <= set(wire.FILES):
-                with self._place(caller):
-                    job = Job(task, inputs, project, options, held)
-                    self._run(connection, job, files, caller)
+
+                def asked(_: House, person: Person, site: Site) -> Job:
+                    chosen = choose_project(site, person, project)
+                    return Job(task, inputs, chosen, options, held_by)
+
+                self._run(connection, asked, files, caller, task)
             case _:
                 raise wire.malformed("no such request")
 
     def _status(self, caller: Caller) -> dict[str, Any]:
         """Say what concerns the caller: nothing of other people's requests."""
-        person, _ = self._person(caller)
+        standing = self.keeper.standing
+        person, _ = self._identify(caller, self._house().tree.read().site)
+        house, why = standing.house, standing.why
         return {
             "event": "status",
             "person": person.id,
             "roles": sorted(person.roles),
             "projects": sorted(person.projects),
             "running": self._running[caller.uid],
-            "model": f"{self.house.model.name} {self.house.model.version}",
-            "serving": self._pair.serving,
-            "draining": self._stop.is_set(),
+            "model": "" if house is None else f"{house.model.name} {house.model.version}",
+            "bundle": "" if house is None else str(house.installed.digest),
+            "serving": standing.state == "serving",
+            "state": standing.state,
+            "why": None if why is None else {"code": why.code, "message": why.message},
+            "draining": bool(self._asked),
         }
 
-    def _person(self, caller: Caller) -> tuple[Any, Any]:
-        granted = roles.load_roles(self.roles_file, self.house.site)
-        return roles.person_of(caller, self.house.site, granted)
+    def _house(self) -> House:
+        house = self.keeper.standing.house
+        if house is None:
+            raise cut_off("the daemon is ending")
+        return house
+
+    def _identify(self, caller: Caller, site: Site) -> tuple[Person, Site]:
+        return roles.person_of(caller, site, roles.load_roles(self.roles_file, site))
+
+    def _holds_of(self, caller: Caller) -> list[dict[str, Any]]:
+        """Return the holds of the caller and of nobody else, with no word on the rules."""
+        house = self._house()
+        facts = house.tree.read()
+        person, site = self._identify(caller, facts.site)
+        trust = facts.trust.standing
+        holds = Holds(house.root, trust, person.id)
+        desk = ReleaseDesk(house.root, site, facts.rules, trust, holds, hazard_role=False)
+        return [desk.row(hold) for hold in own_holds(holds, person)[-HOLDS_TOLD:]]
 
     @contextlib.contextmanager
-    def _place(self, caller: Caller) -> Iterator[None]:
-        most = self.house.site.service.per_person
+    def _place(self, caller: Caller, most: int) -> Iterator[None]:
         with self._lock:
-            if self._stop.is_set():
+            if self._asked:
                 raise RefusedError(
                     "service.draining",
                     "the daemon is ending and takes no new request",
@@ -329,41 +358,126 @@ class Daemon:
             with self._lock:
                 self._running[caller.uid] -= 1
 
-    def _run(self, connection: socket.socket, job: Job, files: list[str], caller: Caller) -> None:
-        self.house.require_standing()
-        person, site = self._person(caller)
-        job = Job(
-            job.task, job.inputs, choose_project(site, person, job.project), job.options, job.held
-        )
-        broker = self.house.broker(
-            person,
-            log=PersonLog(self.log, Peer(caller.uid, caller.pid)),
-            pair=self._pair.current(),
+    @contextlib.contextmanager
+    def _refusals(self, caller: Caller, log: PersonLog, task: str) -> Iterator[None]:
+        """Put on record what is refused before a broker has the request: it was an attempt."""
+        try:
+            yield
+        except RefusedError as error:
+            if error.code.partition(".")[0] in ON_RECORD or error.code == roles.CODE:
+                log.append(
+                    Event(
+                        "denial",
+                        req=new_ulid(),
+                        actor=self._actor(caller),
+                        err=error.code,
+                        data={"count": 1, "stage": "standing", "task": printable(task)},
+                    )
+                )
+            raise
+
+    def _actor(self, caller: Caller) -> Any:
+        with contextlib.suppress(AirgapError):
+            return actor_of(self._identify(caller, self._house().tree.read().site)[0])
+        return None  # the record has her uid
+
+    def _run(
+        self,
+        connection: socket.socket,
+        make: MakeJob,
+        files: list[str],
+        caller: Caller,
+        task: str,
+    ) -> None:
+        log = PersonLog(self.log, Peer(caller.uid, caller.pid))
+        with contextlib.ExitStack() as place:
+            with self._refusals(caller, log, task):
+                _, site = self._identify(caller, self._facts().site)
+                place.enter_context(self._place(caller, site.service.per_person))
+            with contextlib.ExitStack() as at_pair:
+                with self._refusals(caller, log, task):
+                    ticket = at_pair.enter_context(self.keeper.ticket())
+                    broker, job = self._broker(ticket, make, caller, log)
+                answer = broker.infer(job, teller(connection, ticket))
+                pieces = packed(broker, job, answer, files)
+            send_answer(connection, pieces, self.limits.answer_s)
+
+    def _facts(self) -> Facts:
+        return self._house().tree.read()
+
+    def _broker(
+        self, ticket: Ticket, make: MakeJob, caller: Caller, log: PersonLog
+    ) -> tuple[Broker, Job]:
+        house = ticket.serving.house
+        person, site = self._identify(caller, house.require_standing().site)
+        job = make(house, person, site)
+        broker = house.broker(
+            lambda site: self._identify(caller, site),
+            log=log,
+            pair=ticket.serving.pair,
             uid=caller.uid,
-            site=site,
-            request_set=self._sets[caller.uid],
+            request_set=self._sets.get(caller.uid, ""),
+            proceed=ticket.proceed,
         )
-
-        def tell(tokens: int, finished: int, n: int) -> None:
-            state = {"event": "progress", "tokens": tokens, "finished": finished, "n": n}
-            try:
-                require_client(connection)
-                wire.send(connection, state)
-            except OSError as error:
-                raise cancelled() from error
-
-        answer = broker.infer(job, tell)
-        send_answer(connection, broker, job, answer, files)
+        return broker, job
 
 
-def send_answer(
-    connection: socket.socket, broker: Broker, job: Job, answer: Any, files: list[str]
-) -> None:
-    """Send what `airgap run` prints and writes, in pieces."""
+def teller(connection: socket.socket, ticket: Ticket) -> Callable[[int, int, int], None]:
+    """Return who tells a client of progress, and ends a request that nobody waits for."""
+
+    def tell(tokens: int, finished: int, n: int) -> None:
+        ticket.proceed()
+        state = {"event": "progress", "tokens": tokens, "finished": finished, "n": n}
+        try:
+            require_client(connection)
+            wire.send(connection, state)
+        except OSError as error:
+            raise cancelled() from error
+
+    return tell
+
+
+def own_holds(holds: Holds, person: Person) -> list[Hold]:
+    """Return what is held of one person, oldest first."""
+    return [hold for hold in holds.every() if hold.person == person.id]
+
+
+def take_up(house: House, person: Person, name: str) -> Job:
+    """Return the job of a person's own hold, to be run again as it was held.
+
+    Raises:
+        RefusedError: `hold.missing`, she has none of that name; `hold.model`.
+
+    """
+    holds = Holds(house.root, house.tree.read().trust.standing, person.id)
+    found = [
+        hold
+        for hold in own_holds(holds, person)
+        if name in {hold.reference, hold.request, str(hold.seq), f"#{hold.seq}"}
+    ]
+    if len(found) != 1:
+        raise RefusedError(
+            "hold.missing",
+            f"{len(found)} of your holds answer to {name!r:.80}",
+            hint="airgap hold list shows their references",
+        )
+    (hold,) = found
+    if hold.bundle != str(house.installed.digest):
+        raise RefusedError(
+            "hold.model",
+            f"{hold.reference} is of release {hold.bundle}, and {house.installed.digest} is served",
+            hint="ask the administrator to switch to that release, or send the request anew",
+        )
+    inputs, options = hold.inputs_and_options()
+    return Job(hold.task, inputs, hold.project, options, held=hold.request)
+
+
+def packed(broker: Broker, job: Job, answer: Any, files: list[str]) -> str:
+    """Return what `airgap run` prints and writes, as one text."""
     rendered = render(broker, job, answer, files)
     header = asdict(rendered.header)
     header["created"] = rendered.header.created.isoformat()
-    text = json.dumps(
+    return json.dumps(
         {
             "document": rendered.document,
             "files": rendered.files,
@@ -372,14 +486,23 @@ def send_answer(
             "assessed": rendered.assessed.model_dump(mode="json"),
         }
     )
+
+
+def send_answer(connection: socket.socket, text: str, within_s: float) -> None:
+    """Send an answer in pieces; a client that takes it too slowly is cut off."""
+    until = time.monotonic() + within_s
     for at in range(0, len(text), wire.PIECE):
+        if time.monotonic() > until:
+            raise TimeoutError("the client takes its answer too slowly")
         wire.send(connection, {"event": "piece", "text": text[at : at + wire.PIECE]})
     wire.send(connection, {"event": "done"})
 
 
 def require_client(connection: socket.socket) -> None:
     """Return while the client waits; RefusedError `request.cancelled` when it does no more."""
-    if select.select([connection], [], [], 0)[0]:
+    poll = select.poll()  # `select` takes no descriptor above 1023
+    poll.register(connection, select.POLLIN)
+    if poll.poll(0):
         message = wire.receive(connection, wire.MESSAGE_LIMIT)
         if message is None or message == {"op": "cancel"}:
             raise cancelled()
@@ -404,61 +527,16 @@ def error_message(error: AirgapError) -> dict[str, Any]:
     }
 
 
-# -- the socket ------------------------------------------------------------------------------------
-
-
-def listening(path: Path | None, group: int = -1) -> socket.socket:
-    """Return the socket that systemd handed over (LISTEN_FDS), else one bound at `path`.
-
-    Raises:
-        RefusedError: `service.absent`; neither is there, or something else lies at `path`.
-
-    """
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        if os.environ.get("LISTEN_FDS") != "1":
-            raise RefusedError("service.absent", "systemd handed over other than one socket")
-        server = socket.socket(fileno=3)
-        os.set_inheritable(3, False)
-        if server.family != socket.AF_UNIX or server.type != socket.SOCK_STREAM:
-            raise RefusedError("service.absent", "what systemd handed over is no Unix socket")
-        return server
-    if path is None:
-        raise RefusedError(
-            "service.absent",
-            "no socket is named",
-            hint="--socket PATH, or [service] socket in site.toml",
-        )
-    return _bind(path, group)
-
-
-def _bind(path: Path, group: int) -> socket.socket:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise RefusedError("service.absent", f"{path} is no socket; it is left alone")
-        path.unlink()  # the log's lock is ours: whoever bound it is gone
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        server.bind(str(path))
-    finally:
-        os.umask(before)
-    if group >= 0:
-        os.chown(path, -1, group)
-        path.chmod(0o660)
-    server.listen(64)
-    return server
-
-
-def tell_systemd(state: str) -> None:
-    """Send a line to the service manager, where there is one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address[:1] in {"/", "@"}:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.sendto(state.encode(), address.replace("@", "\0", 1))
+def _no_place() -> RefusedError:
+    return RefusedError(
+        "request.busy",
+        "the daemon has as many connections or large requests, of yours or in all, as it takes",
+        hint="end some of yours, or try it again in a while",
+    )
 
 
 def on_signals(daemon: Daemon) -> None:
-    """Drain on SIGTERM and SIGINT."""
+    """Drain on SIGTERM and SIGINT, end at once on the second; load everything anew on SIGHUP."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: daemon.stop())
+    signal.signal(signal.SIGHUP, lambda *_: daemon.keeper.ask_reload())

@@ -6,9 +6,11 @@ The client asks once a connection or several times, one after the other::
      "held": "", "files": ["csv", "html"]}
     {"op": "cancel"}                      while a run is under way; so does closing the connection
     {"op": "status"}
+    {"op": "holds"}                       what is held of the caller
+    {"op": "fetch", "hold": "lab/log#73", "files": ["csv"]}   her held answer, once it is released
 
-The daemon answers a run with any number of `progress` and then with the pieces of the answer and
-`done`, or with one `error`; before an answer it sends nothing of what the model wrote::
+The daemon answers a run or a fetch with any number of `progress` and then with the pieces of the
+answer and `done`, or with one `error`; before an answer it sends nothing of what the model wrote::
 
     {"event": "progress", "tokens": 812, "finished": 3, "n": 32}
     {"event": "piece", "text": "..."}     of the JSON text of the answer, at most PIECE characters
@@ -21,6 +23,8 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import time
+from collections.abc import Callable
 from typing import Any
 
 from policy.errors import RefusedError
@@ -40,16 +44,42 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
     connection.sendall(_LENGTH.pack(len(content)) + content)
 
 
-def receive(connection: socket.socket, limit: int) -> dict[str, Any] | None:
-    """Return the next message, None at the end; RefusedError `service.client` for what is none."""
-    head = _exactly(connection, _LENGTH.size)
+def receive(
+    connection: socket.socket,
+    limit: int,
+    *,
+    within_s: float | None = None,
+    admit: Callable[[int], RefusedError | None] = lambda _: None,
+) -> dict[str, Any] | None:
+    """Return the next message, None at the end.
+
+    Args:
+        connection: Its own timeout holds for the first byte.
+        limit: Bytes of a message.
+        within_s: Seconds from the first byte to the last.
+        admit: Asked with the length before the rest is read; a refusal is raised after it was
+            read and dropped.
+
+    Raises:
+        RefusedError: `service.client` for what is no message; what `admit` says.
+        OSError: The connection failed, or was too slow.
+
+    """
+    head = connection.recv(_LENGTH.size)
     if not head:
         return None
+    until = None if within_s is None else time.monotonic() + within_s
+    head += _exactly(connection, _LENGTH.size - len(head), until)
     (length,) = _LENGTH.unpack(head)
     if length > limit:
         raise malformed(f"a message of {length} bytes; the limit is {limit}")
+    refusal = admit(length)
+    if refusal is not None:
+        for at in range(0, length, PIECE):
+            _exactly(connection, min(PIECE, length - at), until)
+        raise refusal
     try:
-        message = json.loads(_exactly(connection, length))
+        message = json.loads(_exactly(connection, length, until))
     except (ValueError, RecursionError):
         raise malformed("a message is no JSON") from None
     if not isinstance(message, dict):
@@ -57,15 +87,15 @@ def receive(connection: socket.socket, limit: int) -> dict[str, Any] | None:
     return message
 
 
-def _exactly(connection: socket.socket, count: int) -> bytes:
+def _exactly(connection: socket.socket, count: int, until: float | None) -> bytes:
     parts: list[bytes] = []
     missing = count
     while missing:
+        if until is not None:
+            connection.settimeout(max(0.001, until - time.monotonic()))
         part = connection.recv(min(missing, 1 << 16))
         if not part:
-            if parts:
-                raise malformed("the connection ended within a message")
-            return b""
+            raise malformed("the connection ended within a message")
         parts.append(part)
         missing -= len(part)
     return b"".join(parts)

@@ -6,138 +6,35 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import socket as sockets
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 from enclave_harness import needs_namespaces, needs_root
+from service_lab import ADA, AIRGAP, BEN, JOB, NOBODY, Person, Running, lab_of, place_of, run
 
 from airgap import cli
 from airgap.audit import load_ring, verify_log
-from airgap.audit.query import read_records
-from airgap.serve import Job
 from airgap.service import client, wire
-from policy.errors import AirgapError, FaultError, RefusedError
+from policy.errors import FaultError, RefusedError
 
 pytestmark = [needs_root, needs_namespaces]
-ADA, BEN, NOBODY = 40404, 40405, 40406
-GROUP = 100  # `users`, on every Debian
-AIRGAP = Path(sys.executable).with_name("airgap")
-JOB = {"task": "retrosynthesis", "inputs": {"smiles": "CC(=O)Nc1ccccc1"}, "options": {"n": 2}}
-BEN_TOML = """
-[[person]]
-id = "ben"
-name = "Ben Example"
-uid = 40405
-roles = ["researcher"]
-projects = ["sensor-coatings"]
-training_until = 2027-06-30
-us_person = true
-record = "export office, file 2026-015"
-affiliations = []
-"""
-
-
-class Running:
-    """A daemon on a lab of its own, and people who ask it."""
-
-    def __init__(self, lab, folder):
-        self.lab, self.socket = lab, folder / "broker.sock"
-        self.process = None
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [AIRGAP, "serve", "--root", self.lab, "--socket", self.socket, "--group", "users"],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "AIRGAP_LOG": "info"},
-        )
-        lines = []
-        for line in self.process.stderr:
-            lines.append(line)
-            if line.startswith("serving "):
-                threading.Thread(target=self.process.stderr.read, daemon=True).start()
-                return self
-        raise AssertionError("".join(lines)[-3000:])
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-    def records(self, kind=None):
-        found = read_records(self.lab / "audit")
-        return [record for record in found if kind in (None, record["kind"])]
 
 
 @pytest.fixture(scope="module")
 def lab(road):
-    folder = Path(tempfile.mkdtemp(prefix="airgap-service-", dir="/var/tmp"))
-    copy = shutil.copytree(road.lab, folder / "lab", symlinks=True)
-    site = (copy / "site.toml").read_text()
-    assert "uid = 0 " in site
-    site = site.replace("uid = 0 ", f"uid = {ADA} ") + BEN_TOML
-    (copy / "site.toml").write_text(site + "\n[service]\nper_person = 2\n")
-    yield copy
-    shutil.rmtree(folder, ignore_errors=True)
+    with lab_of(road) as copy:
+        yield copy
 
 
 @pytest.fixture
 def daemon(lab):
-    with tempfile.TemporaryDirectory(prefix="airgap-run-") as folder:
-        Path(folder).chmod(0o755)
-        running = Running(lab, Path(folder)).start()
-        yield running
-        running.stop()
-
-
-class Person:
-    """A forked child that gave up root and does one thing; its result comes as JSON."""
-
-    def __init__(self, uid, act):
-        self._from, to = os.pipe()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(to)
-            return
-        try:
-            os.setgroups([GROUP])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-            try:
-                found = act()
-            except AirgapError as error:
-                found = {"code": error.code, "message": error.message}
-            os.write(to, json.dumps(found).encode())
-        except BaseException:  # noqa: BLE001 - a child that must not return into the tests
-            os.write(to, json.dumps({"trace": traceback.format_exc()}).encode())
-        os._exit(0)
-
-    def result(self):
-        with os.fdopen(self._from, "rb") as pipe:
-            found = json.loads(pipe.read() or b"null")
-        os.waitpid(self.pid, 0)
-        assert found is None or "trace" not in found, found["trace"]
-        return found
-
-
-def run(running, uid, outputs=None, project="", **change):
-    wanted = {**JOB, **change}
-    job = Job(wanted["task"], wanted["inputs"], project, wanted["options"])
-
-    def act():
-        done = client.run(running.socket, job, outputs or {}, lambda *_: None)
-        return done.json
-
-    return Person(uid, act)
+    with place_of(lab) as running:
+        yield running.start()
 
 
 def cut_short(running, uid):
@@ -158,11 +55,7 @@ def cut_short(running, uid):
 
 
 def outcomes(running):
-    return [
-        (record["actor"]["uid"], record["data"]["result"])
-        for record in running.records("inference")
-        if record["phase"] == "outcome"
-    ]
+    return [found[:2] for found in running.outcomes()]
 
 
 def test_people_are_served_each_by_her_own_rights(daemon):
@@ -176,7 +69,12 @@ def test_people_are_served_each_by_her_own_rights(daemon):
     assert ben.result()["code"].startswith("policy.")
     assert nobody.result()["code"] == "site.person"
     assert outcomes(daemon)[before:] == [(ADA, "complete")] * 2
-    assert {r["actor"]["uid"] for r in daemon.records("denial")} == {BEN}
+    denied = {r["actor"]["uid"]: r for r in daemon.records("denial")}
+    assert set(denied) == {BEN, NOBODY}
+    assert (denied[NOBODY]["err"]["code"], "name" in denied[NOBODY]["actor"]) == (
+        "site.person",
+        False,
+    )
     auth = {r["actor"]["auth"] for r in daemon.records("inference")}
     assert auth == {"peercred"}
 
@@ -233,7 +131,7 @@ def test_a_killed_worker_is_an_incident_and_a_new_one_serves(daemon):
     until = time.monotonic() + 60
     while len(daemon.records("inference")) == begun and time.monotonic() < until:
         time.sleep(0.02)
-    os.kill(worker_of(daemon), signal.SIGKILL)
+    os.kill(daemon.worker(), signal.SIGKILL)
     assert victim.result()["code"] == "enclave.worker"
     while len(daemon.records("enclave.seal")) < seals + 2 and time.monotonic() < until:
         time.sleep(0.1)
@@ -250,13 +148,6 @@ def test_a_killed_worker_is_an_incident_and_a_new_one_serves(daemon):
 
 def cut_long(running):
     return run(running, ADA, project="route-design", options={"n": 2000, "seed": 1})
-
-
-def worker_of(running):
-    paths = (running.lab / "enclave" / "running").glob("*.json")
-    documents = [json.loads(path.read_text()) for path in paths]
-    (pid,) = [d["proc"]["pid"] for d in documents if d["profile"] == "worker"]
-    return pid
 
 
 def test_sigterm_lets_those_under_way_end_takes_no_new_one_and_the_log_verifies(daemon):

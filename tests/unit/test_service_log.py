@@ -9,7 +9,7 @@ from airgap.audit import Actor, Event, open_log
 from airgap.audit.clock import Peer
 from airgap.audit.query import read_records
 from airgap.audit.service import RemoteLog, Service
-from airgap.service.daemon import PersonLog
+from airgap.service.kept_log import PersonLog
 from policy.errors import RefusedError
 
 

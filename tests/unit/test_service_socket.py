@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from airgap.service import wire
-from airgap.service.daemon import listening, require_client, tell_systemd
+from airgap.service.daemon import require_client
+from airgap.service.sockets import listening
+from airgap.systemd import tell_systemd
 from policy.errors import RefusedError
 
 CHILD = """
@@ -19,7 +21,7 @@ if sys.argv[1] == "unix": one.bind(sys.argv[2])
 one.listen(1) if sys.argv[1] == "unix" else None
 os.dup2(one.fileno(), 3)
 os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": sys.argv[3]}
-from airgap.service.daemon import listening
+from airgap.service.sockets import listening
 from policy.errors import RefusedError
 try:
     server = listening(None)

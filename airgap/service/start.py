@@ -1,0 +1,84 @@
+"""Puts a daemon together: the tree's lock, its log, the keeper of the sealed pair, the socket."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from airgap.audit.log import AuditLog
+from airgap.audit.service import RemoteLog
+from airgap.audit.site import OWNER_SOCKET, open_own_log, payload_key
+from airgap.config import load_site
+from airgap.serve.session import Clock, House, utc_now
+from airgap.service.daemon import Daemon, Limits, on_signals
+from airgap.service.keeper import Keeper, Patience
+from airgap.service.kept_log import KeptLog
+from airgap.service.presence import Presence
+from airgap.service.roles import find_roles
+from airgap.service.sockets import listening
+from airgap.systemd import tell_systemd
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a daemon is told; `socket_path` None takes that of site.toml or of systemd."""
+
+    root: Path
+    socket_path: Path | None = None
+    group: int = -1
+    roles_file: Path | None = None
+    model: str = ""
+    clock: Clock = utc_now
+    patience: Patience = field(default_factory=Patience)
+    limits: Limits = field(default_factory=Limits)
+
+
+def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
+    """Serve until SIGTERM.
+
+    Raises:
+        RefusedError: `service.locked`, another daemon serves this tree; else as `open_broker`.
+        FaultError: As there.
+
+    """
+    site = load_site(plan.root)
+
+    def load() -> House:
+        return House.of(plan.root, model=plan.model, clock=plan.clock)
+
+    def open_log() -> RemoteLog | AuditLog:
+        site = load_site(plan.root)
+        if site.audit.socket:
+            return RemoteLog(
+                Path(site.audit.socket), payload_key=payload_key(plan.root, site.audit)
+            )
+        return open_own_log(plan.root, site, mode="service")
+
+    with contextlib.closing(Presence(plan.root)) as presence:
+        load()  # nothing is opened for a release that may not run
+        with KeptLog(open_log, plan.root / OWNER_SOCKET) as log:
+
+            def tell() -> None:
+                standing = keeper.standing
+                house = standing.house
+                serves = "" if house is None else f"{house.model.name} {house.model.version}"
+                presence.tell(
+                    {
+                        "serves": serves,
+                        "bundle": "" if house is None else str(house.installed.digest),
+                        "state": standing.state,
+                        "chosen": plan.model,
+                    }
+                )
+                why = f", {standing.why.code}" if standing.why is not None else ""
+                tell_systemd(f"STATUS={standing.state}: {serves}{why}")
+
+            keeper = Keeper(load, plan.model, log, plan.patience, tell)
+            daemon = Daemon(keeper, log, plan.roles_file or find_roles(plan.root), plan.limits)
+            path = plan.socket_path or (Path(site.service.socket) if site.service.socket else None)
+            server: socket.socket = listening(path, plan.group)
+            on_signals(daemon)
+            daemon.run(server, ready)
