@@ -255,3 +255,17 @@ def find_reader(site: Site, person: str, uid: int, account: str) -> Person | Non
         return site.require_account(uid, account)
     except RefusedError:
         return None
+
+
+def site_approvals(root: Path, known_at: datetime | None = None) -> Approvals:
+    """The signed approvals of this tree; none where it has no folder for them.
+
+    What was taken back after `known_at` still counted then.
+    """
+    if not (root / "policy" / "approvals").is_dir():
+        return Approvals()
+    # Signatures load cryptography, which a site without approvals need not.
+    from airgap.approvals import load_approvals  # noqa: PLC0415
+    from bundle.trust import load_trust  # noqa: PLC0415
+
+    return load_approvals(root, load_trust(root / "trust").standing, known_at=known_at)

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 import typer
 from rich.text import Text
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr
 from airgap.cli.signing import (
     EXPIRES,
     Confirm,
@@ -238,7 +238,6 @@ class Told:
     @classmethod
     def to_reader(cls, tree: Path) -> Told:
         """For the account that runs this; all of it for the hazard role."""
-        from airgap.cli.policy import account_name
         from airgap.config import load_site
         from airgap.gate import load_rules
         from airgap.inquiry import find_reader

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show
 from policy.errors import FaultError, UsageError
 
 _READ_ME = """Verifiers for exports of an airgap usage log. They share no code with airgap.
@@ -146,7 +146,6 @@ def report(
 
     from airgap.audit import load_ring
     from airgap.audit.query import Filter
-    from airgap.cli.policy import account_name
     from airgap.cli.report import finish, installed
     from airgap.dossier import add_up, totals_report
     from airgap.dossier.reports import About

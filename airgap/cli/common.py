@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json as jsonlib
 import os
+import pwd
 import re
 import sys
 from pathlib import Path
@@ -42,6 +43,14 @@ def root_folder(root: Path | None) -> Path:
     base = os.environ.get("XDG_DATA_HOME", "")
     home = Path(base) if base.startswith("/") else Path.home() / ".local" / "share"
     return home / "airgap"
+
+
+def account_name() -> str:
+    """Name of the account that runs this process; its number where it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def show(document: dict[str, Any], text: Any, *, json: bool) -> None:

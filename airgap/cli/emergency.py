@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr
+from airgap.cli.options import grouped
 from airgap.cli.rotation import Confirm, load, put, read_envelope, require_typed, write_envelope
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.signers import Signing
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -47,14 +48,13 @@ def show_clock(*, root: Root = None, json: Json = False) -> None:
     show(document, text, json=json)
 
 
+@grouped
 def clock_sign(
     out: Annotated[Path, typer.Argument(help="The statement to write, or to add to.")],
     *,
     forget: Annotated[str, typer.Option("--forget", help="What `trust clock` printed.")] = "",
     reason: Annotated[str, typer.Option("--reason", help="Why; it goes on record.")] = "",
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -63,7 +63,7 @@ def clock_sign(
     from bundle.envelope import add_signature
     from bundle.fields import parse_time
 
-    signers = open_keys(key, root, passphrase_file, pin_file)
+    signers = by.open(root)
     if forget or not out.exists():
         try:
             moment = parse_time(forget)
@@ -94,7 +94,6 @@ def clock_reset(
     json: Json = False,
 ) -> None:
     """Forget the time that the statement names. It goes on record, and works once."""
-    from airgap.cli.policy import account_name
     from airgap.install import Store
     from airgap.signed import on_record
     from bundle.clock import verify_clock
@@ -131,6 +130,7 @@ def _floor(root: Path | None) -> datetime | None:
 # -- an older release comes back --------------------------------------------------------------
 
 
+@grouped
 def rollback_sign(
     out: Annotated[Path, typer.Argument(help="The approval to write, or to add to.")],
     *,
@@ -149,9 +149,7 @@ def rollback_sign(
         ),
     ] = "",
     days: Annotated[int, typer.Option("--days", min=1, max=30, help="How long it holds.")] = 7,
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     confirm: Confirm = None,
     root: Root = None,
     json: Json = False,
@@ -170,7 +168,7 @@ def rollback_sign(
         statement = parse_rollback(found.payload)
         stderr.print(_rollback_text(statement), markup=False, soft_wrap=True)
         require_typed(Digest.of(found.payload).hex, confirm)
-        signers = open_keys(key, root, passphrase_file, pin_file)
+        signers = by.open(root)
         envelope = add_signature(found, *signers)
     else:
         if not release or not reason.strip():
@@ -181,7 +179,7 @@ def rollback_sign(
             )
         manifest = _manifest(release, root)
         mark = _mark(manifest, above, root)
-        signers = open_keys(key, root, passphrase_file, pin_file)
+        signers = by.open(root)
         now = datetime.now(UTC)
         envelope = sign_rollback(
             manifest, mark, reason, signers, now=now, valid_for=timedelta(days=days)

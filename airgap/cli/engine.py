@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.options import grouped
+from airgap.cli.signers import Signing
 
 if TYPE_CHECKING:
     from airgap.config import Site
@@ -32,12 +33,11 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="engine")
 
 
+@grouped
 def build(
     *,
-    key: Keys,
+    by: Signing,
     model: Model = "",
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -52,7 +52,7 @@ def build(
 
     now = datetime.now(UTC)
     bench = Bench.of(root, model)
-    signer = open_keys(key, root, passphrase_file, pin_file)
+    signer = by.open(root)
     engine_store.require_lab(signer, bench.trust, now)
     with open_site_log(bench.root, bench.site) as log:
         seal = engine_store.on_record(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr
 from airgap.cli.signing import (
     EXPIRES,
     REASON,
@@ -250,7 +250,6 @@ def open_output(
 
 def purge(hold: Reference, *, root: Root = None, json: Json = False) -> None:
     """Remove what was typed and written of a hold; that it was held stays on record."""
-    from airgap.cli.policy import account_name
     from airgap.signed import on_record
 
     desk = Desk.of(root)
@@ -321,7 +320,6 @@ class Desk:
     @classmethod
     def of(cls, root: Path | None) -> Desk:
         """Open a tree."""
-        from airgap.cli.policy import account_name
         from airgap.config import load_site
         from airgap.gate import load_rules
         from airgap.holds import Holds

@@ -14,7 +14,7 @@ import typer
 
 from airgap.cli.approve import owed
 from airgap.cli.bundle import BundlePath, bar, table
-from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show
 from airgap.cli.forms import (
     Discs,
     Passphrase,
@@ -167,7 +167,6 @@ class Lab:
 def open_lab(folder: Path, project: str | None) -> Lab:
     """Read the site's facts and rules for one act on releases."""
     from airgap.approvals import load_approvals
-    from airgap.cli.policy import account_name
     from airgap.config import load_site
     from airgap.gate import load_rules
     from airgap.install.record import actor_of, admission, find_submitter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.bundle import BundlePath, bar, table
-from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show
 from airgap.cli.forms import Discs, Passphrase, Project, TransitKeys, Volumes
 from airgap.cli.install import bundle_document, open_lab, take_in
 from policy.errors import UsageError
@@ -395,7 +395,6 @@ def _retire(
 
 def _acting(folder: Path) -> tuple[Any, Actor | None]:
     """Return the site and who acts, as the log names her."""
-    from airgap.cli.policy import account_name
     from airgap.config import load_site
     from airgap.install.record import actor_of, find_submitter
 

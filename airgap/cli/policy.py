@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import os
-import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, time
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli import approve, lists, replay, review, rules
-from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr, stdout
+from airgap.cli.options import grouped
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from airgap.gate import Rules
-    from policy.approvals import Approvals
     from policy.engine import Decision
     from policy.record import Idle
 
@@ -70,6 +69,22 @@ Assume = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One question."""
+
+    bundle: Bundle = ""
+    model: Model = ""
+    project: ProjectName = ""
+    person: PersonName = ""
+    scope: ScopeOption = None
+    task: TaskName = ""
+    action: Action = "infer"
+    as_of: AsOf = None
+    known_at: KnownAt = ""
+    assume: Assume = None
+
+
 def register(app: typer.Typer) -> None:
     """Add the groups."""
     approve.register(app)
@@ -86,6 +101,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(site, name="site")
 
 
+@grouped
 def explain(
     decision: Annotated[
         str,
@@ -95,16 +111,7 @@ def explain(
         ),
     ] = "",
     *,
-    bundle: Bundle = "",
-    model: Model = "",
-    project: ProjectName = "",
-    person: PersonName = "",
-    scope: ScopeOption = None,
-    task: TaskName = "",
-    action: Action = "infer",
-    as_of: AsOf = None,
-    known_at: KnownAt = "",
-    assume: Assume = None,
+    asked: Asked,
     draft: Drafts = None,
     root: Root = None,
     json: Json = False,
@@ -117,11 +124,8 @@ def explain(
     from airgap.cli.explanation import show_view, view
     from policy import report
 
-    asked = Asked(
-        bundle, model, project, person, scope, task, action, as_of, known_at, assume or []
-    )
     if decision:
-        if draft or asked != NOTHING_ASKED:
+        if draft or asked != Asked():
             raise UsageError(
                 "usage.argument",
                 "a decision of the log has its own question, rules and day",
@@ -159,18 +163,10 @@ def explain_logged(name: str, root: Path | None, *, json: bool) -> None:
     show_view(stdout, view(told, title=found.title, assumed=()))
 
 
+@grouped
 def check(
     *,
-    bundle: Bundle = "",
-    model: Model = "",
-    project: ProjectName = "",
-    person: PersonName = "",
-    scope: ScopeOption = None,
-    task: TaskName = "",
-    action: Action = "infer",
-    as_of: AsOf = None,
-    known_at: KnownAt = "",
-    assume: Assume = None,
+    asked: Asked,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -180,9 +176,6 @@ def check(
     """
     from policy import report
 
-    asked = Asked(
-        bundle, model, project, person, scope, task, action, as_of, known_at, assume or []
-    )
     answer = decide(asked, root_folder(root), what_if=False)
     decision = answer.decision
     reviews = approve.owed(root_folder(root))
@@ -209,25 +202,6 @@ def init(*, root: Root = None, json: Json = False) -> None:
 
     path = create_site(root_folder(root))
     show({"site": str(path)}, f"wrote {path}: fill it in, then `airgap policy explain`", json=json)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The options of one question."""
-
-    bundle: str
-    model: str
-    project: str
-    person: str
-    scope: ScopeName | None
-    task: str
-    action: str
-    as_of: datetime | None
-    known_at: str
-    assume: list[str]
-
-
-NOTHING_ASKED = Asked("", "", "", "", None, "", "infer", None, "", [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +274,7 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
         project=asked.project or None,
         person=reader.id if reader else None,
         task=inquiry.task_facts(asked.task, asked.action) if asked.task else None,
-        assumed=inquiry.parse_assumptions(asked.assume),
+        assumed=inquiry.parse_assumptions(asked.assume or ()),
     )
     if what_if:
         assumed = inquiry.what_if(question, subject) | dict(question.assumed)
@@ -308,7 +282,7 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
     day = site.legal_day(now, asked.as_of.date() if asked.as_of else None)
     if known_at is not None:
         day = replace(day, known_at=known_at)
-    approvals = site_approvals(root, known_at)
+    approvals = inquiry.site_approvals(root, known_at)
     decision = inquiry.ask(question, subject, site, rules, day, approvals=approvals)
     hazard_role = reader is not None and HAZARD_ROLE in reader.roles
     return Answered(
@@ -354,26 +328,3 @@ def rules_known_at(root: Path, moment: datetime) -> Rules:
     key = root / "keys" / "audit.vkey"
     log = judge(root / "audit", load_vkey(key) if key.is_file() else None)
     return History.of(root / "audit", log).rules_at(moment)
-
-
-def site_approvals(root: Path, known_at: datetime | None = None) -> Approvals:
-    """The signed approvals of this tree; none where it has no folder for them.
-
-    What was taken back after `known_at` still counted then.
-    """
-    from policy.approvals import Approvals
-
-    if not (root / "policy" / "approvals").is_dir():
-        return Approvals()
-    from airgap.approvals import load_approvals
-    from bundle.trust import load_trust
-
-    return load_approvals(root, load_trust(root / "trust").standing, known_at=known_at)
-
-
-def account_name() -> str:
-    """Name of the account that runs this process; its number where it has none."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())

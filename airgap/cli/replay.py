@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show
 from policy.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -159,9 +159,9 @@ class _Bench:
 
     def _approvals(self, document: dict[str, Any]) -> Any:
         """Those of the site that were held then, and releases that the record names."""
-        from airgap.cli.policy import site_approvals
         from airgap.config import load_site
         from airgap.gate import in_legal_zone
+        from airgap.inquiry import site_approvals
         from policy.approvals import Approvals
         from policy.replay import times_of_record
 
@@ -221,7 +221,6 @@ def explained(name: str, root: Path | None) -> Explained:
         RefusedError: `policy.record`, there is none, several, or it cannot be made again.
 
     """
-    from airgap.cli.policy import account_name
     from airgap.cli.report import Desk
     from airgap.inquiry import find_reader
     from airgap.rule_history import History

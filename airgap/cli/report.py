@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -271,7 +271,6 @@ class Desk:
         from importlib.metadata import version
 
         from airgap.audit import load_vkey
-        from airgap.cli.policy import account_name
         from airgap.config import load_site
         from airgap.dossier.reports import About
         from airgap.dossier.usage import judge
@@ -303,7 +302,7 @@ class Desk:
 
     def approvals(self) -> tuple[Approval, ...]:
         """Return the signed approvals of this tree."""
-        from airgap.cli.policy import site_approvals
+        from airgap.inquiry import site_approvals
 
         return site_approvals(self.tree).approvals
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.options import grouped
 from airgap.cli.rotation import Confirm, keep, require_typed
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.signers import Keys, Signing
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from bundle.trust import Trust
 
 _MAX_DAYS = 3660
+
+
+@dataclass(frozen=True)
+class RevocationSigning(Signing):
+    """Without `--key` the key called `revocation` signs."""
+
+    key: Keys = field(default_factory=lambda: ["revocation"])
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +42,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(revoke, name="revoke")
 
 
+@grouped
 def create(
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="The list to write.")],
@@ -65,9 +75,7 @@ def create(
     days: Annotated[
         int, typer.Option("--days", min=1, max=_MAX_DAYS, help="Until the next list is due.")
     ] = 90,
-    key: Keys = ["revocation"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: RevocationSigning,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -92,16 +100,15 @@ def create(
         raise UsageError("usage.argument", "a revocation needs its --reason", hint="--reason WHY")
     trust = _load(root)
     document = _next_list(trust, given, floors, reason.strip(), days)
-    signers = open_keys(key, root, passphrase_file, pin_file)
+    signers = by.open(root)
     _finish(trust, sign_statement(document.to_bytes(), LIST_TYPE, *signers), out, root, json=json)
 
 
+@grouped
 def sign(
     file: Annotated[Path, typer.Argument(help="A list that needs more signatures.")],
     *,
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     confirm: Confirm = None,
     root: Root = None,
     json: Json = False,
@@ -114,7 +121,7 @@ def sign(
     trust, envelope = _load(root), _read(file)
     stderr.print(list_view(parse_revocations(envelope.payload)), markup=False, soft_wrap=True)
     require_typed(Digest.of(envelope.payload).hex, confirm)
-    signers = open_keys(key, root, passphrase_file, pin_file)
+    signers = by.open(root)
     _finish(trust, add_signature(envelope, *signers), file, root, json=json)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr
+from airgap.cli.options import grouped
+from airgap.cli.signers import RootSigning, Signing
+from airgap.cli.trust_view import trust_document, trust_view
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from bundle.envelope import Envelope
-    from bundle.keys import Signer
     from bundle.root import RootDocument
     from bundle.trust import Trust
 
@@ -52,16 +53,37 @@ def register(trust: typer.Typer) -> None:
 # -- the next version -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NextVersion(RootSigning):
+    """Who signs the next version of the root, and whether it is a proposal only."""
+
+    propose: Propose = None
+    root: Root = None
+    json: Json = False
+
+    def load(self) -> Trust:
+        """Read the trust root of this tree."""
+        return load(self.root)
+
+    def finish(self, trust: Trust, document: RootDocument) -> None:
+        """Sign the next version; keep it, or write the proposal."""
+        from bundle.rotation import propose
+        from bundle.trust import append_envelope
+
+        envelope = propose(document, self.open(self.root))
+        if self.propose is not None:
+            write_envelope(self.propose, envelope)
+            _tell(trust, envelope, self.propose, json=self.json)
+            return
+        keep(append_envelope(trust, envelope), self.root, json=self.json)
+
+
+@grouped
 def rotate(
     new: PublicKeys,
     *,
     old: Annotated[list[str], typer.Option("--old", help="Id of a key that goes; repeatable.")],
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """Put new keys of a person in the place of old ones.
 
@@ -69,69 +91,54 @@ def rotate(
     """
     from bundle.rotation import rotate as change
 
-    trust, now = load(root), datetime.now(UTC)
+    trust, now = following.load(), datetime.now(UTC)
     document = change(trust.document, old, read_public_keys(new), now=now)
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
+@grouped
 def renew(
     *,
     days: Annotated[int, typer.Option("--days", min=1, max=36500, help="From now on.")] = 5 * 365,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """Let the root hold for longer; an expired root is renewed in the same way."""
     from bundle.rotation import renew as change
 
-    trust, now = load(root), datetime.now(UTC)
+    trust, now = following.load(), datetime.now(UTC)
     document = change(trust.document, now=now, valid_for=timedelta(days=days))
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
+@grouped
 def retire(
     person: Annotated[str, typer.Argument(help="Id of the person.")],
     *,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """End the enrolment of a person who leaves; releases of before go on counting."""
     from bundle.rotation import retire as change
 
-    trust = load(root)
+    trust = following.load()
     document = change(trust.document, person, now=datetime.now(UTC))
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
+@grouped
 def remove(
     keyid: Annotated[str, typer.Argument(help="Id of the key.")],
     *,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """Take a key out: nothing that it signed counts any more. For a stolen key also revoke it."""
     from bundle.rotation import without_key
 
-    trust = load(root)
+    trust = following.load()
     document = without_key(trust.document, keyid, now=datetime.now(UTC))
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
+@grouped
 def threshold(
     *,
     people: Annotated[int | None, typer.Option("--people", min=1, max=16)] = None,
@@ -149,18 +156,13 @@ def threshold(
     stale: Annotated[
         str | None, typer.Option("--stale", help="With a stale list: alarm, or refuse.")
     ] = None,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """Change how many people must sign a bundle, a root or a revocation list."""
     from bundle.root import RevocationRule
     from bundle.rotation import with_thresholds
 
-    trust = load(root)
+    trust = following.load()
     if stale not in {None, "alarm", "refuse"}:
         raise UsageError("usage.argument", f"--stale {stale!r:.40}", hint="alarm, or refuse")
     held = trust.document.revocations or RevocationRule()
@@ -179,18 +181,13 @@ def threshold(
         required_roles=None if require_role is None else tuple(require_role),
         rule=None if rule == RevocationRule() and trust.document.revocations is None else rule,
     )
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
+@grouped
 def raise_profile(
     *,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
-    propose: Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: NextVersion,
 ) -> None:
     """Raise the profile to cnsa2. There is no way back; bundles of before are refused from then on.
 
@@ -198,42 +195,19 @@ def raise_profile(
     """
     from bundle.rotation import to_cnsa2
 
-    trust = load(root)
+    trust = following.load()
     document = to_cnsa2(trust.document, now=datetime.now(UTC))
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    finish(trust, document, signers, propose=propose, root=root, json=json)
-
-
-def finish(
-    trust: Trust,
-    document: RootDocument,
-    signers: Sequence[Signer],
-    *,
-    propose: Path | None,
-    root: Path | None,
-    json: bool,
-) -> None:
-    """Sign the next version; keep it, or write the proposal."""
-    from bundle.rotation import propose as make
-    from bundle.trust import append_envelope
-
-    envelope = make(document, signers)
-    if propose is not None:
-        write_envelope(propose, envelope)
-        _tell(trust, envelope, propose, json=json)
-        return
-    keep(append_envelope(trust, envelope), root, json=json)
+    following.finish(trust, document)
 
 
 # -- proposals and chains on their way --------------------------------------------------------
 
 
+@grouped
 def sign(
     proposal: Annotated[Path, typer.Argument(help="The file that --propose wrote.")],
     *,
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     confirm: Confirm = None,
     root: Root = None,
     json: Json = False,
@@ -248,17 +222,16 @@ def sign(
     for line in [*describe_change(trust.document, document), f"digest {digest}"]:
         stderr.print(line, markup=False, soft_wrap=True)
     require_typed(digest.hex, confirm)
-    signed = sign_proposal(trust, envelope, open_keys(key, root, passphrase_file, pin_file))
+    signed = sign_proposal(trust, envelope, by.open(root))
     write_envelope(proposal, signed)
     _tell(trust, signed, proposal, json=json)
 
 
+@grouped
 def sign_file(
     file: Annotated[Path, typer.Argument(help="Such as SHA256SUMS of wheels and install scripts.")],
     *,
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -271,7 +244,7 @@ def sign_file(
     trust = load(root)
     raw = read_limited(file, _SIGNED_LIMIT, code="trust.keyfile", what="the file")
     rows: list[dict[str, str]] = []
-    for signer in open_keys(key, root, passphrase_file, pin_file):
+    for signer in by.open(root):
         public = signer.public_key
         who = trust.document.find_person(public.keyid)
         if who is None:
@@ -351,8 +324,6 @@ def import_file(
 
 def keep(trust: Trust, root: Path | None, *, json: bool) -> None:
     """Save a longer chain, on record where this tree keeps a log, and show it."""
-    from airgap.cli.policy import account_name
-    from airgap.cli.trust import trust_document, trust_view
     from airgap.install import Store
     from airgap.signed import on_record
     from bundle.trust import require_dated, save_trust

@@ -202,8 +202,8 @@ def diff(
     Golden scenarios and logged decisions are asked again. Exit 1 when an outcome changes.
     """
     from airgap import rulework
-    from airgap.cli.policy import site_approvals
     from airgap.gate import with_files
+    from airgap.inquiry import site_approvals
     from policy.compare import diff as compare
 
     tree = root_folder(root)
@@ -262,9 +262,9 @@ def horizon(
 ) -> None:
     """Say which installed bundles change in the coming days and why, and what falls due."""
     from airgap import rulework
-    from airgap.cli.policy import site_approvals
     from airgap.cli.timeline import page, picture
     from airgap.config import load_site
+    from airgap.inquiry import site_approvals
     from policy.compare import dues, outlook
 
     tree = root_folder(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,16 +29,29 @@ PinFile = Annotated[
 ]
 
 
-def open_keys(
-    names: Sequence[str], root: Path | None, passphrase_file: Path | None, pin_file: Path | None
-) -> tuple[Signer, ...]:
-    """Open what `--key` names."""
-    from bundle.keyring import open_signers
-    from bundle.keys import read_passphrase
+@dataclass(frozen=True)
+class Signing:
+    """With which keys a person signs."""
 
-    return open_signers(
-        names,
-        root_folder(root) / "keys",
-        passphrase=read_passphrase(passphrase_file),
-        pin=read_passphrase(pin_file),
-    )
+    key: Keys
+    passphrase_file: Passphrase = None
+    pin_file: PinFile = None
+
+    def open(self, root: Path | None) -> tuple[Signer, ...]:
+        """Open what `--key` names."""
+        from bundle.keyring import open_signers
+        from bundle.keys import read_passphrase
+
+        return open_signers(
+            self.key,
+            root_folder(root) / "keys",
+            passphrase=read_passphrase(self.passphrase_file),
+            pin=read_passphrase(self.pin_file),
+        )
+
+
+@dataclass(frozen=True)
+class RootSigning(Signing):
+    """The same; without `--key` the key called `root`."""
+
+    key: Keys = field(default_factory=lambda: ["root"])

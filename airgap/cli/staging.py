@@ -15,14 +15,14 @@ import typer
 from airgap.cli import precisions, wheels
 from airgap.cli.common import Json, Root, error_document, root_folder, show, show_error, stderr
 from airgap.cli.forms import parse_size
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.options import grouped
+from airgap.cli.signers import Passphrase, Signing
+from airgap.cli.upstream import Publisher
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from bundle.evidence.levels import Kind
     from bundle.manifest import Base, ModelEntry
     from bundle.staging.sealed import RunSealed
-    from bundle.staging.upstream import Upstream
     from policy.terms import Digest
 
 Source = Annotated[Path, typer.Argument(help="Folder of the snapshot, with config.json in it.")]
@@ -34,56 +34,6 @@ Key = Annotated[Path, typer.Option("--key", help="Private key file, from `airgap
 Pin = Annotated[
     Path | None,
     typer.Option("--pin", help="File in the form of sha256sum that fixes every file (level L1)."),
-]
-ModelSignatures = Annotated[
-    list[Path] | None,
-    typer.Option("--model-signature", help="OpenSSF model signature (model.sig) over the files."),
-]
-SigstoreBundles = Annotated[
-    list[Path] | None,
-    typer.Option("--sigstore", help="Sigstore bundle over a file, or an attestation about files."),
-]
-Checksums = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--checksums", help="Publisher's SHA256SUMS; its signature lies beside it (.sig)."
-    ),
-]
-Provenances = Annotated[
-    list[Path] | None,
-    typer.Option("--provenance", help="Signed SLSA provenance: what built the files, from what."),
-]
-SignerKeys = Annotated[
-    list[Path] | None, typer.Option("--signer-key", help="Publisher's public key, PEM.")
-]
-SignerAuthorities = Annotated[
-    list[Path] | None, typer.Option("--signer-ca", help="Publisher's certificate authority, PEM.")
-]
-SignerChannel = Annotated[
-    str | None,
-    typer.Option("--signer-channel", help="How that key or authority came here, in words."),
-]
-SignerIdentities = Annotated[
-    list[str] | None,
-    typer.Option("--signer-identity", help="The signer's name in the certificate (SAN), exact."),
-]
-SignerIssuer = Annotated[
-    str | None,
-    typer.Option("--signer-issuer", help="Who vouched for that identity (OIDC issuer), exact."),
-]
-TrustedRoot = Annotated[
-    Path | None,
-    typer.Option("--trusted-root", help="Sigstore's trusted_root.json, pinned by this site."),
-]
-BuilderId = Annotated[
-    str | None, typer.Option("--builder-id", help="The build service that provenance must name.")
-]
-BuilderSource = Annotated[
-    str | None, typer.Option("--builder-source", help="The source that provenance must name.")
-]
-Publishers = Annotated[
-    Path | None,
-    typer.Option("--publishers", help="TOML file of this site: keys, identities and builders."),
 ]
 _LABELS = {
     "scan": "read every file",
@@ -109,23 +59,12 @@ def register(app: typer.Typer) -> None:
     app.command("sign-model")(sign_model)
 
 
+@grouped
 def inspect(
     source: Inspected,
     *,
     pin: Pin = None,
-    model_signature: ModelSignatures = None,
-    sigstore: SigstoreBundles = None,
-    checksums: Checksums = None,
-    provenance: Provenances = None,
-    signer_key: SignerKeys = None,
-    signer_ca: SignerAuthorities = None,
-    signer_channel: SignerChannel = None,
-    signer_identity: SignerIdentities = None,
-    signer_issuer: SignerIssuer = None,
-    trusted_root: TrustedRoot = None,
-    builder_id: BuilderId = None,
-    builder_source: BuilderSource = None,
-    publishers: Publishers = None,
+    publisher: Publisher,
     origin: Annotated[
         str | None, typer.Option("--origin", help="Where it is from, hf:ORG/NAME.")
     ] = None,
@@ -161,23 +100,7 @@ def inspect(
             f"--html: {str(html)!r:.160}: {problem}",
             hint="name a file in a folder that exists and that you may write to",
         )
-    upstream = _upstream(
-        {
-            "oms": model_signature,
-            "sigstore": sigstore,
-            "checksums": checksums,
-            "slsa": provenance,
-        },
-        publishers,
-        keys=signer_key or (),
-        authorities=signer_ca or (),
-        channel=signer_channel,
-        identities=signer_identity or (),
-        issuer=signer_issuer,
-        trusted_root=trusted_root,
-        builder=builder_id,
-        source=builder_source,
-    )
+    upstream = publisher.read()
     with _bars() as progress:
         report = inspect_source(
             source,
@@ -198,29 +121,16 @@ def inspect(
     return 1 if error else 0
 
 
+@grouped
 def build(
     source: wheels.Snapshot = None,
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to write, NAME.agb.")],
     name: Annotated[str, typer.Option("--name", help="Name of the model and of the release.")],
     version: Annotated[str, typer.Option("--version", help="Version of the release.")],
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     pin: Pin = None,
-    model_signature: ModelSignatures = None,
-    sigstore: SigstoreBundles = None,
-    checksums: Checksums = None,
-    provenance: Provenances = None,
-    signer_key: SignerKeys = None,
-    signer_ca: SignerAuthorities = None,
-    signer_channel: SignerChannel = None,
-    signer_identity: SignerIdentities = None,
-    signer_issuer: SignerIssuer = None,
-    trusted_root: TrustedRoot = None,
-    builder_id: BuilderId = None,
-    builder_source: BuilderSource = None,
-    publishers: Publishers = None,
+    publisher: Publisher,
     origin: Annotated[
         str | None,
         typer.Option("--origin", help="Where it is from, hf:ORG/NAME or local:NAME."),
@@ -285,7 +195,12 @@ def build(
             "usage.argument", "--parity is of volumes", hint="add --volume-size, such as 4.7GB"
         )
     wanted = wheels.Wanted(
-        tuple(target or ()), accelerator, airgap_source, wheels_from, attestations, publishers
+        tuple(target or ()),
+        accelerator,
+        airgap_source,
+        wheels_from,
+        attestations,
+        publisher.publishers,
     )
     wanted.require(no_wheels=no_wheels, alone=source is None)
     require_extras(*(("staging",) if source is None else ("cpu", "staging")))
@@ -304,7 +219,7 @@ def build(
             expires=_expires(moment, valid_days),
             epoch=int(moment.timestamp()) if epoch is None else epoch,
             root=root_folder(root),
-            signers=open_keys(key, root, passphrase_file, pin_file),
+            signers=by.open(root),
             bars=_bars,
             json=json,
         )
@@ -318,23 +233,7 @@ def build(
     from airgap.enclave import run_sealed
     from bundle.trust import load_trust
 
-    upstream = _upstream(
-        {
-            "oms": model_signature,
-            "sigstore": sigstore,
-            "checksums": checksums,
-            "slsa": provenance,
-        },
-        publishers,
-        keys=signer_key or (),
-        authorities=signer_ca or (),
-        channel=signer_channel,
-        identities=signer_identity or (),
-        issuer=signer_issuer,
-        trusted_root=trusted_root,
-        builder=builder_id,
-        source=builder_source,
-    )
+    upstream = publisher.read()
     folder = root_folder(root)
     moment = _created(created)
     facts = Facts(
@@ -360,7 +259,7 @@ def build(
             out,
             facts,
             trust=load_trust(folder / "trust"),
-            signer=open_keys(key, root, passphrase_file, pin_file),
+            signer=by.open(root),
             run_sealed=run_sealed,
             admit=_admission(folder, project, moment),
             pins=pin,
@@ -376,12 +275,11 @@ def build(
     return 0
 
 
+@grouped
 def sign(
     bundle: Annotated[Path, typer.Argument(help="The draft, NAME.agb.")],
     *,
-    key: Keys,
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: Signing,
     role: Annotated[
         str, typer.Option("--role", help="The role in which you approve. Default: all of yours.")
     ] = "",
@@ -409,7 +307,7 @@ def sign(
 
     trust = load_trust(root_folder(root) / "trust")
     draft = signing.read_draft(bundle)
-    signers = open_keys(key, root, passphrase_file, pin_file)
+    signers = by.open(root)
     who, roles = signing.require_approver(draft, trust, signers, role=role)
     with bar("hash every byte") as progress:
         signing.verify_payload(draft, trust, progress)
@@ -484,20 +382,6 @@ def sign_model(
     text = f"signed {count} files of {folder} as {out}\nkey {signer.public_key.keyid}"
     show(document, text, json=json)
     return 0
-
-
-def _upstream(
-    evidence: dict[Kind, list[Path] | None], publishers: Path | None, **options: Any
-) -> Upstream:
-    """Return the evidence of the publisher that the options name, and whom to believe."""
-    with wheels.staging():
-        from bundle.evidence.anchors import load_anchors
-        from bundle.staging.upstream import Upstream, anchors_of, read_items
-    anchors = anchors_of(**options)
-    if publishers is not None:
-        anchors = load_anchors(publishers).joined(anchors)
-    named = [(kind, path) for kind, paths in evidence.items() for path in paths or ()]
-    return Upstream(read_items(named), anchors)
 
 
 def _runner() -> RunSealed | None:

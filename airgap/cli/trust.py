@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from airgap.cli import emergency, revoke, rotation
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from airgap.cli.media import new_transit_key
-from airgap.cli.signers import Keys, Passphrase, PinFile, open_keys
+from airgap.cli.options import grouped
+from airgap.cli.signers import Passphrase, PinFile, RootSigning
+from airgap.cli.trust_view import trust_document, trust_view
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from bundle.keys import PublicKeyFile, Signer
-    from bundle.trust import Trust
 
 
 def register(app: typer.Typer) -> None:
@@ -131,11 +132,10 @@ def _token_key(
     return document
 
 
+@grouped
 def init(
     *,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
+    by: RootSigning,
     profile: Annotated[
         str, typer.Option("--profile", help="default, or cnsa2 for good.")
     ] = "default",
@@ -168,9 +168,9 @@ def init(
             raise UsageError("usage.argument", "--fingerprint needs --from")
         if profile not in {"default", "cnsa2"}:
             raise UsageError("usage.argument", f"--profile {profile!r:.40}: default or cnsa2")
-        signers = open_keys(key, root, passphrase_file, pin_file)
+        signers = by.open(root)
         trust = new_root(
-            [_public_half(each, key, root) for each in signers],
+            [_public_half(each, by.key, root) for each in signers],
             signers,
             now=datetime.now(UTC),
             people=people,
@@ -190,26 +190,20 @@ def init(
     show(trust_document(trust, folder), trust_view(trust, folder), json=json)
 
 
+@grouped
 def add(
     public_key: rotation.PublicKeys,
     *,
-    key: Keys = ["root"],  # noqa: B006 - typer copies it
-    passphrase_file: Passphrase = None,
-    pin_file: PinFile = None,
     name: Annotated[str, typer.Option("--name", help="Full name of the person.")] = "",
-    propose: rotation.Propose = None,
-    root: Root = None,
-    json: Json = False,
+    following: rotation.NextVersion,
 ) -> None:
     """Enrol keys in the next version of the root, signed by the root key."""
     from bundle.root import with_keys
-    from bundle.trust import load_trust
 
-    trust = load_trust(root_folder(root) / "trust")
+    trust = following.load()
     found = rotation.read_public_keys(public_key)
     document = with_keys(trust.document, found, now=datetime.now(UTC), name=name)
-    signers = open_keys(key, root, passphrase_file, pin_file)
-    rotation.finish(trust, document, signers, propose=propose, root=root, json=json)
+    following.finish(trust, document)
 
 
 def show_trust(*, root: Root = None, json: Json = False) -> None:
@@ -219,78 +213,6 @@ def show_trust(*, root: Root = None, json: Json = False) -> None:
     folder = root_folder(root) / "trust"
     trust = load_trust(folder)
     show(trust_document(trust, folder), trust_view(trust, folder), json=json)
-
-
-def trust_document(trust: Trust, folder: Path) -> dict[str, Any]:
-    """Return what `trust show --json` prints."""
-    from bundle.fields import format_time
-
-    document = trust.document
-    return {
-        "format": "airgap/trust/1",
-        "path": str(folder / "root.json"),
-        "version": trust.version,
-        "fingerprint": str(trust.fingerprint),
-        "issued": format_time(document.issued),
-        "expires": format_time(document.expires),
-        "profile": document.profile,
-        "revocations": _list_facts(trust),
-        "thresholds": document.thresholds.model_dump(mode="json"),
-        "people": {
-            who: person.model_dump(mode="json", exclude_none=True)
-            for who, person in document.people.items()
-        },
-    }
-
-
-def _list_facts(trust: Trust) -> dict[str, Any] | None:
-    from bundle.fields import format_time
-
-    held = trust.revocations
-    if held is None:
-        return None
-    return {
-        "version": held.version,
-        "next_update": format_time(held.document.next_update),
-        "entries": len(held.document.entries()),
-        "alarm": held.alarm(datetime.now(UTC)),
-    }
-
-
-def trust_view(trust: Trust, folder: Path) -> str:
-    """Return people and keys, and the line to compare."""
-    from bundle.fields import format_time
-
-    document = trust.document
-    width = max(len(who) for who in document.people)
-    lines: list[str] = []
-    for who, person in sorted(document.people.items()):
-        since = format_time(person.valid_from)[:10]
-        name = "" if person.name == who else f"{person.name}, "
-        lines.append(f"{who:<{width}}  {name}{', '.join(person.roles)}, since {since}")
-        lines += [f"{'':<{width}}  key {keyid}" for keyid in person.keys]
-    seal = document.thresholds.seal
-    roles = f", among them {', '.join(seal.required_roles)}" if seal.required_roles else ""
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"a bundle needs  {seal.people} approvers beside its builder{roles}",
-            f"root            version {trust.version}, until {format_time(document.expires)[:10]}",
-            f"profile         {document.profile}",
-            _list_line(trust),
-            f"document        {folder / 'root.json'}",
-            f"fingerprint     {trust.fingerprint}",
-        ]
-    )
-
-
-def _list_line(trust: Trust) -> str:
-    facts = _list_facts(trust)
-    if facts is None:
-        return "revocations     no list"
-    line = f"revocations     list {facts['version']}, {facts['entries']} entries, the next is due "
-    return f"{line}{facts['next_update'][:10]}" + (", STALE" if facts["alarm"] else "")
 
 
 def _require_new(folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import typer
 from policy_cases import DEMO
 
+from airgap.cli import common
 from airgap.cli import policy as commands
 from airgap.cli.common import show_error
 from bundle import trust
@@ -227,7 +228,7 @@ def test_an_account_without_a_name_is_its_number(monkeypatch):
         raise KeyError
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    assert commands.account_name() == str(os.getuid())
+    assert common.account_name() == str(os.getuid())
 
 
 @pytest.fixture
