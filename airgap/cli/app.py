@@ -29,6 +29,7 @@ GROUPS = (
     "airgap.cli.install",
     "airgap.cli.bootstrap",
     "airgap.cli.lifecycle",
+    "airgap.cli.runtimes",
     "airgap.cli.engine",
     "airgap.cli.run",
     "airgap.cli.serve",
