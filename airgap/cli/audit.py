@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from airgap.cli import audit_acts, audit_exports
-from airgap.cli.common import Json, Root, root_folder, show, stderr, stdout
+from airgap.cli import audit_acts, audit_exports, witness
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr, stdout, write_new
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
     group.command(name="prove")(prove)
     group.command(name="head")(head)
     audit_acts.register(group)
+    witness.register(group)
     audit_exports.register(group)
     app.add_typer(group, name="audit")
 
@@ -217,7 +218,7 @@ def prove(
         raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
     receipt = StoredTree(layout).receipt(seq, found[0])
     if out is not None:
-        _write_text(out, receipt.as_proof())
+        write_new(out, receipt.as_proof().encode())
     document = receipt.as_document() | {"out": str(out) if out else None}
     show(document, receipt.as_proof().rstrip("\n") if out is None else f"wrote {out}", json=json)
 
@@ -242,7 +243,7 @@ def head(
         raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
     paper = Paper(found[0])
     if qr is not None:
-        _write_text(qr, paper.svg())
+        write_new(qr, paper.svg().encode())
     text = paper.text() + (f"\n{paper.terminal()}" if show_qr else "")
     show(paper.as_document() | {"qr": str(qr) if qr else None}, text, json=json)
 
@@ -302,7 +303,7 @@ def _recorded(root: Path | None, rows: str, out: Path, since: str, *, payloads: 
     req = new_ulid()
     with audit_acts.own_log(tree, changes=False) as log:
         start = _since(since, log.last_export.size, log.anchored)
-        who, begun = Actor(audit_acts.account()), {"format": rows}
+        who, begun = Actor(account_name()), {"format": rows}
         intent = log.append(Event("export", "intent", req=req, actor=who, data=begun))
         result: dict[str, Any] = {"format": rows, "result": "failed"}
         code = "host.io"
@@ -357,16 +358,6 @@ def _follow(folder: Path, wanted: Filter, last: int, *, json: bool) -> None:
             stdout.out(orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode())
         else:
             stdout.print(_table([record], headed=False))
-
-
-def _write_text(path: Path, content: str) -> None:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(content)
-    except OSError as error:
-        raise FaultError(
-            "host.io", f"cannot write {path}: {error.strerror}", hint="name a new file"
-        ) from error
 
 
 def _folder(log: Path | None, root: Path | None) -> Path:

@@ -1,10 +1,8 @@
-"""`airgap audit` acts: keys, witnesses, payloads, acts of two people, and the service."""
+"""`airgap audit` acts: keys, payloads, acts of two people, and the service."""
 
 from __future__ import annotations
 
-import os
 import signal
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
-from policy.errors import FaultError, RefusedError, UsageError
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr, write_new
+from airgap.cli.signing import Key, Passphrase, signer_of
+from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from airgap.audit.people import Act
@@ -21,12 +20,7 @@ if TYPE_CHECKING:
     from airgap.audit.token_key import TokenKey
     from airgap.config import Site
 
-Key = Annotated[str, typer.Option("--key", help="Your private key: a file, or a name in keys/.")]
-Passphrase = Annotated[
-    Path | None, typer.Option("--passphrase-file", help="Its first line opens the key.")
-]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A file that does not exist yet.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of this witness, on its own machine.")]
 
 
 def register(group: typer.Typer) -> None:
@@ -41,13 +35,6 @@ def register(group: typer.Typer) -> None:
     group.command(name="purge")(purge)
     group.command(name="new-log")(new_log)
     group.command(name="serve")(serve)
-    witness = typer.Typer(no_args_is_help=True, help="Let a second person's machine cosign heads.")
-    witness.command(name="init")(witness_init)
-    witness.command(name="trust")(witness_trust)
-    witness.command(name="request")(witness_request)
-    witness.command(name="cosign")(witness_cosign)
-    witness.command(name="import")(witness_import)
-    group.add_typer(witness, name="witness")
 
 
 # -- keys and payloads ----------------------------------------
@@ -76,7 +63,7 @@ def rotate_key(
 
     tree = root_folder(root)
     with own_log(tree, changes=False) as log:
-        actor = Actor(account())
+        actor = Actor(account_name())
         if not into:
             vkey = log.rotate_key(actor)
         elif isinstance(log, AuditLog):
@@ -112,7 +99,7 @@ def token_key(
     vkey = create_log_key(path, site=name, token=made)
     pin = pin_path(path)
     if pin.absolute() != pin_file.absolute():
-        _write(pin, read_pin(pin_file) + b"\n")
+        write_new(pin, read_pin(pin_file) + b"\n")
         pin.chmod(0o400)
     show({"vkey": vkey, "key": str(path), "uri": made.uri}, f"{vkey}\n{made.uri}", json=json)
 
@@ -176,7 +163,7 @@ def open_payload(
         layout, find_line(layout, seq), holder, origin=found[0].origin, side=side
     )
     if out is not None:
-        _write(out, payload)
+        write_new(out, payload)
     text = payload.decode("utf-8", "backslashreplace")
     document = {
         "seq": seq, "side": side, "bytes": len(payload), "commitment": "holds",
@@ -229,9 +216,9 @@ def act(
             f"{kind!r:.40}",
             hint="act prune, act purge --record SEQ, or act new-log",
         )
-    signer = _signer(key, passphrase_file, tree)
+    signer = signer_of(key, passphrase_file, tree)
     envelope = sign_statement(statement.to_bytes(), PAYLOAD_TYPE, signer)
-    _write(out, envelope.to_bytes() + b"\n")
+    write_new(out, envelope.to_bytes() + b"\n")
     show(_act_document(statement, out), f"{_act_words(statement)}\nwrote {out}", json=json)
 
 
@@ -252,7 +239,7 @@ def countersign(
     envelope = read_act(statement)
     found = parse_act(envelope.payload)
     stderr.print(_act_words(found), markup=False, soft_wrap=True)
-    signed = add_signature(envelope, _signer(key, passphrase_file, tree))
+    signed = add_signature(envelope, signer_of(key, passphrase_file, tree))
     Disk().put(statement, signed.to_bytes() + b"\n")
     show(_act_document(found, statement), f"signed {statement}", json=json)
 
@@ -282,7 +269,7 @@ def prune(
         else:
             found = prune_log(
                 log, read_act(statement), trust=load_trust(tree / "trust").standing,
-                profile=profile, now=now, actor=Actor(account()),
+                profile=profile, now=now, actor=Actor(account_name()),
             )  # fmt: skip
     count = found.last + 1 - found.first
     document = {
@@ -310,7 +297,7 @@ def purge(
     with own_log(tree) as log:
         done = purge_payload(
             log, read_act(statement), trust=load_trust(tree / "trust").standing,
-            now=datetime.now(UTC), actor=Actor(account()),
+            now=datetime.now(UTC), actor=Actor(account_name()),
         )  # fmt: skip
     text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"
     show(_act_document(done, statement), text, json=json)
@@ -344,116 +331,6 @@ def new_log(
         "origin": found.origin, "vkey": found.vkey, "previous": found.previous,
         "people": list(found.people), "aside": list(found.aside),
     }  # fmt: skip
-    show(document, text, json=json)
-
-
-# -- witnesses -------------------------------------------------------------------------------------
-
-
-def witness_init(
-    folder: Folder,
-    *,
-    name: Annotated[str, typer.Option("--name", help="Such as isso.example/w1.")],
-    json: Json = False,
-) -> None:
-    """Make the key of a witness; its vkey goes into the policies of those who verify."""
-    from airgap.audit.witness import Witness
-
-    witness = Witness.create(folder.absolute(), name)
-    short = name.replace("/", "-")
-    text = f"witness {short} {witness.vkey}\nthat line goes into policy.tlog, and: quorum {short}"
-    show({"vkey": str(witness.vkey), "folder": str(folder)}, text, json=json)
-
-
-def witness_trust(
-    folder: Folder,
-    vkey: Annotated[Path, typer.Argument(help="audit.vkey of the log, compared with its owner.")],
-    *,
-    json: Json = False,
-) -> None:
-    """Let a witness know a log, or the new key of one that it knows."""
-    from airgap.audit import load_ring
-    from airgap.audit.witness import Witness
-
-    ring = load_ring(vkey)
-    Witness.load(folder.absolute()).trust(ring)
-    document = {"log": ring.name, "keys": [key.key_id.hex() for key in ring.keys]}
-    show(document, f"knows {ring.name} with {len(ring.keys)} key(s)", json=json)
-
-
-def witness_request(
-    log: Annotated[
-        Path | None, typer.Argument(help="Folder that holds `log/`. Default: your own log.")
-    ] = None,
-    *,
-    out: Out,
-    old: Annotated[
-        int | None,
-        typer.Option("--old", help="Size that the witness has. Default: the last cosigned head."),
-    ] = None,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Write a request to cosign the newest head, for a witness to take away on media."""
-    from airgap.audit import load_ring
-    from airgap.audit.layout import Layout, last_checkpoint
-    from airgap.audit.status import read_status
-    from airgap.audit.tree import StoredTree
-    from airgap.audit.witness import Request
-
-    tree = root_folder(root)
-    layout = Layout(tree / "audit" if log is None else log.expanduser().absolute())
-    found = last_checkpoint(layout.journal)
-    if found is None:
-        raise RefusedError("audit.absent", f"no signed head in {layout.folder}")
-    if old is None:
-        own = tree / "keys" / "audit.vkey"
-        ring = load_ring(own) if log is None and own.exists() else None
-        old = read_status(layout.folder, ring).anchored
-    request = Request(old, StoredTree(layout).consistency(old, found[0]), found[0])
-    _write(out, request.as_text().encode())
-    document = {"old": old, "size": found[0].size, "out": str(out)}
-    show(document, f"wrote {out}: from {old} to {found[0].size} records", json=json)
-
-
-def witness_cosign(
-    folder: Folder,
-    request: Annotated[Path, typer.Argument(help="The request, as it came.")],
-    *,
-    out: Out,
-    json: Json = False,
-) -> None:
-    """Check that a log only grew, store its new head, and only then cosign it."""
-    from airgap.audit.witness import MAX_REQUEST, Witness, parse_request
-
-    found = parse_request(_read(request, MAX_REQUEST + 1))
-    note = Witness.load(folder.absolute()).cosign(found, int(time.time()))
-    _write(out, note.encode())
-    document = {"origin": found.checkpoint.origin, "size": found.checkpoint.size, "out": str(out)}
-    show(document, f"cosigned {found.checkpoint.size} records; wrote {out}", json=json)
-
-
-def witness_import(
-    note: Annotated[Path, typer.Argument(help="What the witness wrote.")],
-    *,
-    policy: Annotated[
-        Path | None,
-        typer.Option(help="Trust policy. Default: log/policy.tlog; given once, it is kept there."),
-    ] = None,
-    root: Root = None,
-    json: Json = False,
-) -> None:
-    """Take a cosigned head back: it becomes an anchor of your own log, on record."""
-    from airgap.audit.checkpoint import MAX_NOTE
-    from airgap.audit.cosigning import import_cosigned
-
-    tree = root_folder(root)
-    with own_log(tree) as log:
-        found = import_cosigned(log, _read(note, MAX_NOTE + 1), policy)
-    document = {"size": found.size, "witnesses": found.witnesses, "quorum": found.quorum}
-    text = f"{found.size} records cosigned by {', '.join(found.witnesses)}; " + (
-        "the quorum of the policy is met" if found.quorum else "not yet a quorum of the policy"
-    )
     show(document, text, json=json)
 
 
@@ -548,22 +425,6 @@ def _site(tree: Path) -> Site:
     return load_site(tree)
 
 
-def account() -> str:
-    """Return the name of the account that runs this."""
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
-
-
-def _signer(key: str, passphrase_file: Path | None, tree: Path) -> Any:
-    from airgap.cli.signing import signer_of
-
-    return signer_of(key, passphrase_file, tree)
-
-
 def _prune_act(tree: Path, last: int | None, manifest: Path | None, reason: str) -> Act:
     from airgap.audit.people import Act
     from airgap.audit.retention import export_digest, plan
@@ -624,25 +485,3 @@ def _act_words(found: Act) -> str:
 
 def _act_document(found: Act, path: Path) -> dict[str, Any]:
     return found.model_dump(mode="json", exclude_none=True) | {"file": str(path)}
-
-
-def _read(path: Path, limit: int) -> bytes:
-    from airgap.audit.disk import open_plain
-
-    try:
-        with open_plain(path) as file:
-            return file.read(limit)
-    except OSError as error:
-        raise FaultError(
-            "host.io", f"cannot read {path}: {error.strerror}", hint="check the path"
-        ) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        with path.open("xb") as file:
-            file.write(content)
-    except OSError as error:
-        raise FaultError(
-            "host.io", f"cannot write {path}: {error.strerror}", hint="name a new file"
-        ) from error

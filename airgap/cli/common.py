@@ -53,6 +53,17 @@ def account_name() -> str:
         return str(os.getuid())
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet; FaultError `host.io`."""
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise FaultError(
+            "host.io", f"cannot write {path}: {error.strerror}", hint="name a new file"
+        ) from error
+
+
 def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
     """Print the result: `document` with `--json`, else `text` (a string or a rich object)."""
     if json:
