@@ -74,24 +74,35 @@ def runtimes(
     show(document, table(rows) if rows else f"no environment in {place}", json=json)
 
 
-def status_rows(store: Store) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Return what `airgap status` says of environments: documents, and rows of its table."""
+def program_document(store: Store) -> dict[str, Any] | None:
+    """Return what `airgap status` says of the environments; None where install.sh made none."""
     from airgap.install.runtimes import find_prefix, find_runtimes
 
     prefix = find_prefix()
     if prefix is None:
-        return [], []
+        return None
+    document: dict[str, Any] = {"prefix": str(prefix)}
     try:
-        found = find_runtimes(prefix, store)
+        document["runtimes"] = [each.as_document() for each in find_runtimes(prefix, store)]
     except AirgapError as error:
-        return [], [("program", f"{error.code}: {error.message}")]
-    rows = [("program", f"{prefix}, {_size(sum(each.size for each in found))}")]
-    rows += [
-        ("", f"{each.id}, {_size(each.size)}, nothing needs it: airgap runtimes --remove")
+        document |= {"code": error.code, "error": error.message}
+    return document
+
+
+def program_rows(document: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return the lines of `airgap status` about the program."""
+    if document is None:
+        return []
+    if "error" in document:
+        return [("program", document["error"])]
+    found = document["runtimes"]
+    total = sum(each["bytes"] for each in found)
+    rows = [("program", f"{document['prefix']}, environments of {_size(total)}")]
+    return rows + [
+        ("not needed", f"{each['id']}, {_size(each['bytes'])}: airgap runtimes --remove")
         for each in found
-        if not each.needs
+        if not each["needs"]
     ]
-    return [each.as_document() for each in found], rows
 
 
 def _remove(prefix: Path, names: list[str], folder: Path, store: Store, *, json: bool) -> None:

@@ -19,6 +19,7 @@ from test_bootstrap_main import house_for
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import Layout, read_lines
 from airgap.cli import invoke
+from airgap.cli.runtimes import program_document, program_rows
 from airgap.demo import site_toml
 from airgap.install import Store
 from airgap.install.runtimes import (
@@ -250,6 +251,18 @@ def test_the_command_lists_and_removes_on_record(prefix, tree, capsys):
     assert call(capsys, *words, "--remove", ACTIVE)[1]["code"] == "install.needed"
     assert call(capsys, "runtimes", "--root", tree)[1]["code"] == "usage.argument"
     assert names(prefix) == [ACTIVE]
+
+
+def test_the_status_tells_what_could_go(prefix, tree, tmp_path):
+    """As the installed program sees itself: its own environment is one of those below a prefix."""
+    store = Store(tree / "store")
+    found = [each.as_document() for each in find_runtimes(prefix, store)]
+    rows = program_rows({"prefix": str(prefix), "runtimes": found})
+    assert rows[0] == ("program", f"{prefix}, environments of {rows[0][1].split()[-2]} MiB")
+    assert [row[1][:ID_LENGTH] for row in rows[1:]] == [OLD, OLDER]
+    assert program_rows({"prefix": "p", "code": "host.io", "error": "why"}) == [("program", "why")]
+    assert program_rows(None) == []
+    assert program_document(store) is None  # this one runs from a checkout
 
 
 @pytest.mark.parametrize("points", [3, pytest.param(30, marks=pytest.mark.soak)])
