@@ -24,6 +24,7 @@ from airgap.cli.forms import (
     disc_asker,
     open_help,
 )
+from airgap.cli.runtimes import program_document, program_rows
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     except AirgapError as error:
         document["current"] = {"code": error.code, "error": error.message}
     document["unfinished"] = [path.name for path in store.unfinished()]
+    document["program"] = program_document(store)
     document["site"] = (folder / "site.toml").is_file()
     document["audit"] = (folder / "audit" / "log").is_dir()
     held = folder / "holds"
@@ -310,6 +312,7 @@ def status_view(document: dict[str, Any]) -> str:
     rows += [("ALARM", text) for text in document["alarms"]]
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
+    rows += program_rows(document["program"])
     if document["held"]:
         rows.append(("held", f"{document['held']} requests without an answer: airgap hold list"))
     rows += [("review", words) for words in document["reviews_owed"]]
