@@ -253,7 +253,7 @@ def test_the_command_lists_and_removes_on_record(prefix, tree, capsys):
     assert names(prefix) == [ACTIVE]
 
 
-def test_the_status_tells_what_could_go(prefix, tree, tmp_path):
+def test_the_status_tells_what_could_go(prefix, tree):
     """As the installed program sees itself: its own environment is one of those below a prefix."""
     store = Store(tree / "store")
     found = [each.as_document() for each in find_runtimes(prefix, store)]
