@@ -355,7 +355,11 @@ class _Writer:
             N=rows,
             bits=codes.bits,
             block_size=codes.block,
-            accuracy_level=1,  # sums in float32: a row's result does not depend on its neighbours
+            # Blocks of activations are rounded to 8 bits, each row for itself: one kernel for every
+            # number of rows, so the same bits for a row in any batch. Level 1 (no rounding) has no
+            # kernel for 8 bits, where it widens the whole matrix at each step, and for 4 bits one
+            # that sums otherwise as soon as there are two rows.
+            accuracy_level=4,
         )
 
     def silu(self, value: str) -> str:

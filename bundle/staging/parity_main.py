@@ -13,8 +13,8 @@ it of different length in one batch; it gives its `FAST_TOP` largest logits and 
 sum of all, and those are compared.
 
 A graph in another precision is held against the published weights by figures (divergence, best
-token, greedy tokens, completions to be assessed); and one whose matrices are codes is compared like
-a graph in fp32 with a source that holds what the codes stand for.
+token, greedy tokens, completions to be assessed); and one whose matrices are codes also against a
+source that holds what the codes stand for, where nothing but the rounding of activations is left.
 
 Numbers are written as decimal strings: the statement that carries them holds no floats.
 """
@@ -517,30 +517,23 @@ def measure(
         )
     samples = [sample(session, words, *task) for task in tasks]
     if graph.codes is not None:
-        for row, figures in zip(rows, stand_for(graph, folder, session, used, runs), strict=True):
-            row.update(figures)
+        source = Source(folder)
+        source.take_codes(graph.codes)
+        for row, (_, _, ids) in zip(rows, used, strict=True):
+            context = ids + row["greedy"][:-1]
+            row["codes"] = divergence(source.full(context), session.logits(context))
     return {"provider": session.provider, "rows": rows, "samples": samples}
 
 
-def stand_for(
-    graph: Planned, folder: Path, session: Any, used: Any, runs: Any
-) -> list[dict[str, Any]]:
-    """Compare a graph of codes with a source whose matrices are what the codes stand for."""
-    source = Source(folder)
-    source.take_codes(graph.codes)  # type: ignore[arg-type]
-    found = []
-    for (_, _, ids), run in zip(used, runs, strict=True):
-        answers = source.full(ids + run[0][:-1])
-        own = answers[len(ids) - 1 :].argmax(axis=1).tolist()
-        found.append({"own": own, **compare(session, ids, run, answers)})
-    return found
-
-
 def divergence(published: Any, found: Any) -> dict[str, Any]:
-    """Return divergence in nats (summed), equal best tokens, and the largest difference."""
+    """Return divergence in nats (summed), equal best tokens, and how far the logits are apart.
+
+    `delta` is the largest difference; `part` its root mean square as a part of the spread that the
+    logits have at a position, which does not depend on how sure a model is.
+    """
     import numpy as np
 
-    total, same, worst = 0.0, 0, 0.0
+    total, same, worst, apart, spread = 0.0, 0, 0.0, 0.0, 0.0
     for start in range(0, len(published), PIECE):
         theirs = published[start : start + PIECE].astype(np.float64)
         ours = found[start : start + PIECE].astype(np.float64)
@@ -548,7 +541,15 @@ def divergence(published: Any, found: Any) -> dict[str, Any]:
         total += float((np.exp(logs) * (logs - ours + log_sums(ours)[:, None])).sum())
         same += int((theirs.argmax(axis=1) == ours.argmax(axis=1)).sum())
         worst = float(np.maximum(worst, abs(theirs - ours).max()))
-    return {"kl": text(total), "same": same, "positions": len(published), "delta": text(worst)}
+        apart += float(((theirs - ours) ** 2).sum())
+        spread += float(theirs.var(axis=1).sum()) * theirs.shape[1]
+    return {
+        "kl": text(total),
+        "same": same,
+        "positions": len(published),
+        "delta": text(worst),
+        "part": text((apart / spread) ** 0.5 if spread else float("nan")),
+    }
 
 
 def sample(

@@ -46,7 +46,7 @@ def measured(made, **changes):
             "same": 60,
             "positions": 65,
             "delta": "1.0e-01",
-            **({"own": list(range(STEPS)), "full": "1e-5", "past": "2e-5"} if made.codes else {}),
+            **({"codes": {"kl": "1e-3", "part": "2e-2", "positions": 65}} if made.codes else {}),
             **changes,
         }
         for index in range(len(PROMPTS))
@@ -83,9 +83,13 @@ def test_a_precision_is_described_by_its_figures(made):
 @pytest.mark.parametrize(
     "change",
     [
-        {"full": "1.001e-03"},
-        {"past": "nan"},
-        {"own": [7, *range(1, STEPS)]},
+        {"codes": {"kl": "1e-3", "part": "0.101", "positions": 65}},
+        {"codes": {"kl": "1e-3", "part": "nan", "positions": 65}},
+        {"codes": {"kl": str(MAX_KL * 65 + 1), "part": "2e-2", "positions": 65}},
+        {"codes": {"kl": "-inf", "part": "2e-2", "positions": 65}},
+        {"codes": {"kl": "1e-3", "part": "2e-2", "positions": 64}},
+        {"codes": {"kl": "1e-3", "positions": 65}},
+        {"codes": None},
         {"kl": "nan"},
         {"delta": "inf"},
         {"same": 66},

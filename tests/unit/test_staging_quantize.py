@@ -54,12 +54,36 @@ def test_the_graph_gives_the_logits_of_the_weights_that_the_codes_stand_for(prec
     parse_onnx(
         open_view(tmp_path / "fast.onnx"), sizes=lambda name: (tmp_path / name).stat().st_size
     )
-    graph = FastGraph(tmp_path, shape)
-    ours = all_logits(graph.run(IDS, [24], graph.cache(1, 24), np.arange(24)))
     (tmp_path / "stands-for").mkdir()
     want = torch_logits(stand_for(tmp_path, placed, found), IDS)[0]
+    graph = FastGraph(tmp_path, shape)
+    ours = all_logits(graph.run(IDS, [24], graph.cache(1, 24), np.arange(24)))
+    rounded = ((ours - want) ** 2).mean() ** 0.5 / want.std(axis=1).mean()
+    assert 1e-4 < rounded < 0.05  # activations have 8 bits
+    rows = graph.run(IDS.repeat(3, axis=0), [24] * 3, graph.cache(3, 24), np.arange(24, 48))
+    assert np.array_equal(all_logits(rows), ours)  # and a row the same bits in any batch
+    in_full(tmp_path / "fast.onnx")
+    graph = FastGraph(tmp_path, shape)
+    ours = all_logits(graph.run(IDS, [24], graph.cache(1, 24), np.arange(24)))
     assert abs(ours - want).max() < 2e-4
     assert abs(ours - torch_logits(tmp_path, IDS)[0]).max() > 1e-3  # and not the published ones
+
+
+def in_full(path):
+    """Have the same graph compute its products in fp32, without rounding an activation."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    levels = [
+        attribute
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    assert {attribute.i for attribute in levels} == {4}
+    for attribute in levels:
+        attribute.i = 1
+    onnx.save(model, path)
 
 
 def stand_for(folder, placed, found):
