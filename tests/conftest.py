@@ -1,7 +1,9 @@
 """Being here puts this folder on the path: every test may import its helper modules."""
 
+import json
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -14,3 +16,17 @@ settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("steady")
+
+
+@pytest.fixture
+def call(capsys):
+    """Return a caller of `airgap` in this process: exit status and the JSON document."""
+    from airgap import cli
+
+    def run(*argv):
+        capsys.readouterr()
+        status = cli.invoke([str(word) for word in (*argv, "--json")])
+        out = capsys.readouterr().out
+        return status, json.loads(out) if out.strip() else {}
+
+    return run

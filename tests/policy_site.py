@@ -11,7 +11,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from airgap import site_rules
+from airgap.gate import TaskFacts, decide_use, registry_facts
 from bundle import keys, trust
+from policy.approvals import Approvals
 
 ISSUED = datetime(2026, 11, 20, tzinfo=UTC)
 
@@ -62,3 +64,31 @@ def put_signed(root: Path, name: str, content: bytes, who: str = "pat") -> Path:
     signed = site_rules.sign_file(content, name, bundles.signer(who), author=None, issued=ISSUED)
     path.with_name(name + site_rules.ENDING).write_bytes(signed.to_bytes())
     return path
+
+
+def deciding(site, rules, bundle, *, day=None):
+    """The broker's question to the rules, for ada and the reference model, installed and admitted.
+
+    `day` is the date of the law and the moment of the decision; default: those of each question.
+    """
+
+    def use_policy(job, *, modality, screen, released=()):
+        now = datetime.now(UTC)
+        as_of, known_at = day or (site.legal_day(now).as_of, now)
+        return decide_use(
+            site,
+            rules,
+            registry_facts("logos-ref-tiny", rules.registry),
+            bundle_digest=bundle,
+            person="ada",
+            project=job.project,
+            task=TaskFacts(job.task, modality),
+            screen=screen,
+            as_of=as_of,
+            known_at=known_at,
+            admitted=True,
+            hazard_holds=0,
+            approvals=Approvals(released),
+        )
+
+    return use_policy

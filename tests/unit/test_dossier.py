@@ -13,6 +13,7 @@ import bundles
 import jsonschema
 import pytest
 import typer
+from policy_site import deciding
 from test_approvals import enrolled
 from test_holds import FAMILY, held, writes
 from test_serve_broker import MODEL, Helper, Worker, job
@@ -26,11 +27,10 @@ from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier import FAMILIES, NEVER_SAID, ROWS, Page, Section, render
 from airgap.dossier.reports import families, role_conflicts
-from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
+from airgap.gate import load_rules
 from airgap.holds import Holds
 from airgap.serve.broker import Broker
 from bundle import trust
-from policy.approvals import Approvals
 from policy.errors import AirgapError, RefusedError
 
 SCHEMAS = Path(__file__).parents[1] / "vectors" / "oscal"
@@ -46,23 +46,7 @@ def lab(tmp_path_factory):
     trust.save_trust(PEOPLE, root / "trust")
     site, rules = parse_site(text.encode()), load_rules(root)
 
-    def use_policy(job, *, modality, screen, released=()):
-        now = datetime.now(UTC)
-        return decide_use(
-            site,
-            rules,
-            registry_facts("logos-ref-tiny", rules.registry),
-            bundle_digest=MODEL.bundle,
-            person="ada",
-            project=job.project,
-            task=TaskFacts(job.task, modality),
-            screen=screen,
-            as_of=site.legal_day(now).as_of,
-            known_at=now,
-            admitted=True,
-            hazard_holds=0,
-            approvals=Approvals(released),
-        )
+    use_policy = deciding(site, rules, MODEL.bundle)
 
     with open_log(root, site="Test Lab") as log:
         broker = Broker(log, Worker(), Helper(), MODEL, Actor("Ada Example"), use_policy)

@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 import bundles
 import pytest
 import typer
+from policy_site import deciding
 from test_approvals import LONG_AGO, enrolled
 from test_serve_broker import EXACT, FAMILY, MODEL, Helper, Worker, good_frames, job
 
@@ -19,7 +20,7 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame
-from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
+from airgap.gate import load_rules
 from airgap.holds import Holds
 from airgap.inference.protocol import Done, Sample
 from airgap.science.views import screen_line
@@ -28,7 +29,6 @@ from airgap.serve.present import reasons_of
 from airgap.serve.session import hazard_holds
 from bundle import keys, trust
 from bundle.envelope import Envelope
-from policy.approvals import Approvals
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
@@ -60,22 +60,7 @@ def broker(tmp_path, helper):
     tree_of(tmp_path)
     site, rules = parse_site((tmp_path / "site.toml").read_bytes()), load_rules(tmp_path)
 
-    def use_policy(job, *, modality, screen, released=()):
-        return decide_use(
-            site,
-            rules,
-            registry_facts("logos-ref-tiny", rules.registry),
-            bundle_digest=MODEL.bundle,
-            person="ada",
-            project=job.project,
-            task=TaskFacts(job.task, modality),
-            screen=screen,
-            as_of=NOW.date(),
-            known_at=NOW,
-            admitted=True,
-            hazard_holds=0,
-            approvals=Approvals(released),
-        )
+    use_policy = deciding(site, rules, MODEL.bundle, day=(NOW.date(), NOW))
 
     with open_log(tmp_path, site="Test Lab") as log:
         made = Broker(log, Worker(), helper, MODEL, Actor("Ada"), use_policy)
@@ -442,23 +427,7 @@ def tree(tmp_path, helper):
     trust.save_trust(made, root / "trust")
     site, rules = parse_site((root / "site.toml").read_bytes()), load_rules(root)
 
-    def use_policy(job, *, modality, screen, released=()):
-        now = datetime.now(UTC)
-        return decide_use(
-            site,
-            rules,
-            registry_facts("logos-ref-tiny", rules.registry),
-            bundle_digest=MODEL.bundle,
-            person="ada",
-            project=job.project,
-            task=TaskFacts(job.task, modality),
-            screen=screen,
-            as_of=site.legal_day(now).as_of,
-            known_at=now,
-            admitted=True,
-            hazard_holds=0,
-            approvals=Approvals(released),
-        )
+    use_policy = deciding(site, rules, MODEL.bundle)
 
     with open_log(root, site="Test Lab") as log:
         broker = Broker(log, Worker(), helper, MODEL, Actor("Ada"), use_policy)

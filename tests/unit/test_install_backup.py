@@ -49,16 +49,6 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def call(capsys):
-    def answer(*words):
-        capsys.readouterr()
-        status = run(*words, "--json")
-        return status, json.loads(capsys.readouterr().out)
-
-    return answer
-
-
 def words_of(place, file=None, *more):
     key = ("--transit-key", place / "holder.transit.pem")
     return ("restore", file or place / "lab.backup", "--vkey", place / "audit.vkey", *key, *more)

@@ -1,94 +1,33 @@
 """The commands of this room, as a person types them: exit status, JSON, and what they leave."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import attacks
 import bundles
 import pytest
+from lab_trees import PEOPLE, SITE, make_sealed, make_staging
 
 from airgap import cli
-from bundle import envelope, keys, trust
-from bundle.statement import PAYLOAD_TYPE, seal_statement
-from bundle.write import write_archive
+from bundle import keys, trust
 
-SITE = Path(__file__).parents[1] / "data" / "site_demo.toml"  # its legal day is fixed
 NOW = datetime.now(UTC).replace(microsecond=0)
-PEOPLE = (("root", "rita", "root"), ("builder", "ben", "builder"))
-PEOPLE += (("alice", "alice", "approver"), ("bob", "bob", "isso"))
-
-
-@pytest.fixture
-def call(capsys):
-    """Return a caller of `airgap`: exit status and the JSON document."""
-
-    def run(*argv):
-        capsys.readouterr()
-        status = cli.invoke([str(word) for word in (*argv, "--json")])
-        out = capsys.readouterr().out
-        return status, json.loads(out) if out.strip() else {}
-
-    return run
 
 
 @pytest.fixture(scope="module")
 def staging(tmp_path_factory):
-    """Make keys and a trust root with the commands themselves."""
-    root = tmp_path_factory.mktemp("staging")
-    for name, person, role in PEOPLE:
-        assert (
-            cli.invoke(
-                ["keys", "new", name, "--person", person, "--role", role, "--root", str(root)]
-            )
-            == 0
-        )
-    assert cli.invoke(["trust", "init", "--root", str(root)]) == 0
-    for name, _, _ in PEOPLE[1:]:
-        public = root / "keys" / f"{name}.pub.json"
-        assert cli.invoke(["trust", "add", str(public), "--root", str(root)]) == 0
-    return root
+    return make_staging(tmp_path_factory.mktemp("staging"))
 
 
 @pytest.fixture(scope="module")
 def bundle(staging):
-    path = staging / "tiny-1.0.agb"
-
-    def seal(manifest):
-        payload = seal_statement(manifest, builder="ben").to_bytes()
-        made = envelope.Envelope(payload, PAYLOAD_TYPE, ())
-        for name in ("builder", "alice", "bob"):
-            signer = keys.load_signer(staging / "keys" / f"{name}.pem")
-            made = envelope.add_signature(made, signer)
-        return made
-
-    # Registered as this project's own model, so that the packaged rules admit it.
-    licence = {"spdx": "Apache-2.0", "text_digest": "sha256:" + "1" * 64, "status": "declared"}
-    found = {"spdx": "Apache-2.0", "place": "LICENSE", "sha256": "1" * 64, "status": "verified"}
-    model = {
-        "id": "logos-ref-tiny",
-        "source": "local:logos-ref-tiny",
-        "licence": licence,
-        "licences_found": [found],
-    }
-    now = datetime.now(UTC).replace(microsecond=0)  # not before the keys were enrolled
-    release = bundles.make_release(
-        model=model, created=now, not_before=now, expires=now + timedelta(days=30)
-    )
-    write_archive(
-        path,
-        release,
-        bundles.make_members(model="logos-ref-tiny"),
-        trust_chain=trust.chain_document(trust.load_trust(staging / "trust")),
-        seal=seal,
-    )
-    return path
+    return make_sealed(staging, staging / "tiny-1.0.agb", line="tiny")
 
 
 @pytest.fixture
@@ -115,7 +54,7 @@ def with_site(root):
 def test_keys_and_trust(staging, call):
     status, shown = call("trust", "show", "--root", staging)
     assert status == 0
-    assert shown["version"] == 4
+    assert shown["version"] == len(PEOPLE)
     assert shown["people"]["bob"]["roles"] == ["isso"]
     assert shown["thresholds"]["seal"] == {"people": 2, "required_roles": []}
     assert (staging / "keys" / "root.pem").stat().st_mode & 0o777 == 0o600
@@ -290,10 +229,10 @@ def test_a_newer_root_that_travels_along_is_on_record(staging, lab, bundle, tmp_
     bad.write_bytes(forge.assemble())
     status, found = call("install", bad, "--root", lab)
     assert (status, found["code"]) == (1, "seal.threshold")
-    assert trust.load_trust(lab / "trust").version == 5
+    assert trust.load_trust(lab / "trust").version == made.version + 1
     phases = [(r["phase"], r["data"]["new"]) for r in records(lab) if r["kind"] == "admin.trust"]
     assert [phase for phase, _ in phases] == ["intent", "outcome"]
-    assert phases[0][1] == f"version 5 {longer.fingerprint}"
+    assert phases[0][1] == f"version {longer.version} {longer.fingerprint}"
 
 
 def test_an_install_that_is_held_is_on_record_with_its_decision(lab, bundle, call):

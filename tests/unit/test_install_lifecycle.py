@@ -55,16 +55,6 @@ def lab(started, tmp_path):
     return root
 
 
-@pytest.fixture
-def call(capsys):
-    def answer(*words):
-        capsys.readouterr()
-        status = run(*words, "--json")
-        return status, json.loads(capsys.readouterr().out)
-
-    return answer
-
-
 def digest_of(path):
     source = PlainFile(path)
     try:

@@ -1,7 +1,6 @@
 """The commands for volumes, deltas and encryption, as a person gives them."""
 
 import io
-import json
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
@@ -18,17 +17,6 @@ from policy.errors import UsageError
 NOW = datetime.now(UTC).replace(microsecond=0)
 CHUNK = 4 * 1024 * 1024
 SIZE = "4800kB"
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*argv):
-        capsys.readouterr()
-        status = cli.invoke([str(word) for word in (*argv, "--json")])
-        out = capsys.readouterr().out
-        return status, json.loads(out) if out.strip() else {}
-
-    return run
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import bundles
 import pytest
 import typer
 from policy_cases import pack_text, rule
-from policy_site import TRUST, put_signed
+from policy_site import TRUST, deciding, put_signed
 from test_holds import FAMILY, held, writes
 from test_serve_broker import MODEL, Helper, Worker, job
 
@@ -24,7 +24,7 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier.usage import judge
-from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
+from airgap.gate import load_rules
 from airgap.holds import Holds
 from airgap.install import install
 from airgap.install.record import admission, recorder
@@ -55,23 +55,7 @@ def lab(tmp_path_factory):
     instants = [datetime.now(UTC)]
 
     def ask(rules, *frames):
-        def use_policy(wanted, *, modality, screen, released=()):
-            now = datetime.now(UTC)
-            return decide_use(
-                site,
-                rules,
-                registry_facts("logos-ref-tiny", rules.registry),
-                bundle_digest=MODEL.bundle,
-                person="ada",
-                project=wanted.project,
-                task=TaskFacts(wanted.task, modality),
-                screen=screen,
-                as_of=site.legal_day(now).as_of,
-                known_at=now,
-                admitted=True,
-                hazard_holds=0,
-                approvals=Approvals(released),
-            )
+        use_policy = deciding(site, rules, MODEL.bundle)
 
         broker = Broker_(log, use_policy, root)
         if frames:

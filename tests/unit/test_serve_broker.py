@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from policy_site import deciding
 
 from airgap.audit import Actor, open_log
 from airgap.audit.query import read_records
@@ -18,7 +19,7 @@ from airgap.config import Limits, load_site
 from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame, ProgramError
 from airgap.extras import EXTRAS, require_extras
-from airgap.gate import TaskFacts, decide_use, load_rules, registry_facts
+from airgap.gate import load_rules
 from airgap.inference.protocol import Done, Progress, Sample
 from airgap.install.record import actor_of
 from airgap.science.program import create
@@ -120,22 +121,8 @@ def broker(tmp_path, helper):
     (tmp_path / "site.toml").write_text(site_toml(0))
     site, rules = load_site(tmp_path), load_rules(tmp_path)
 
-    def use_policy(job, *, modality, screen):
-
-        return decide_use(
-            site,
-            rules,
-            registry_facts("logos-ref-tiny", rules.registry),
-            bundle_digest=MODEL.bundle,
-            person="ada",
-            project=job.project,
-            task=TaskFacts(job.task, modality),
-            screen=screen,
-            as_of=site.legal_day(NOW).as_of,
-            known_at=site.legal_day(NOW).known_at,
-            admitted=True,
-            hazard_holds=0,
-        )
+    day = site.legal_day(NOW)
+    use_policy = deciding(site, rules, MODEL.bundle, day=(day.as_of, day.known_at))
 
     with open_log(tmp_path, site="Test Lab") as log:
         yield Broker(log, Worker(), helper, MODEL, Actor("Ada"), use_policy)
