@@ -119,10 +119,57 @@ def test_the_untouched_graph_is_proven(source, tmp_path):
 
 
 @pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
-def test_a_seeded_fault_is_caught_by_the_parity_of_the_staging_side(source, tmp_path, change):
+def test_a_seeded_fault_stops_the_whole_build(snapshot, tmp_path, change):
+    out = tmp_path / "x.agb"
     with pytest.raises(RefusedError) as caught:
-        prove(source, tmp_path, change)
+        build_tiny(snapshot, out, run_sealed=perturbing(change, "before"), reference=False)
     assert caught.value.code == "parity.failed"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        name if name == "swapped heads" else pytest.param(name, marks=pytest.mark.soak)
+        for name in FAULTS
+    ],
+)
+def test_nothing_but_parity_stops_a_seeded_fault(source, snapshot, tmp_path, fault):
+    """The same fault after the proof: the build ends well, and the bundle carries it."""
+    runs = perturbing(FAULTS[fault], "after")
+    built = build_tiny(snapshot, tmp_path / "x.agb", run_sealed=runs, reference=False)
+    untouched = (source / "fast.onnx").read_bytes()
+    assert built.manifest.find("payload/tiny/fast.onnx").sha256 != Digest.of(untouched).hex
+    (weights,) = built.manifest.published_weights("tiny")
+    assert weights.sha256 == Digest.of((snapshot / "model.safetensors").read_bytes()).hex
+
+
+@pytest.fixture(scope="module")
+def snapshot(source, tmp_path_factory):
+    """Return the model as a publisher would release it."""
+    folder = tmp_path_factory.mktemp("snapshot") / "model"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".onnx":
+            (folder / path.name).hardlink_to(path)
+    (folder / "README.md").write_text(tiny_llama.CARD)
+    return folder
+
+
+def perturbing(change, when):
+    """Return a runner whose parity run sees, or is followed by, a changed graph."""
+
+    def run(job):
+        path = job.read_only[1] / "fast.onnx" if len(job.read_only) > 1 else None
+        proof = any(Path(word).name == "parity_main.py" for word in job.argv)
+        done = None if proof and when == "before" else run_inline(job)
+        if proof:
+            model = onnx.load(path, load_external_data=False)
+            change(model.graph)
+            path.write_bytes(model.SerializeToString(deterministic=True))
+        return done or run_inline(job)
+
+    return run
 
 
 # -- where it shall run ---------------------------------------------------------------------------
@@ -136,17 +183,6 @@ class Permit:
     @property
     def digest(self):
         return Digest.of(self.canonical)
-
-
-def run_and_perturb(job):
-    """Run a job; a parity run is followed by another graph in the place of the proven one."""
-    done = run_inline(job)
-    if any(Path(word).name == "parity_main.py" for word in job.argv):
-        path = job.read_only[1] / "fast.onnx"
-        model = onnx.load(path, load_external_data=False)
-        wrong_base(model.graph)
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    return done
 
 
 def sealed_bundle(folder, run_sealed):
@@ -190,7 +226,7 @@ def seal(spec):
 def test_a_bundle_whose_graph_answers_otherwise_here_is_not_made_active(tmp_path):
     good, bad = tmp_path / "good", tmp_path / "bad"
     sealed_bundle(good, run_inline)
-    sealed_bundle(bad, run_and_perturb)
+    sealed_bundle(bad, perturbing(wrong_base, "after"))
     prove = prover(seal, state=tmp_path / "enclave")
 
     done, events = take_in(good, prove)
