@@ -145,11 +145,12 @@ def make_own(folder: Path, *, version: str = "0.1.0", extra: tuple[str, ...] = (
     )
 
 
-def make_index(folder: Path) -> Path:
-    """Fill a folder with every stand-in and pip; return it."""
+def make_index(folder: Path, native: str = "") -> Path:
+    """Fill a folder with every stand-in and pip; `native` is the tag of what is no pure Python."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (version, requires, tag) in CPU.items():
-        make_wheel(folder, name, version, requires, tag)
+        given = native if native and not tag.endswith("none-any") else tag
+        make_wheel(folder, name, version, requires, given)
     repack_pip(folder)
     return folder
 

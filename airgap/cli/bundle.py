@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from bundle.statement import VerifiedSeal
     from bundle.vectors import Vectors
     from bundle.verify import VerifyReport
+
+_MOST_NOTES = 12
+# What almost every wheel has; an entry point that hooks into another program is told.
+_USUAL = re.compile(r"\d+ native libraries: .*|entry points '(console|gui)_scripts': .*", re.DOTALL)
 
 BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
 
@@ -64,6 +69,9 @@ def verify(
         Path | None,
         typer.Option("--vsa", help="With --deep: write the verification summary to this file."),
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Every note of the scan, one line each.")
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -96,7 +104,7 @@ def verify(
             if resume
             else None,
         )
-    document, text = report.as_document(), verify_view(report)
+    document, text = report.as_document(), verify_view(report, verbose=verbose)
     if not deep:
         show(document, text, json=json)
         return
@@ -151,8 +159,8 @@ def bar(label: str) -> Iterator[Bar]:
         yield Bar(display, label)
 
 
-def verify_view(report: VerifyReport) -> str:
-    """Return the one-screen answer."""
+def verify_view(report: VerifyReport, *, verbose: bool = False) -> str:
+    """Return the one-screen answer; with `verbose` every note of the scan stands in it."""
     manifest, seal = report.manifest, report.seal
     needed = report.trust.document.thresholds.seal.people
     rows = [
@@ -177,8 +185,37 @@ def verify_view(report: VerifyReport) -> str:
     rows += [(f"{claim.precision}", parity_text(vectors)) for claim, vectors in report.parity]
     rows += [("ALARM", text) for text in report.alarms]
     rows += medium_rows(report.medium)
-    rows += [("note", f"{each.path}: {each.text}") for each in report.scan.findings]
+    rows += _notes(report, verbose=verbose)
     return "sealed and whole\n" + table(rows)
+
+
+def _notes(report: VerifyReport, *, verbose: bool) -> list[tuple[str, str]]:
+    """Say what the scan found: what every wheel has is counted, all else stands there."""
+    from bundle.scan.wheel import split_wheel_name
+
+    found = report.scan.findings
+    wheels = [path for path, role in report.scan.files.items() if role == "wheel"]
+    texts: dict[str, list[str]] = {}
+    for each in found:
+        if verbose or not _USUAL.fullmatch(each.text):
+            short = each.path in wheels and not verbose
+            name = " ".join(split_wheel_name(each.path.rpartition("/")[2])) if short else each.path
+            texts.setdefault(name, []).append(each.text)
+    rows = [
+        ("note", f"{name}: {text}")
+        for name, said in texts.items()
+        for text in (said if verbose else ["; ".join(said)])
+    ]
+    if len(rows) > _MOST_NOTES and not verbose:
+        more = f"{len(rows) - _MOST_NOTES} more: airgap verify --verbose"
+        rows = [*rows[:_MOST_NOTES], ("note", more)]
+    native = {each.path for each in found if "native librar" in each.text}
+    programs = {each.path for each in found if "_scripts'" in each.text}
+    if wheels:
+        targets = ", ".join(f"{r.target} {r.accelerator}" for r in report.manifest.runtimes)
+        text = f"{len(wheels)} for {targets}: {len(native)} with native code, {len(programs)} with "
+        rows.insert(0, ("wheels", f"{text}programs{'' if verbose else '; --verbose lists them'}"))
+    return rows
 
 
 def approvers_text(seal: VerifiedSeal) -> str:

@@ -347,6 +347,7 @@ def _entry_points(archive: zipfile.ZipFile, name: str) -> tuple[str, ...]:
     return tuple(
         f"entry points {section!r:.60}: {', '.join(parser.options(section)):.200}"
         for section in parser.sections()
+        if parser.options(section)
     )
 
 

@@ -2,13 +2,21 @@
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import bundles
 import pytest
 import wheel_index
 
+from airgap.cli.bundle import verify_view
 from bundle.manifest import Runtime
+from bundle.scan.payload import Finding, ScanReport
 from bundle.scan.wheelhouse import INSTALLER, list_text, parse_list, require_wheelhouse
 from bundle.staging.bootstrap import ATTEST, WheelFacts, build_wheels, installer_text
 from bundle.staging.wheelhouse import (
@@ -275,15 +283,85 @@ def test_a_release_of_wheels_alone_is_verified_and_lists_all(tmp_path, house):
         assert sealed.read(INSTALLER) == installer_text()
 
 
-def test_the_same_wheels_give_the_same_bytes(tmp_path, index, own):
-    made = []
-    for name in ("one", "two"):
-        work = tmp_path / name
-        work.mkdir()
-        out = tmp_path / f"{name}.agb"
-        build(gather(work, index, own, pip=wheel_index.OnePip), out)
-        made.append(hashlib.sha256(out.read_bytes()).hexdigest())
-    assert made[0] == made[1]
+def test_the_screen_counts_what_every_wheel_has_and_tells_what_is_odd(tmp_path, house):
+    build(house, tmp_path / "a.agb")
+    wheel_index.approve(tmp_path / "a.agb")
+    report = verify_bundle(tmp_path / "a.agb", bundles.make_trust(), now=bundles.NOW)
+    said = verify_view(report)
+    count = len(house.wheels)
+    assert f"{count} for {TARGET} cpu: 1 with native code, 2 with programs" in said
+    assert "note" not in said
+    long = verify_view(report, verbose=True)
+    assert all(each.text in long and each.path in long for each in report.scan.findings)
+    odd = [
+        Finding("payload/wheels/numpy-2.4.6-cp311-cp311-linux_x86_64.whl", text)
+        for text in ("entry points 'pip.plugins': evil", "2 native libraries: a.so, b.so", "other")
+    ]
+    files = {odd[0].path: "wheel"}
+    more = replace(report, scan=ScanReport({**report.scan.files, **files}, tuple(odd)))
+    said = verify_view(more)
+    assert "numpy 2.4.6: entry points 'pip.plugins': evil; other" in said
+    assert "a.so" not in said
+    many = tuple(Finding(f"payload/tiny/{n}.json", f"key {n}") for n in range(40))
+    said = verify_view(replace(report, scan=ScanReport(report.scan.files, many)))
+    assert said.count("note") == 13
+    assert "28 more: airgap verify --verbose" in said
+
+
+ELSEWHERE = """
+import hashlib, os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+os.umask(0o077)
+from test_wheelhouse import build, gather
+index, own, out, target = map(Path, sys.argv[3:])
+work = out.parent / "other work"
+work.mkdir()
+build(gather(work, index, own, str(target)), out)
+"""
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "linux-aarch64-cp312",
+        *(
+            pytest.param(name, marks=pytest.mark.soak)
+            for name in (TARGET, "linux-x86_64-cp312-glibc2.28")
+        ),
+    ],
+)
+def test_the_same_bundle_built_twice_has_the_same_bytes(tmp_path, own, target):
+    """Here, and in a process with another hash seed, zone, umask and order of the index."""
+    arch, python = target.split("-")[1:3]
+    index, shuffled = tmp_path / "index", tmp_path / "shuffled"
+    wheel_index.make_index(index, f"{python}-{python}-manylinux_2_28_{arch}")
+    shuffled.mkdir()
+    for number, path in enumerate(sorted(index.iterdir(), reverse=True)):
+        shutil.copyfile(path, shuffled / path.name)
+        os.utime(shuffled / path.name, (number, number))
+    work = tmp_path / "work"
+    work.mkdir()
+    build(gather(work, index, own, target), tmp_path / "one.agb")
+    folders = [str(Path(__file__).parent), str(Path(wheel_index.__file__).parent)]
+    words = [*folders, shuffled, own, tmp_path / "two.agb", target]
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *words],
+        check=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "1",
+            "TZ": "Asia/Tokyo",
+            "LC_ALL": "C",
+            "SOURCE_DATE_EPOCH": "1",
+        },
+    )
+    digests = {
+        hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("one.agb", "two.agb")
+    }
+    assert len(digests) == 1
 
 
 def open_at(path):
