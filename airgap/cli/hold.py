@@ -28,11 +28,20 @@ from policy.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from airgap.config import Site
     from airgap.gate import Rules
-    from airgap.holds import Hold, Holds, Signed
+    from airgap.holds import Hold, Holds
+    from airgap.release_desk import ReleaseDesk
 
 HAZARD_HINT = "the hazard officer sees more: airgap hold show"
 
 Reference = Annotated[str, typer.Argument(help="Reference of the hold, or its number.")]
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        help="Ask the daemon there, for one's own holds; default [service] socket of site.toml, "
+        "where the holds of the tree cannot be read.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -49,10 +58,16 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="hold")
 
 
-def show_all(*, root: Root = None, json: Json = False) -> None:
-    """List the holds of this tree: reference, who asked, and how far a release is."""
-    desk = Desk.of(root)
-    rows = [desk.row(hold) for hold in desk.holds.every()]
+def show_all(*, socket: Socket = None, root: Root = None, json: Json = False) -> None:
+    """List the holds of this tree, or at the daemon one's own: reference, who asked, how far."""
+    daemon = socket or daemon_for(root)
+    if daemon is not None:
+        from airgap.service.client import holds as holds_there
+
+        rows = holds_there(daemon)
+    else:
+        desk = Desk.of(root)
+        rows = [desk.board.row(hold) for hold in desk.holds.every()]
     lines = [
         f"{row['reference']}  {row['opened'][:16]}  {row['person']}  {row['project']}"
         f"  {row['task']} ({row['stage']})  {row['state']}"
@@ -66,7 +81,7 @@ def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
     """Show one hold; what was asked, the rules and the classes only to the hazard officer."""
     desk = Desk.of(root)
     found = desk.holds.find(hold)
-    row = desk.row(found)
+    row = desk.board.row(found)
     if desk.hazard_role:
         inputs, options = found.inputs_and_options()
         record = desk.holds.decision(found)
@@ -76,7 +91,7 @@ def show_one(hold: Reference, *, root: Root = None, json: Json = False) -> None:
             "options": options,
             "reasons": record["reasons"],
             "classes": facts.get("screen.classes", {}).get("value", []),
-            "faults": desk.faults(found),
+            "faults": desk.board.faults(found),
         }
     lines = [f"{name:>10}  {words}" for name, value in row.items() for words in in_words(value)]
     text = "\n".join(lines) + ("" if desk.hazard_role else f"\n{HAZARD_HINT}")
@@ -154,7 +169,7 @@ def release(
     signer = signer_of(key, passphrase_file, desk.tree)
     mine = desk.require_releaser(found, signer)  # before anything is told of what holds it
     desk.require_releasable(found)
-    open_release = desk.current(found)
+    open_release = desk.board.current(found)
     if open_release is None:
         if not reason or expires is None:
             raise UsageError(
@@ -183,7 +198,7 @@ def release(
     signed = holds.verify_release(envelope, desk.trust)
     with on_record(desk.tree, "admin.hold", mine, Digest.of(envelope.payload)):
         path = desk.holds.add_release(envelope)
-    row = desk.row(found) | {"file": str(path), "people": [p.person for p in signed.people]}
+    row = desk.board.row(found) | {"file": str(path), "people": [p.person for p in signed.people]}
     show(row, f"wrote {path}\n{found.reference}: {row['state']}", json=json)
 
 
@@ -194,6 +209,7 @@ def fetch(
     sdf: Annotated[Path | None, typer.Option(help="Write the molecules as SDF.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report with drawings.")] = None,
     receipt: Annotated[Path | None, typer.Option(help="Write the receipt (tlog-proof).")] = None,
+    socket: Socket = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -201,9 +217,13 @@ def fetch(
     from airgap.cli.run import infer_with_progress
     from airgap.serve import Job, check_outputs, open_broker, present
 
+    outputs = {"csv": csv, "sdf": sdf, "html": html, "receipt": receipt}
+    daemon = socket or daemon_for(root)
+    if daemon is not None:
+        _fetch_there(daemon, hold, outputs, json=json)
+        return
     desk = Desk.of(root)
     found = desk.holds.find(hold)
-    outputs = {"csv": csv, "sdf": sdf, "html": html, "receipt": receipt}
     check_outputs(found.task, outputs)
     inputs, options = found.inputs_and_options()
     with open_broker(
@@ -218,6 +238,31 @@ def fetch(
     if not json:
         stderr.print(f"released: {found.reference}", markup=False, soft_wrap=True)
     show({**presented.json, "hold": found.reference}, presented.text, json=json)
+
+
+def _fetch_there(daemon: Path, hold: str, outputs: dict[str, Path | None], *, json: bool) -> None:
+    """Have the daemon answer it: as whom the kernel knows her, with no right on its files."""
+    from airgap.cli.run import progress_bar
+    from airgap.serve import check_outputs
+    from airgap.service.client import fetch as fetch_there
+    from airgap.service.client import hold_of
+
+    found = hold_of(daemon, hold)
+    check_outputs(found["task"], outputs)
+    with progress_bar() as tell:
+        presented = fetch_there(daemon, found["reference"], outputs, tell)
+    if not json:
+        stderr.print(f"released: {found['reference']}", markup=False, soft_wrap=True)
+    show({**presented.json, "hold": found["reference"]}, presented.text, json=json)
+
+
+def daemon_for(root: Path | None) -> Path | None:
+    """Return the daemon that an account without a right on the tree's holds has to ask."""
+    from airgap.cli.run import daemon_of
+
+    tree = root_folder(root)
+    daemon = daemon_of(tree)
+    return None if os.access(tree / "holds", os.R_OK | os.X_OK) else daemon
 
 
 def open_output(
@@ -316,6 +361,7 @@ class Desk:
     trust: Any
     holds: Holds
     hazard_role: bool
+    board: ReleaseDesk
 
     @classmethod
     def of(cls, root: Path | None) -> Desk:
@@ -324,6 +370,7 @@ class Desk:
         from airgap.gate import load_rules
         from airgap.holds import Holds
         from airgap.inquiry import find_reader
+        from airgap.release_desk import ReleaseDesk
         from bundle.trust import load_trust
         from policy.report import HAZARD_ROLE
 
@@ -331,71 +378,9 @@ class Desk:
         site, trust = load_site(tree), load_trust(tree / "trust").standing
         reader = find_reader(site, "", os.getuid(), account_name())
         role = reader is not None and HAZARD_ROLE in reader.roles
-        return cls(tree, site, load_rules(tree), trust, Holds(tree, trust), role)
-
-    def row(self, hold: Hold) -> dict[str, Any]:
-        """Return what anybody may read of a hold, and the rules for the hazard role."""
-        row = {
-            "reference": hold.reference,
-            "opened": hold.opened.isoformat(),
-            "person": hold.person,
-            "project": hold.project,
-            "task": hold.task,
-            "stage": hold.stage,
-            "bundle": hold.bundle,
-            "state": self.state(hold),
-        }
-        return row | ({"rules": self.holds.blocking(hold)} if self.hazard_role else {})
-
-    def state(self, hold: Hold) -> str:
-        """Say in a word how far a hold is."""
-        if answer := self.holds.answered(hold):
-            return f"answered as {answer}"
-        signed = self.current(hold)
-        if signed is None:
-            return "held"
-        people = ", ".join(each.person for each in signed.people) or "nobody who counts"
-        if any(self.faults(hold)):
-            return f"held; signed by {people}"
-        return f"released until {signed.release.expires} by {people}: airgap hold fetch"
-
-    def current(self, hold: Hold) -> Signed | None:
-        """Return the release to go on with: of those that have not expired the one signed most."""
-        today = datetime.now(UTC).date()
-        found = [each for each in self.holds.releases(hold) if each.release.expires > today]
-        return found[0] if found else None
-
-    def faults(self, hold: Hold) -> list[str]:
-        """Say for each rule why the release does not lift it yet; empty when all are lifted."""
-        from airgap.gate import in_legal_zone
-        from policy.approvals import Approvals, Case, fault_of
-        from policy.terms import Digest, Scope
-
-        signed = self.current(hold)
-        if signed is None:
-            return ["no release"]
-        now = datetime.now(UTC)
-        day = self.site.legal_day(now)
-        case = Case(
-            scope=Scope.USE,
-            bundle=Digest.parse(hold.bundle),
-            project=hold.project,
-            task=hold.task,
-            submitter=hold.person,
-            leads=self.site.require_project(hold.project).principal_investigators,
-            as_of=day.as_of,
-            known_at=day.known_at,
-        )
-        of_hold = Approvals((self.holds.approval_of(hold, signed),))
-        (approval,) = in_legal_zone(self.site, of_hold).approvals
-        rules = {each.id: each for each in self.rules.packs.rules}
-        missing = [
-            f"{each}: no such rule is loaded" for each in approval.rules if each not in rules
-        ]
-        faults = {
-            each: fault_of(approval, rules[each], case) for each in approval.rules if each in rules
-        }
-        return missing + [f"{rule}: {words}" for rule, words in faults.items() if words]
+        rules, holds = load_rules(tree), Holds(tree, trust)
+        board = ReleaseDesk(tree, site, rules, trust, holds, role)
+        return cls(tree, site, rules, trust, holds, role, board)
 
     def require_releasable(self, hold: Hold) -> None:
         """Refuse where no signature could help: RefusedError `hold.release`."""

@@ -90,6 +90,7 @@ def take_in(
     from airgap.install.record import last_record, recorder
     from airgap.rule_history import put_on_record
     from airgap.serve.session import sealed
+    from airgap.service.presence import taken_over
 
     folder = root_folder(root)
     lab = open_lab(folder, project)
@@ -120,8 +121,10 @@ def take_in(
             update=update,
             rollback=rollback,
         )
+    service, told = taken_over(folder)
     document = {
         **bundle_document(done.bundle, current=True),
+        "service": service,
         "approvers": list(done.seal.approvers),
         "builder": done.seal.builder,
         "decision": str(done.decision.digest),
@@ -144,6 +147,7 @@ def take_in(
             *(("answers", each.text) for each in done.proofs),
             ("on record", f"audit log, record {done.receipt.seq}"),
             ("folder", str(done.bundle.folder)),
+            *told,
             *(
                 [("engines", "build those of this GPU before use: airgap engine build --key KEY")]
                 if lab.site.inference.provider == "tensorrt"

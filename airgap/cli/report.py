@@ -159,7 +159,7 @@ def dossier(
     hazard = frozenset(each.id for each in rules if each.text.topic == "hazard")
     found = find(desk.audit, desk.log, request, hazard=frozenset() if held.hazard_role else hazard)
     holds = [
-        held.row(each)
+        held.board.row(each)
         for each in held.holds.every()
         if found.request in {each.request, each.parent}
     ]
