@@ -31,6 +31,7 @@ from airgap.audit import commitment
 from airgap.audit.layout import Layout
 from airgap.signed import Day, keep, read_folder, signers_of
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import write_beside
 from bundle.envelope import Envelope, add_signature
 from bundle.fields import DigestText, Document, Instant, Sha256Hex, Text
 from bundle.intoto import Kind, Statement
@@ -210,8 +211,10 @@ class Holds:
         """Write a hold durably, and what the model wrote if there is a key to encrypt it to."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         if content is not None and (key := self.public_key()) is not None:
-            self._write(f"{hold.request}.sealed", _SUITE.encrypt(content, key, _INFO))
-        self._write(f"{hold.request}.json", hold.to_bytes())
+            write_beside(
+                self._folder / f"{hold.request}.sealed", _SUITE.encrypt(content, key, _INFO)
+            )
+        write_beside(self._folder / f"{hold.request}.json", hold.to_bytes())
 
     def commit(self, content: bytes) -> HeldOutput:
         """Commit to an answer."""
@@ -345,7 +348,7 @@ class Holds:
     def close(self, request: str, answer: str) -> None:
         """Note the reference of the answer that a hold led to."""
         for hold in self._chain(request):
-            self._write(f"{hold.request}.answered", answer.encode())
+            write_beside(self._folder / f"{hold.request}.answered", answer.encode())
 
     def purge(self, hold: Hold) -> list[str]:
         """Remove a hold with what was typed and written; its records stay in the log."""
@@ -416,18 +419,6 @@ class Holds:
         if hold.to_bytes() != raw or path.stem != hold.request:
             raise RefusedError("hold.file", f"{path} is not a hold of that name")
         return hold
-
-    def _write(self, name: str, content: bytes) -> None:
-        beside = self._folder / f".{name}.{os.getpid()}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        try:
-            with os.fdopen(os.open(beside, flags, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self._folder / name)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def job_text(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ person, and a signature by an unknown key is none.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from datetime import date, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer
 
+from bundle.durable import write_beside, write_new
 from bundle.envelope import Envelope, find_signers, parse_envelope
 from bundle.intoto import MAX_PAYLOAD, PAYLOAD_TYPE
 from bundle.keys import read_limited
@@ -66,32 +66,20 @@ def read_signed(path: Path) -> Envelope:
 def keep(envelope: Envelope, folder: Path) -> Path:
     """Put a statement where `read_folder` finds it; signatures added later replace the file."""
     path = _place(envelope, folder)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        _write(draft, envelope)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_beside(path, envelope.to_bytes(), 0o644)
     return path
 
 
 def keep_new(envelope: Envelope, folder: Path) -> Path:
     """Put a statement where `read_folder` finds it; FileExistsError for one that says the same."""
     path = _place(envelope, folder)
-    _write(path, envelope)
+    write_new(path, envelope.to_bytes(), 0o644)
     return path
 
 
 def _place(envelope: Envelope, folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{Digest.of(envelope.payload).hex[:24]}.json"
-
-
-def _write(path: Path, envelope: Envelope) -> None:
-    with path.open("xb") as file:
-        file.write(envelope.to_bytes())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

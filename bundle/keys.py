@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 from pydantic import Field, ValidationError
 
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import write_new
 from bundle.fields import Document, KeyId, Name, PersonId, Token
 from bundle.manifest import first_problem
 from policy.errors import FaultError, RefusedError
@@ -224,9 +225,9 @@ def new_key(
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
     )
-    _write_new(secret, pem, 0o600)
+    write_new(secret, pem, 0o600)
     try:
-        _write_new(open_part, document.to_bytes(), 0o644)
+        write_new(open_part, document.to_bytes(), 0o644)
     except BaseException:
         secret.unlink()  # half a pair would be in the way of the next attempt
         raise
@@ -289,7 +290,7 @@ def save_public_key(folder: Path, name: str, document: PublicKeyFile) -> Path:
     path = folder / f"{name}.pub.json"
     _require_free(path)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write_new(path, document.to_bytes(), 0o644)
+    write_new(path, document.to_bytes(), 0o644)
     return path
 
 
@@ -316,6 +317,18 @@ def parse_public_key(raw: bytes) -> PublicKeyFile:
     return document
 
 
+def read_private(path: Path, limit: int, *, what: str) -> bytes:
+    """Read a file that its owner alone can read; RefusedError `trust.keyfile`, FaultError."""
+    raw = read_limited(path, limit, code="trust.keyfile", what=what)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise RefusedError(
+            "trust.keyfile",
+            f"{path} can be read by other users",
+            hint=f"chmod 600 {path}; make a new key if others may have read it",
+        )
+    return raw
+
+
 def load_signer(path: Path, passphrase: bytes = b"") -> FileSigner:
     """Read a private key file.
 
@@ -325,13 +338,7 @@ def load_signer(path: Path, passphrase: bytes = b"") -> FileSigner:
         FaultError: `host.io`; it cannot be read.
 
     """
-    raw = read_limited(path, KEY_FILE_LIMIT, code="trust.keyfile", what="the key file")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise RefusedError(
-            "trust.keyfile",
-            f"{path} can be read by other users",
-            hint=f"chmod 600 {path}; make a new key if others may have read it",
-        )
+    raw = read_private(path, KEY_FILE_LIMIT, what="the key file")
     try:
         private = serialization.load_pem_private_key(raw, passphrase or None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -411,16 +418,3 @@ def _require_free(*paths: Path) -> None:
                 f"{path} exists; a key is never overwritten",
                 hint="choose another name, or move the old key away",
             )
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except BaseException:
-        path.unlink()
-        raise

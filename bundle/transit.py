@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import os
 import re
-import stat
 import struct
 import threading
 from collections import OrderedDict, deque
@@ -31,8 +30,9 @@ from pydantic import Field, ValidationError
 
 from bundle.archive import Progress
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import write_new
 from bundle.fields import Count, Document, KeyId, Name, Sha256Hex
-from bundle.keys import decode_base64, encode_base64, read_limited
+from bundle.keys import decode_base64, encode_base64, read_private
 from bundle.manifest import first_problem
 from bundle.source import Source, read_exactly
 from bundle.tar import Layout, read_document, require_layout
@@ -324,9 +324,9 @@ def new_transit_key(
             f"{secret} or {shown.name} exists; a key is never overwritten",
             hint="choose another name, or move the old key away",
         )
-    _write_new(secret, pem, 0o600)
+    write_new(secret, pem, 0o600)
     try:
-        _write_new(shown, document.to_bytes(), 0o644)
+        write_new(shown, document.to_bytes(), 0o644)
     except BaseException:
         secret.unlink()  # half a pair would be in the way of the next attempt
         raise
@@ -342,13 +342,7 @@ def load_identity(path: Path, passphrase: bytes = b"") -> Identity:
         FaultError: `host.io`; it cannot be read.
 
     """
-    raw = read_limited(path, KEY_LIMIT, code="trust.keyfile", what="the transit key")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise RefusedError(
-            "trust.keyfile",
-            f"{path} can be read by other users",
-            hint=f"chmod 600 {path}; make a new key if others may have read it",
-        )
+    raw = read_private(path, KEY_LIMIT, what="the transit key")
     try:
         parts = [
             serialization.load_pem_private_key(block, passphrase or None)
@@ -511,16 +505,3 @@ def _base64(text: str) -> bytes:
         return decode_base64(text)
     except ValueError as error:
         raise RefusedError("transit.malformed", f"{TRANSIT}: {error!s:.120}") from error
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            os.fchmod(stream.fileno(), mode)
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except BaseException:
-        path.unlink()
-        raise

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import write_beside
 from bundle.envelope import Envelope, find_signers, parse_envelope, sign_statement
 from bundle.fields import Document, format_time
 from bundle.keys import (
@@ -325,11 +326,11 @@ def save_trust(trust: Trust, folder: Path) -> Path:
                         hint="somebody enrolled at the same time: look at it, then run it again",
                     )
                 continue
-            _write_file(path, envelope.to_bytes())
+            write_beside(path, envelope.to_bytes(), 0o644)
         if trust.revocations is not None:
             path = folder / f"{trust.revocations.version}.revocations.json"
             if not os.path.lexists(path):
-                _write_file(path, trust.revocations.envelope.to_bytes())
+                write_beside(path, trust.revocations.envelope.to_bytes(), 0o644)
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"{trust.version}.root.json")
         fresh.replace(link)
@@ -501,26 +502,6 @@ def _require_root_threshold(envelope: Envelope, judge: RootDocument, new: RootDo
             f"of version {judge.version}",
             hint="have it signed by the holders of the root keys",
         )
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write beside, sync, rename: a crash leaves the old state or the new one."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

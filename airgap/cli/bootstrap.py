@@ -89,8 +89,8 @@ def bootstrap(
     if outcome.changed:
         end = f"on record: audit log, record {outcome.record}, transcript {outcome.transcript}"
     if result is not None:
-        from airgap.install.store import write_beside
         from bundle.canonical import canonical_json
+        from bundle.durable import write_beside
 
         write_beside(result, canonical_json(outcome.as_document()))
     if outcome.refusal is not None:

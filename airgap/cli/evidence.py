@@ -51,7 +51,7 @@ class Repeated:
 
     def finish(self, vsa: Path | None) -> None:
         """Write the summary, or raise when something was not repeated."""
-        from airgap.install.store import write_beside
+        from bundle.durable import write_beside
         from bundle.evidence.deep import deep_summary
 
         raw = deep_summary(self.manifest, self.report, now=self.now)
@@ -202,7 +202,7 @@ def receipt(
         sealed.medium.check_spares()
         found = Receipt.of(sealed, scan, now=now)
     if html is not None:
-        from airgap.install.store import write_beside
+        from bundle.durable import write_beside
 
         write_beside(html, receipt_page(found).encode(), 0o644)
     show(found.document, table(found.rows), json=json)

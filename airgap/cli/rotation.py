@@ -393,7 +393,7 @@ def write_envelope(path: Path, envelope: Envelope) -> None:
 
 def put(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    from airgap.install.store import write_beside
+    from bundle.durable import write_beside
     from policy.errors import FaultError
 
     try:

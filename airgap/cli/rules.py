@@ -511,7 +511,7 @@ def write_new(path: Path, text: str) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    from airgap.install.store import write_beside
+    from bundle.durable import write_beside
 
     write_beside(path, content, 0o644)
 

@@ -31,9 +31,10 @@ from airgap.audit.checkpoint import Ring, load_log_key
 from airgap.audit.layout import Layout as LogLayout
 from airgap.audit.layout import last_checkpoint, read_lines, segment_range
 from airgap.audit.record import parse_line
-from airgap.install.store import delete_tree, sync_folder
+from airgap.install.store import delete_tree
 from bundle.archive import Progress
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import sync_folder
 from bundle.fields import Count, DigestText, Document, Instant, Sha256Hex
 from bundle.manifest import first_problem, require_paths
 from bundle.source import Source

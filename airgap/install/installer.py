@@ -22,12 +22,11 @@ from airgap.install.store import (
     InstalledBundle,
     Store,
     find_wrong,
-    sync_folder,
     verify_installed,
-    write_beside,
 )
 from bundle.archive import Progress
 from bundle.delta import Base, InstalledBase
+from bundle.durable import sync_folder, write_beside
 from bundle.envelope import Envelope, parse_seal
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium

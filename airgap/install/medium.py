@@ -7,7 +7,7 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from airgap.install.store import write_beside
+from bundle.durable import write_beside
 from bundle.media import Help
 from bundle.scan.wheelhouse import INSTALLER
 from bundle.trust import Trust

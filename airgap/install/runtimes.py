@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from airgap.install.store import Store, delete_tree, sync_folder
+from airgap.install.store import Store, delete_tree
+from bundle.durable import sync_folder
 from bundle.manifest import Manifest
 from bundle.scan.wheelhouse import list_path
 from policy.errors import FaultError, RefusedError

@@ -32,6 +32,7 @@ from pydantic import Field, ValidationError
 
 from bundle.archive import Progress
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.durable import sync_folder, write_beside
 from bundle.fields import Count, DigestText, Document, Instant, Name
 from bundle.keys import read_limited
 from bundle.manifest import MANIFEST_LIMIT, FileEntry, Manifest, first_problem, parse_manifest
@@ -454,36 +455,11 @@ def find_wrong(
     return ""
 
 
-def write_beside(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file beside, sync it, rename it over `path`, and sync the folder."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def delete_tree(folder: Path) -> None:
     """Delete a folder and all in it, read-only folders too; links are not followed."""
     for place, _, _ in os.walk(folder):
         Path(place).chmod(0o700)
     shutil.rmtree(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest_file(path: Path, algorithm: str, *, sync: bool) -> tuple[bytes, int]:

@@ -461,16 +461,16 @@ def test_two_that_enrol_at_once_do_not_overwrite_each_other(tmp_path, monkeypatc
         trust.add_key(base, bundles.public(name), [bundles.signer("root")], now=NOW)
         for name in ("bob", "carol")
     )
-    written = trust._write_file
+    written = trust.write_beside
     started = threading.Event()
     ends = []
 
-    def slow(path, content):
+    def slow(path, content, mode):
         started.set()
         time.sleep(0.2)
-        written(path, content)
+        written(path, content, mode)
 
-    monkeypatch.setattr(trust, "_write_file", slow)
+    monkeypatch.setattr(trust, "write_beside", slow)
     first = threading.Thread(target=lambda: ends.append(trust.save_trust(one, tmp_path)))
     first.start()
     assert started.wait(5)
