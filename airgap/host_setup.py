@@ -122,6 +122,9 @@ def set_up(places: Places, site: Site, program: Program) -> Iterator[tuple[bool,
         program.foreign("apparmor_parser", "-r", str(profile))
     owners = _owners(places, site)
     moved = [path for path, wanted in owners.items() if _settle(path, *wanted)]
+    for path in _closed(places.root):
+        moved.append(path)
+        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
     yield bool(moved), f"owners and modes in {places.root}"
 
 
@@ -191,11 +194,9 @@ def differences(places: Places, site: Site) -> list[str]:
     names = [GATE, log_account(site)]
     if missing := [name for name in names if places.real and not has_account(name)]:
         return [f"there is no account {name}" for name in missing]
-    return [
-        text
-        for path, wanted in _owners(places, site).items()
-        if (text := _differs(path, *wanted)) != ""
-    ]
+    found = [_differs(path, *wanted) for path, wanted in _owners(places, site).items()]
+    found += [f"{path} cannot be read by the daemon" for path in _closed(places.root)]
+    return [text for text in found if text]
 
 
 def to_start(places: Places, site: Site) -> str:
@@ -391,6 +392,19 @@ def _settle(path: Path, uid: int, gid: int, mode: int) -> bool:
     os.chown(path, uid, gid, follow_symlinks=False)
     path.chmod(mode)
     return True
+
+
+def _closed(root: Path) -> list[Path]:
+    """Return what root decides and the daemon could not read: written under a stricter umask."""
+    found = [root / "store" / "state.json"]
+    found += [path for name in ("trust", "policy") for path in (root / name).rglob("*")]
+    return [
+        path
+        for path in found
+        if path.exists()
+        and not path.is_symlink()
+        and path.stat().st_mode & (wanted := 0o055 if path.is_dir() else 0o044) != wanted
+    ]
 
 
 def _give(folder: Path, uid: int, gid: int) -> None:

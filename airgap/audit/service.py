@@ -230,7 +230,8 @@ class Service:
                 server.bind(str(self.path))
             finally:
                 os.umask(before)
-            if self.group >= 0:
+            # Mostly it is the own group already, and the unit's filter forbids to change owners.
+            if self.group not in {-1, self.path.stat().st_gid}:
                 os.chown(self.path, -1, self.group)
             self.path.chmod(self.mode)
             server.listen(64)

@@ -27,9 +27,9 @@ from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from airgap.config import Site
-    from airgap.gate import Rules
     from airgap.holds import Hold, Holds
     from airgap.release_desk import ReleaseDesk
+    from airgap.rules import Rules
 
 HAZARD_HINT = "the hazard officer sees more: airgap hold show"
 
@@ -40,6 +40,7 @@ Socket = Annotated[
         "--socket",
         help="Ask the daemon there, for one's own holds; default [service] socket of site.toml, "
         "where the holds of the tree cannot be read.",
+        readable=False,
     ),
 ]
 
@@ -261,7 +262,7 @@ def daemon_for(root: Path | None) -> Path | None:
     from airgap.cli.run import daemon_of
 
     tree = root_folder(root)
-    daemon = daemon_of(tree)
+    daemon = daemon_of(root)
     return None if os.access(tree / "holds", os.R_OK | os.X_OK) else daemon
 
 
@@ -367,10 +368,10 @@ class Desk:
     def of(cls, root: Path | None) -> Desk:
         """Open a tree."""
         from airgap.config import load_site
-        from airgap.gate import load_rules
         from airgap.holds import Holds
         from airgap.inquiry import find_reader
         from airgap.release_desk import ReleaseDesk
+        from airgap.rules import load_rules
         from bundle.trust import load_trust
         from policy.report import HAZARD_ROLE
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 INPUT_LIMIT = 12 * 1024 * 1024  # bytes of one input file
 
 
+SYSTEM_SOCKET = Path("/run/airgap-broker.sock")  # as packaging/systemd/airgap.socket has it
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(name="run")(run)
@@ -77,7 +80,11 @@ def run(
     receipt: Annotated[Path | None, typer.Option(help="Write the receipt (tlog-proof).")] = None,
     socket: Annotated[
         Path | None,
-        typer.Option(help="Ask the daemon there; default [service] socket of site.toml, if any."),
+        typer.Option(
+            help="Ask the daemon there; default [service] socket of site.toml, if any, and for who "
+            "has no tree of the own that of the system.",
+            readable=False,
+        ),
     ] = None,
     root: Root = None,
     json: Json = False,
@@ -115,7 +122,7 @@ def run(
 
     name = find_task(task).name  # an unknown task is told before anything starts
     check_outputs(name, outputs)
-    daemon = socket or daemon_of(root_folder(root))
+    daemon = socket or daemon_of(root)
     if daemon is not None:
         if model or valence or provider:
             raise UsageError(
@@ -180,12 +187,16 @@ def read_text(path: Path | None, option: str) -> str:
     return text
 
 
-def daemon_of(tree: Path) -> Path | None:
-    """Return the socket of the daemon that site.toml names, None where it names none."""
+def daemon_of(root: Path | None) -> Path | None:
+    """Return the socket of the daemon that site.toml names, None where it names none.
+
+    Who has no tree and names none asks the daemon of the system, where there is one.
+    """
     from airgap.config import FILE_NAME, load_site
 
+    tree = root_folder(root)
     if not (tree / FILE_NAME).is_file():
-        return None
+        return SYSTEM_SOCKET if root is None and SYSTEM_SOCKET.exists() else None
     named = load_site(tree).service.socket
     return Path(named) if named else None
 

@@ -346,7 +346,8 @@ class Store:
 
     def _write_state(self, state: State) -> None:
         raw = canonical_json(state.model_dump(mode="json", exclude_none=True))
-        write_beside(self.folder / "state.json", raw)
+        # Nothing in it is secret, and a daemon of another account reads it; the folder is the gate.
+        write_beside(self.folder / "state.json", raw, mode=0o644)
 
     def activate(self, digest: Digest | None) -> None:
         """Point `current` to an installed bundle, or to none."""
