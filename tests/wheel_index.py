@@ -107,7 +107,8 @@ def pack(path: Path, info: str, contents: dict[str, bytes]) -> Path:
         for name, raw in contents.items():
             member = zipfile.ZipInfo(name)  # 1980, as reproducible wheels have it
             member.external_attr = 0o644 << 16
-            member.compress_type = zipfile.ZIP_DEFLATED
+            large = len(raw) > 1 << 24  # compressing it would take the time of a test
+            member.compress_type = zipfile.ZIP_STORED if large else zipfile.ZIP_DEFLATED
             archive.writestr(member, raw)
     return path
 

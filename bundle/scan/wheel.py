@@ -19,6 +19,7 @@ import email.parser
 import hashlib
 import io
 import itertools
+import mmap
 import re
 import stat
 import zipfile
@@ -41,6 +42,7 @@ _WHEEL_NAME = re.compile(
     r"-(?P<python>[\w.]+)-(?P<abi>[\w.]+)-(?P<platform>[\w.]+)\.whl"
 )
 _PART = 1 << 20
+_RESIDENT = 32 << 20  # bytes of a mapped file that stay in memory while it is read
 # Clients that send without being asked: the one of onnxruntime from 1.29 on, and common services.
 # In two parts each: this file lies in a wheel that is searched for them.
 _TELEMETRY = (
@@ -141,7 +143,7 @@ def _opened(data: memoryview, name: str) -> Iterator[zipfile.ZipFile]:
     """Open a wheel; whatever the library stumbles over while it is read is a refusal."""
     _name(name)
     try:
-        with zipfile.ZipFile(_Bytes(data)) as archive:
+        with _Bytes(data) as stream, zipfile.ZipFile(stream) as archive:
             yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError) as error:
         raise _no(name, f"it cannot be read: {error!s:.120}") from error
@@ -386,7 +388,7 @@ class _Bytes(io.RawIOBase):
 
     def __init__(self, data: memoryview) -> None:
         super().__init__()
-        self._data, self._place = data, 0
+        self._data, self._place, self._touched = data, 0, 0
 
     def readable(self) -> bool:
         return True
@@ -408,7 +410,20 @@ class _Bytes(io.RawIOBase):
         end = len(self._data) if size is None or size < 0 else self._place + size
         block = bytes(self._data[self._place : end])
         self._place += len(block)
+        self._touched += len(block)
+        if self._touched > _RESIDENT:
+            self._forget()
         return block
+
+    def close(self) -> None:
+        self._forget()
+        super().close()
+
+    def _forget(self) -> None:
+        """Let the pages that were read go; a shared map reads them again where they are needed."""
+        self._touched, owner = 0, self._data.obj
+        if isinstance(owner, mmap.mmap):
+            owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _name(name: str) -> re.Match[str]:

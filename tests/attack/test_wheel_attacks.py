@@ -7,9 +7,13 @@ about it, so that the named check and not the digest has to find it.
 import base64
 import hashlib
 import io
+import mmap
+import random
+import re
 import struct
 import zipfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import wheel_index
@@ -403,3 +407,22 @@ def test_a_file_name_gives_name_and_version():
     for bad in ("x.whl", "x-1.0.tar.gz", "x-1.0-py3-none-any.whl\n", "../x-1.0-py3-none-any.whl"):
         with pytest.raises(RefusedError):
             split_wheel_name(bad)
+
+
+def test_a_large_wheel_is_not_kept_in_memory_while_it_is_read(tmp_path):
+    noise = random.Random(3).randbytes(48 << 20)
+    path = wheel_index.make_wheel(tmp_path, "one", "1.0", tag=LIB, files={"one/lib.so": noise * 2})
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+    before = resident()
+    check_wheel(memoryview(mapped), path.name)
+    assert resident() - before < 48 << 20
+    mapped.read()
+    assert resident() - before > 48 << 20
+    mapped.close()
+
+
+def resident():
+    """Return bytes of mapped files that this process holds in memory."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssFile:\s+(\d+) kB", text)[1]) * 1024
