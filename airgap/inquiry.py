@@ -12,13 +12,9 @@ from datetime import datetime
 from pathlib import Path
 
 from airgap.config import LegalDay, Person, Site
-from airgap.gate import (
-    Rules,
-    TaskFacts,
-    decide_admission,
-    decide_use,
-)
+from airgap.gate import TaskFacts, decide_admission, decide_use
 from airgap.model_facts import BundleFacts, bundle_facts, registry_facts
+from airgap.rules import Rules
 from policy.approvals import Approvals
 from policy.engine import NO_APPROVALS, Decision
 from policy.errors import RefusedError, UsageError

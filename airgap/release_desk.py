@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from airgap.config import Site
-from airgap.gate import Rules, in_legal_zone
+from airgap.gate import in_legal_zone
 from airgap.holds import Hold, Holds, Signed
+from airgap.rules import Rules
 from bundle.root import RootDocument
 from policy.approvals import Approvals, Case, fault_of
 from policy.terms import Digest, Scope

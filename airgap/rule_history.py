@@ -15,7 +15,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from airgap.gate import Rules, Source, rules_of
+from airgap.rules import Rules, Source, rules_of
 from policy.canonical import canonical_bytes
 from policy.engine import NO_APPROVALS, Decision, decide
 from policy.errors import RefusedError

@@ -16,8 +16,9 @@ from typing import Any
 import airgap
 from airgap import oscal, reviews
 from airgap.config import LegalDay, Site, read_plain
-from airgap.gate import Rules, decide_admission, load_rules
+from airgap.gate import decide_admission
 from airgap.reviews import Item
+from airgap.rules import Rules, load_rules
 from policy.approvals import Approvals
 from policy.canonical import canonical_bytes
 from policy.compare import Question, Rulebook

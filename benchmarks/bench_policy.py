@@ -21,8 +21,8 @@ from typing import Any
 from harness import Context, Result, alone, paired
 
 import policy.strict
-from airgap.gate import Rules, load_rules
 from airgap.model_facts import registry_facts
+from airgap.rules import Rules, load_rules
 from policy import Decision, Request, Start, cedar, combine, decide, parse_pack
 from policy.logic import All, AnyPath, Comparison, Condition, Not
 from policy.logic import Any as AnyOf

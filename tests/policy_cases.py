@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from airgap.config import Site, parse_site
-from airgap.gate import Rules, load_rules
+from airgap.rules import Rules, load_rules
 from policy import Approvals, Decision, Origin, Request, Start, decide
 from policy.terms import Digest, Fact, Known, Scope, Value
 

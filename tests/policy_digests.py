@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import policy.strict
-from airgap.gate import DIGESTS, shipped_files
+from airgap.rules import DIGESTS, shipped_files
 from policy.schema import PUBLISHED, to_text
 from policy.terms import Digest
 

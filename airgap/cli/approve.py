@@ -134,7 +134,7 @@ def show_all(*, root: Root = None, json: Json = False) -> None:
 
 def up_for_review(found: Sequence[Approval], tree: Path) -> list[str]:
     """Name the approvals of lineage rules that are older than an edition of a list held here."""
-    from airgap.gate import load_rules
+    from airgap.rules import load_rules
 
     rules = load_rules(tree)
     lineage = {each.id for each in rules.packs.rules if each.text.topic in {"lineage", "list"}}
@@ -239,8 +239,8 @@ class Told:
     def to_reader(cls, tree: Path) -> Told:
         """For the account that runs this; all of it for the hazard role."""
         from airgap.config import load_site
-        from airgap.gate import load_rules
         from airgap.inquiry import find_reader
+        from airgap.rules import load_rules
         from policy.report import HAZARD_ROLE
 
         try:
@@ -321,7 +321,7 @@ def finish(envelope: Envelope, tree: Path, *, json: bool) -> None:
 def without_effect(approval: Approval, tree: Path) -> dict[str, str]:
     """Say for each rule why the approval, as signed now, would not lift it on its first day."""
     from airgap.config import load_site
-    from airgap.gate import load_rules
+    from airgap.rules import load_rules
     from policy.approvals import Case, fault_of
     from policy.terms import Scope
 
@@ -395,7 +395,7 @@ def words_of(approval: Approval, told: Told = EVERYTHING) -> str:
 
 def approved_rules(ids: list[str], tree: Path) -> dict[str, int]:
     """Name the rules in the versions that are loaded here."""
-    from airgap.gate import load_rules
+    from airgap.rules import load_rules
 
     versions = {each.id: each.text.version for each in load_rules(tree).packs.rules}
     for each in ids:
@@ -406,8 +406,8 @@ def approved_rules(ids: list[str], tree: Path) -> dict[str, int]:
 
 def bundle_digest(bundle: str, tree: Path) -> Digest:
     """The digest of an installed bundle, of a bundle file with a good seal, or as written."""
-    from airgap.gate import load_rules
     from airgap.inquiry import find_subject
+    from airgap.rules import load_rules
     from policy.terms import Digest
 
     if bundle.startswith("sha256:"):

@@ -30,8 +30,8 @@ from policy.errors import AirgapError
 if TYPE_CHECKING:
     from airgap.audit import Actor
     from airgap.config import Site
-    from airgap.gate import Rules
     from airgap.install import InstalledBundle, Store
+    from airgap.rules import Rules
     from bundle.envelope import Envelope
     from bundle.manifest import Manifest
     from bundle.trust import Trust
@@ -173,8 +173,8 @@ def open_lab(folder: Path, project: str | None) -> Lab:
     """Read the site's facts and rules for one act on releases."""
     from airgap.approvals import load_approvals
     from airgap.config import load_site
-    from airgap.gate import load_rules
     from airgap.install.record import actor_of, admission, find_submitter
+    from airgap.rules import load_rules
     from bundle.trust import load_trust
 
     site = load_site(folder)

@@ -18,7 +18,7 @@ from airgap.cli.options import grouped
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from airgap.gate import Rules
+    from airgap.rules import Rules
     from policy.engine import Decision
     from policy.record import Idle
 
@@ -240,7 +240,7 @@ def decide(asked: Asked, root: Path, *, what_if: bool, drafts: Sequence[Path] = 
     """Gather the facts of a question and decide it."""
     from airgap import inquiry
     from airgap.config import load_site, unnamed_site
-    from airgap.gate import load_rules
+    from airgap.rules import load_rules
     from policy.report import HAZARD_ROLE
     from policy.terms import Scope
 

@@ -17,7 +17,7 @@ from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from airgap.config import LegalDay, Site
-    from airgap.gate import Rules
+    from airgap.rules import Rules
     from policy.compare import Difference, Due, Outlook
     from policy.lint import Finding
 
@@ -202,8 +202,8 @@ def diff(
     Golden scenarios and logged decisions are asked again. Exit 1 when an outcome changes.
     """
     from airgap import rulework
-    from airgap.gate import with_files
     from airgap.inquiry import site_approvals
+    from airgap.rules import with_files
     from policy.compare import diff as compare
 
     tree = root_folder(root)
@@ -425,7 +425,7 @@ def sign(
 ) -> None:
     """Check a file of rules or lists and sign it; a further person signs the same file again."""
     from airgap import site_rules
-    from airgap.gate import require_file
+    from airgap.rules import require_file
     from bundle.keys import read_limited
     from bundle.trust import load_trust
 
@@ -482,7 +482,7 @@ def _is_stale(beside: Path, content: bytes, name: str) -> bool:
 
 def load(root: Path | None) -> Rules:
     """The rules of this tree."""
-    from airgap.gate import load_rules
+    from airgap.rules import load_rules
 
     return load_rules(root_folder(root))
 
@@ -490,7 +490,7 @@ def load(root: Path | None) -> Rules:
 def _contents(packs: Sequence[Path] | None, root: Path | None) -> list[tuple[str, bytes]]:
     """Name and bytes of the packs to look at: those named, else every pack that is loaded."""
     from airgap.config import read_plain
-    from airgap.gate import shipped_files
+    from airgap.rules import shipped_files
 
     if packs:
         return [(str(each), read_plain(each, PACK_LIMIT + 1)) for each in packs]

@@ -411,7 +411,8 @@ def _admission(
 ) -> Callable[[Sequence[ModelEntry], Digest], bytes]:
     """Return the question that staging asks the policy of this site, as of the build time."""
     from airgap.config import load_site
-    from airgap.gate import decide_admission, load_rules
+    from airgap.gate import decide_admission
+    from airgap.rules import load_rules
     from policy import require
     from policy.terms import Outcome
 

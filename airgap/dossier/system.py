@@ -12,7 +12,7 @@ from airgap.config import Site
 from airgap.dossier.controls import ROWS
 from airgap.dossier.reports import About
 from airgap.dossier.usage import Evidence, LogFacts
-from airgap.gate import load_rules
+from airgap.rules import load_rules
 from bundle.trust import load_trust
 from policy.errors import AirgapError
 

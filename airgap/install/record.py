@@ -15,9 +15,10 @@ from airgap.audit.layout import Layout, read_lines, segment_count
 from airgap.audit.record import parse_line
 from airgap.audit.service import Log
 from airgap.config import LegalDay, Person, Site
-from airgap.gate import Rules, decide_admission
+from airgap.gate import decide_admission
 from airgap.install.installer import InstallEvent
 from airgap.install.lifecycle import ActEvent
+from airgap.rules import Rules
 from bundle.manifest import Manifest
 from policy.approvals import Approvals
 from policy.engine import Decision

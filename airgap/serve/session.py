@@ -37,6 +37,7 @@ from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
 from airgap.install.standing import require_standing, require_valid
+from airgap.rules import Rules
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
 from airgap.serve.provider import (
@@ -302,7 +303,7 @@ class UseFacts:
     """What a decision on a use rests on beside the job: read at each decision anew."""
 
     site: Site
-    rules: gate.Rules
+    rules: Rules
     person: Person
     approvals: Approvals
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from airgap import gate, rule_history
+from airgap import rule_history
 from airgap.audit.service import Log
 from airgap.config import FILE_NAME, Site, load_site, read_plain
+from airgap.rules import Rules, load_rules
 from bundle.trust import Trust, load_trust
 from policy.errors import FaultError
 from policy.terms import Digest
@@ -31,7 +32,7 @@ class Facts:
     """What was read, and the digest of the files that it was read from."""
 
     site: Site
-    rules: gate.Rules
+    rules: Rules
     trust: Trust
     digest: Digest
 
@@ -49,7 +50,7 @@ class Tree:
         """Return what the files say now.
 
         Raises:
-            RefusedError: As `load_site`, `gate.load_rules` and `load_trust`.
+            RefusedError: As `load_site`, `load_rules` and `load_trust`.
             FaultError: `host.state`, they are being changed all the time.
 
         """
@@ -60,7 +61,7 @@ class Tree:
                     return self._facts
                 found = Facts(
                     load_site(self.root),
-                    gate.load_rules(self.root),
+                    load_rules(self.root),
                     load_trust(self.root / "trust"),
                     digest,
                 )

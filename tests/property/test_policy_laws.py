@@ -22,7 +22,7 @@ from policy_cases import (
     rule,
 )
 
-from airgap.gate import Rules
+from airgap.rules import Rules
 from policy import (
     Approval,
     Approvals,

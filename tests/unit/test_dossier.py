@@ -27,8 +27,8 @@ from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier import FAMILIES, NEVER_SAID, ROWS, Page, Section, render
 from airgap.dossier.reports import families, role_conflicts
-from airgap.gate import load_rules
 from airgap.holds import Holds
+from airgap.rules import load_rules
 from airgap.serve.broker import Broker
 from bundle import trust
 from policy.errors import AirgapError, RefusedError

@@ -9,14 +9,9 @@ from policy_cases import BUNDLE, DAY, NOW, RULES, blocking, demo_site, pack_text
 from policy_site import put_signed
 
 from airgap.config import parse_site
-from airgap.gate import (
-    ScreenFacts,
-    TaskFacts,
-    decide_admission,
-    decide_use,
-    load_rules,
-)
+from airgap.gate import ScreenFacts, TaskFacts, decide_admission, decide_use
 from airgap.model_facts import bundle_facts, licence_ids, registry_facts
+from airgap.rules import load_rules
 from airgap.science.tasks import TASKS
 from bundle.manifest import Licence, LicenceFound, Lineage, ModelEntry, Supplier
 from policy import require

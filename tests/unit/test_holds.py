@@ -20,9 +20,9 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame
-from airgap.gate import load_rules
 from airgap.holds import Holds
 from airgap.inference.protocol import Done, Sample
+from airgap.rules import load_rules
 from airgap.science.views import screen_line
 from airgap.serve.broker import Broker
 from airgap.serve.present import reasons_of

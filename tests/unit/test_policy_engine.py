@@ -23,7 +23,7 @@ from policy_cases import (
     without,
 )
 
-from airgap.gate import Rules
+from airgap.rules import Rules
 from policy import (
     Approval,
     Approvals,

@@ -13,7 +13,7 @@ import pytest
 from policy_cases import ADMISSION, HARMLESS, RULES, USE, ask, pack_text, rule, without
 from policy_site import put_signed
 
-from airgap.gate import MAX_SITE_FILES, Rules, load_rules
+from airgap.rules import MAX_SITE_FILES, Rules, load_rules
 from policy import combine, decide, parse_lineage, parse_lists, parse_pack
 from policy.errors import RefusedError
 from policy.logic import T, compare

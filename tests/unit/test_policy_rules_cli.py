@@ -18,7 +18,7 @@ from policy_site import TRUST, put_key, put_signed
 import policy.strict
 from airgap.cli import policy as commands
 from airgap.cli.common import show_error
-from airgap.gate import load_rules
+from airgap.rules import load_rules
 from bundle import trust
 from policy.errors import AirgapError
 from policy.schema import pack_schema

@@ -12,7 +12,7 @@ from policy_cases import ADMISSION, DAY, HARMLESS, RULES, ask, known
 from policy_site import TRUST, enrol
 
 from airgap import adjudications
-from airgap.gate import Rules, load_rules
+from airgap.rules import Rules, load_rules
 from bundle import trust
 from policy import Origin, Snapshots, Start, parse_lists
 from policy.errors import RefusedError

@@ -18,8 +18,9 @@ from test_staging_build import member
 from test_staging_parity import MADE, PROMPTS, figures
 
 from airgap.cli.precisions import count_valid, wanted_precisions
-from airgap.gate import TaskFacts, decide_admission, decide_use, load_rules
+from airgap.gate import TaskFacts, decide_admission, decide_use
 from airgap.install import InstalledBundle
+from airgap.rules import load_rules
 from airgap.serve.session import describe, require_precision, running
 from bundle.graphs import parse_graphs
 from bundle.staging.convert import CPU, CUDA, Made

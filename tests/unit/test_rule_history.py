@@ -24,11 +24,11 @@ from airgap.cli.common import show_error
 from airgap.config import parse_site
 from airgap.demo import site_toml
 from airgap.dossier.usage import judge
-from airgap.gate import load_rules
 from airgap.holds import Holds
 from airgap.install import install
 from airgap.install.record import admission, recorder
 from airgap.rule_history import History
+from airgap.rules import load_rules
 from bundle import trust
 from policy.approvals import Approvals
 from policy.errors import AirgapError, RefusedError

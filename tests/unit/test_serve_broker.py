@@ -19,9 +19,9 @@ from airgap.config import Limits, load_site
 from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame, ProgramError
 from airgap.extras import EXTRAS, require_extras
-from airgap.gate import load_rules
 from airgap.inference.protocol import Done, Progress, Sample
 from airgap.install.record import actor_of
+from airgap.rules import load_rules
 from airgap.science.program import create
 from airgap.serve import Job, check_outputs, present
 from airgap.serve.broker import Broker, Model, printable

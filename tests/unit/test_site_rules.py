@@ -14,7 +14,7 @@ from policy_site import ISSUED, TRUST, put_signed
 
 import policy.strict
 from airgap import site_rules
-from airgap.gate import DIGESTS, load_rules, shipped_files
+from airgap.rules import DIGESTS, load_rules, shipped_files
 from bundle import trust
 from bundle.root import next_version
 from policy.errors import RefusedError
