@@ -171,3 +171,119 @@ def _write_shard(
                 rest -= len(part)
                 start = (start + len(part)) % _POOL
     return start
+
+
+# -- an oracle of a few lines, one matrix in memory at a time --------------------------------------
+
+
+class Oracle:
+    """The published weights in numpy, fp32: no line of it is shared with the graph or torch."""
+
+    ROWS = 4096  # of a matrix that are widened at once
+
+    def __init__(self, folder: Path) -> None:
+        self.config = json.loads((folder / "config.json").read_text())
+        self.places: dict[str, tuple[Path, int, list[int], str]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(size))
+            for name, item in header.items():
+                if name != "__metadata__":
+                    start = 8 + size + item["data_offsets"][0]
+                    self.places[name] = path, start, item["shape"], item["dtype"]
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """Return float32[tokens, vocabulary]."""
+        config = self.config
+        path, start, dims, dtype = self.places["model.embed_tokens.weight"]
+        x = self._widen(self._raw(path, start, dims, dtype)[ids], dtype)
+        for layer in range(config["num_hidden_layers"]):
+            at = f"model.layers.{layer}."
+            x = x + self._attention(at, self._norm(x, f"{at}input_layernorm.weight"))
+            y = self._norm(x, f"{at}post_attention_layernorm.weight")
+            moe = "num_local_experts" in config
+            x = x + (self._experts(at, y) if moe else self._forward(at, y))
+        tied = config.get("tie_word_embeddings") is True
+        head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return self._times(self._norm(x, "model.norm.weight"), head)
+
+    def _attention(self, at: str, x: np.ndarray) -> np.ndarray:
+        config, count = self.config, len(x)
+        heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
+        width = config.get("head_dim") or config["hidden_size"] // heads
+        parts = []
+        for name, number in (("q", heads), ("k", kv), ("v", kv)):
+            part = self._times(x, f"{at}self_attn.{name}_proj.weight").reshape(count, number, width)
+            if f"{at}self_attn.{name}_norm.weight" in self.places:
+                part = self._norm(part, f"{at}self_attn.{name}_norm.weight")
+            parts.append(part if name == "v" else self._turn(part))
+        q, k, v = (part.transpose(1, 0, 2) for part in parts)
+        k, v = (np.repeat(part, heads // kv, axis=0) for part in (k, v))
+        scores = q @ k.transpose(0, 2, 1) / np.sqrt(np.float32(width))
+        scores[:, np.triu(np.ones((count, count), dtype=bool), 1)] = -np.inf
+        shares = np.exp(scores - scores.max(axis=2, keepdims=True))
+        mixed = (shares / shares.sum(axis=2, keepdims=True)) @ v
+        flat = mixed.transpose(1, 0, 2).reshape(count, heads * width)
+        return self._times(flat, f"{at}self_attn.o_proj.weight")
+
+    def _turn(self, part: np.ndarray) -> np.ndarray:
+        """Rotate the first half of each head against the second."""
+        half = part.shape[2] // 2
+        turns = self.config.get("rope_theta", 10000.0) ** (-np.arange(half) / half)
+        scaling = self.config.get("rope_scaling") or {}
+        if scaling:  # that of Llama 3
+            waves = 2 * np.pi / turns
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            share = scaling["original_max_position_embeddings"] / waves
+            smooth = np.clip((share - low) / (high - low), 0.0, 1.0)
+            turns = turns * (smooth + (1 - smooth) / scaling["factor"])
+        angles = np.arange(len(part))[:, None, None] * turns
+        cos, sin = np.cos(angles), np.sin(angles)
+        one, two = part[..., :half], part[..., half:]
+        return np.concatenate([one * cos - two * sin, two * cos + one * sin], 2, dtype=np.float32)
+
+    def _forward(self, at: str, x: np.ndarray) -> np.ndarray:
+        gate, up = (self._times(x, f"{at}mlp.{name}_proj.weight") for name in ("gate", "up"))
+        return self._times(gate / (1 + np.exp(-gate)) * up, f"{at}mlp.down_proj.weight")
+
+    def _experts(self, at: str, x: np.ndarray) -> np.ndarray:
+        moe, result = f"{at}block_sparse_moe.", np.zeros_like(x)
+        logits = self._times(x, f"{moe}gate.weight")
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        best = np.argsort(-shares, axis=1)[:, : self.config["num_experts_per_tok"]]
+        total = np.take_along_axis(shares, best, axis=1).sum(axis=1)
+        for expert in range(self.config["num_local_experts"]):
+            mine = (best == expert).any(axis=1)
+            inner = f"{moe}experts.{expert}."
+            if mine.any():
+                gate, up = (self._times(x[mine], f"{inner}{name}.weight") for name in ("w1", "w3"))
+                down = self._times(gate / (1 + np.exp(-gate)) * up, f"{inner}w2.weight")
+                result[mine] += down * (shares[mine, expert] / total[mine])[:, None]
+        return result
+
+    def _norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        path, start, dims, dtype = self.places[name]
+        scale = np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.config["rms_norm_eps"])
+        weight = self._widen(self._raw(path, start, dims, dtype), dtype)
+        return (x / scale * weight).astype(np.float32)
+
+    def _times(self, x: np.ndarray, name: str) -> np.ndarray:
+        path, start, dims, dtype = self.places[name]
+        raw = self._raw(path, start, dims, dtype)
+        found = np.empty((len(x), dims[0]), np.float32)
+        for row in range(0, dims[0], self.ROWS):
+            found[:, row : row + self.ROWS] = x @ self._widen(raw[row : row + self.ROWS], dtype).T
+        return found
+
+    @staticmethod
+    def _raw(path: Path, start: int, dims: list[int], dtype: str) -> np.ndarray:
+        kind = {"BF16": np.uint16, "F32": np.float32}[dtype]
+        return np.memmap(path, kind, "r", start, tuple(dims))
+
+    @staticmethod
+    def _widen(raw: np.ndarray, dtype: str) -> np.ndarray:
+        if dtype == "F32":
+            return np.asarray(raw)
+        return (np.asarray(raw).astype(np.uint32) << 16).view(np.float32)

@@ -16,6 +16,7 @@ from enclave_harness import needs_namespaces
 from lab_trees import make_staging
 
 from airgap.demo import site_toml
+from bundle.staging.sign import read_draft
 
 pytestmark = needs_namespaces
 NAME = "logos-ref-tiny"
@@ -123,6 +124,7 @@ def records(capsys, lab, kind):
 
 def test_the_build_says_under_which_seal_and_how_near(trees):
     built = trees.built
+    assert str(read_draft(trees.base / "tiny.agb").digest) == built["digest"]
     assert built["rung"] in {"A", "U", "B"}
     assert built["provenance_level"] == "L2"
     assert built["parity"]["prompts"] >= 20
@@ -166,6 +168,27 @@ def test_a_precision_that_the_bundle_lacks_is_refused_before_anything_starts(lab
     assert call(capsys, "audit", "show", "--root", lab).document["records"] == before
     shown = call(capsys, "inspect", NAME, "--root", lab)
     assert any("model.precision" in alarm for alarm in shown.document["alarms"])
+
+
+PROTEIN = "MKVL" * 150  # its copy needs more than the 512 positions of this model
+TASK = ("run", "binding-site", "--project", "route-design", "-n", "1")
+IMPOSSIBLE = {
+    "cuda without a GPU": ((*RUN, "--provider", "cuda"), {"model.provider", "enclave.gpu"}),
+    "tensorrt without one": ((*RUN, "--provider", "tensorrt"), {"model.provider", "enclave.gpu"}),
+    "more than the context": ((*TASK, "--sequence", PROTEIN), {"prompt.g10"}),
+    "no such model": ((*RUN, "--model", "other"), {"store.missing"}),
+}
+
+
+@pytest.mark.parametrize(("words", "codes"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_what_cannot_run_is_refused_with_a_code_and_leaves_nothing(lab, capsys, words, codes):
+    before = sorted(path.name for path in lab.iterdir())
+    done = call(capsys, *words, "--csv", lab.parent / "out.csv", "--root", lab)
+    assert done.status == 1, done.text
+    assert done.document["code"] in codes
+    assert done.document["hint"]
+    assert not (lab.parent / "out.csv").exists()
+    assert sorted(path.name for path in lab.iterdir()) == before
 
 
 def test_an_installed_release_is_told_as_it_is_now_and_not_at_all_once_altered(lab, capsys):

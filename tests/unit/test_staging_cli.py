@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import bundles
 import pytest
@@ -171,34 +170,6 @@ def run_build(snapshot, root, out, *more):
         *("--key", root / "keys" / "builder.pem", "--root", root, "--project", "chem-1"),
         *("--supplier", "airgap project", "--jurisdiction", "none", *more),
     )
-
-
-@pytest.mark.slow
-def test_build_under_the_real_seal(snapshot, root, tmp_path, monkeypatch):
-    if reason := seal_works():
-        pytest.skip(reason)
-    pins = tmp_path / "pins"
-    listed = subprocess.run(
-        ["sha256sum", *sorted(path.name for path in snapshot.iterdir())],
-        cwd=snapshot,
-        capture_output=True,
-        check=True,
-    )
-    pins.write_bytes(listed.stdout)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", str(int(bundles.NOW.timestamp())))
-    words = ("--pin", pins, "--modality", "molecule", "--json")
-    out, error = call(*run_build(snapshot, root, Path("tiny.agb"), *words))
-    assert error is None
-    document = json.loads(out)
-    assert document["rung"] in {"A", "U", "B"}
-    assert document["provenance_level"] == "L1"
-    assert document["parity"]["prompts"] >= 20
-    assert float(document["parity"]["max_delta_with_cache"]) <= 1e-3
-    draft = read_draft(tmp_path / "tiny.agb")
-    assert str(draft.digest) == document["digest"]
-    assert draft.manifest.epoch == int(bundles.NOW.timestamp())
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "pins", "tiny.agb"}
 
 
 def test_build_asks_the_policy_of_the_site(snapshot, root, tmp_path):
