@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from policy.errors import AirgapError, UsageError
 if TYPE_CHECKING:
     from airgap.install import Store
     from airgap.install.runtimes import Runtime
+    from bundle.manifest import Manifest
 
 _MEBIBYTE = 1 << 20
 
@@ -103,6 +105,20 @@ def program_rows(document: dict[str, Any] | None) -> list[tuple[str, str]]:
         for each in found
         if not each["needs"]
     ]
+
+
+def wheels_rows(manifest: Manifest, environment: Path | None = None) -> list[tuple[str, str]]:
+    """Say where the program that a release brought along is, if another one answers now."""
+    from airgap.install.runtimes import find_prefix, is_there, runtime_of
+
+    here = Path(sys.prefix if environment is None else environment).resolve()
+    prefix, made = find_prefix(here), runtime_of(manifest)
+    if prefix is None or not made or here.name in made:
+        return []
+    there = [name for name in made if is_there(prefix, name)]
+    state = f"{prefix}/runtimes/{there[0]}" if there else "not on this host any more"
+    text = f"another one came with this release ({state}): sh install.sh from its medium"
+    return [("program", text)]
 
 
 def _remove(prefix: Path, names: list[str], folder: Path, store: Store, *, json: bool) -> None:

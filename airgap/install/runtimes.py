@@ -154,6 +154,11 @@ def runtime_of(manifest: Manifest) -> tuple[str, ...]:
     return tuple(entry.sha256[:ID_LENGTH] for entry in lists if entry is not None)
 
 
+def is_there(prefix: Path, name: str) -> bool:
+    """Tell whether a whole environment of that id lies below a prefix."""
+    return (prefix / _RUNTIMES / name / DONE).is_file()
+
+
 def _get(known: dict[str, Runtime], name: str) -> Runtime:
     found = known.get(name)
     if found is None:

@@ -410,7 +410,7 @@ def test_a_file_name_gives_name_and_version():
 
 
 def test_a_large_wheel_is_not_kept_in_memory_while_it_is_read(tmp_path):
-    noise = random.Random(3).randbytes(48 << 20)
+    noise = random.Random(3).randbytes(36 << 20)
     path = wheel_index.make_wheel(tmp_path, "one", "1.0", tag=LIB, files={"one/lib.so": noise * 2})
     with path.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)

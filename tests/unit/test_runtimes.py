@@ -19,7 +19,7 @@ from test_bootstrap_main import house_for
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import Layout, read_lines
 from airgap.cli import invoke
-from airgap.cli.runtimes import program_document, program_rows
+from airgap.cli.runtimes import program_document, program_rows, wheels_rows
 from airgap.demo import site_toml
 from airgap.install import Store
 from airgap.install.runtimes import (
@@ -160,6 +160,19 @@ def test_one_that_an_installed_release_brought_is_needed_until_that_goes(prefix,
     assert [each.runtime.id for each in remove(prefix, store)] == [OLD, OLDER]
     shutil.rmtree(store.installed)
     assert [each.runtime.id for each in remove(prefix, store)] == [brought]
+
+
+def test_a_release_that_came_with_another_program_says_where_that_is(prefix, tmp_path, house):
+    manifest = install_release(Store(tmp_path / "store"), house, tmp_path)
+    (brought,) = runtime_of(manifest)
+    here = prefix / "runtimes" / ACTIVE
+    assert "not on this host any more" in wheels_rows(manifest, here)[0][1]
+    environment(prefix, brought)
+    assert str(prefix / "runtimes" / brought) in wheels_rows(manifest, here)[0][1]
+    assert wheels_rows(manifest, prefix / "runtimes" / brought) == []
+    assert wheels_rows(manifest) == []  # a checkout was installed by nobody
+    bare = manifest.model_copy(update={"runtimes": ()})
+    assert wheels_rows(bare, here) == []
 
 
 def test_a_store_that_cannot_tell_what_is_installed_removes_nothing(prefix, tmp_path):
