@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from airgap.cli.common import Json, Root, account_name, root_folder, show
+from airgap.cli.options import grouped
+from airgap.cli.report import Span, Written, installed
 from policy.errors import FaultError, UsageError
 
 _READ_ME = """Verifiers for exports of an airgap usage log. They share no code with airgap.
@@ -116,13 +118,13 @@ def rows(
     show({"out": str(out), "format": name, "rows": count}, f"{count} rows in {out}", json=json)
 
 
+@grouped
 def report(
     log: Annotated[
         Path | None, typer.Argument(help="A log or an export. Default: your own log.")
     ] = None,
     *,
-    since: Annotated[str, typer.Option("--since", help="UTC, such as 2026-11-25.")] = "",
-    until: Annotated[str, typer.Option("--until", help="UTC, not included.")] = "",
+    span: Span,
     vkey: Annotated[
         Path | None,
         typer.Option("--vkey", help="Verifier keys; default for your own log: its own."),
@@ -130,12 +132,7 @@ def report(
     anchors: Annotated[
         list[Path] | None, typer.Option(help="Receipts or heads kept elsewhere; repeatable.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write the page with its charts.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A new folder for JSON, page and hashes.")
-    ] = None,
+    written: Written,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -146,12 +143,11 @@ def report(
 
     from airgap.audit import load_ring
     from airgap.audit.query import Filter
-    from airgap.cli.report import finish, installed
     from airgap.dossier import add_up, totals_report
     from airgap.dossier.reports import About
     from airgap.dossier.usage import judge
 
-    Filter(since=since, until=until)  # refuses what is no time
+    Filter(since=span.since, until=span.until)  # refuses what is no time
     tree = root_folder(root)
     folder = tree / "audit" if log is None else log.expanduser().absolute()
     own = tree / "keys" / "audit.vkey"
@@ -160,8 +156,8 @@ def report(
     author = account_name() or str(os.getuid())
     models = installed(tree) if log is None else {}
     about = About(author, datetime.now(UTC), version("airgap"), models)
-    found = add_up(folder, facts, since=since, until=until)
-    finish(totals_report(found, facts, about), html, out, json=json)
+    found = add_up(folder, facts, since=span.since, until=span.until)
+    written.finish(totals_report(found, facts, about), json=json)
 
 
 def tools(

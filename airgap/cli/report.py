@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, account_name, root_folder, show
+from airgap.cli.options import grouped
 from policy.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,41 @@ Out = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Span:
+    """The time that a report is about."""
+
+    since: Since = ""
+    until: Until = ""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a report is written, beside what is shown."""
+
+    html: Html = None
+    out: Out = None
+
+    def finish(self, page: Page, *, json: bool) -> None:
+        """Write what was asked for and show the page in words."""
+        from rich.text import Text
+
+        from airgap.dossier import render
+        from airgap.serve.present import write_whole
+
+        written = {}
+        if self.html is not None:
+            write_whole(self.html, render(page))
+            written["html"] = str(self.html)
+        if self.out is not None:
+            files = {"report.json": to_json(page.document), "report.html": render(page)}
+            if rows := page.document.get("uses"):
+                files["uses.csv"] = to_csv(rows)
+            written |= {name: str(self.out / name) for name in write_folder(self.out, files)}
+        document = {**page.document, "id": page.id, "written": written}
+        show(document, Text(words(page, written)), json=json)
+
+
 def register(app: typer.Typer) -> None:
     """Add the group and the command."""
     group = typer.Typer(help="Evidence by award and by control.", no_args_is_help=True)
@@ -46,14 +82,13 @@ def register(app: typer.Typer) -> None:
     app.command("dossier")(dossier)
 
 
+@grouped
 def award(
     award: Annotated[str, typer.Argument(help="Project of site.toml.")],
     *,
-    since: Since = "",
-    until: Until = "",
+    span: Span,
     anchors: Anchors = None,
-    html: Html = None,
-    out: Out = None,
+    written: Written,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -62,21 +97,20 @@ def award(
     from airgap.dossier import award_report, gather
 
     desk = Desk.of(root, anchors)
-    evidence = gather(desk.audit, desk.log, project=award, since=since, until=until)
+    evidence = gather(desk.audit, desk.log, project=award, since=span.since, until=span.until)
     page = award_report(
         evidence, desk.site, award, desk.about, approvals=desk.approvals(), reviews=owed(desk.tree)
     )
-    finish(page, html, out, json=json)
+    written.finish(page, json=json)
 
 
+@grouped
 def controls(
     *,
     family: Annotated[str, typer.Option("--family", help="Such as 3.3; default all.")] = "",
-    since: Since = "",
-    until: Until = "",
+    span: Span,
     anchors: Anchors = None,
-    html: Html = None,
-    out: Out = None,
+    written: Written,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -88,23 +122,22 @@ def controls(
         known = ", ".join(FAMILIES)
         raise UsageError("usage.argument", f"--family {family!r:.20}", hint=f"one of {known}")
     desk = Desk.of(root, anchors)
-    evidence = gather(desk.audit, desk.log, since=since, until=until)
+    evidence = gather(desk.audit, desk.log, since=span.since, until=span.until)
     conflicts = role_conflicts(desk.site, desk.trust())
     page = controls_report(evidence, desk.about, family=family, conflicts=conflicts)
-    finish(page, html, out, json=json)
+    written.finish(page, json=json)
 
 
+@grouped
 def not_used(
     *,
     award: Annotated[str, typer.Option("--award", help="Project of site.toml, or another id.")],
     model: Annotated[
         str, typer.Option("--model", help="Name or digest of a bundle; default any model.")
     ] = "",
-    since: Since = "",
-    until: Until = "",
+    span: Span,
     anchors: Anchors = None,
-    html: Html = None,
-    out: Out = None,
+    written: Written,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -112,10 +145,10 @@ def not_used(
     from airgap.dossier import gather, not_used_report
 
     desk = Desk.of(root, anchors)
-    evidence = gather(desk.audit, desk.log, project=award, since=since, until=until)
+    evidence = gather(desk.audit, desk.log, project=award, since=span.since, until=span.until)
     digest = desk.digest(model) if model else ""
     page = not_used_report(evidence, desk.site, award, desk.about, model=digest)
-    finish(page, html, out, json=json)
+    written.finish(page, json=json)
     if page.document["used"]:
         raise typer.Exit(1)
 
@@ -139,12 +172,12 @@ def oscal(
     show({"out": str(out), "files": files}, "\n".join(f"{out}/{name}" for name in files), json=json)
 
 
+@grouped
 def dossier(
     request: Annotated[str, typer.Argument(help="Request id, or the reference of a record.")],
     *,
     anchors: Anchors = None,
-    html: Html = None,
-    out: Out = None,
+    written: Written,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -164,30 +197,10 @@ def dossier(
         if found.request in {each.request, each.parent}
     ]
     page = request_dossier(found, desk.log, desk.about, holds=holds, reviews=owed(desk.tree))
-    finish(page, html, out, json=json)
+    written.finish(page, json=json)
 
 
 # -- output ---------------------------------------------------------------------------------------
-
-
-def finish(page: Page, html: Path | None, out: Path | None, *, json: bool) -> None:
-    """Write what was asked for and show the page in words."""
-    from airgap.dossier import render
-    from airgap.serve.present import write_whole
-
-    written = {}
-    if html is not None:
-        write_whole(html, render(page))
-        written["html"] = str(html)
-    if out is not None:
-        files = {"report.json": to_json(page.document), "report.html": render(page)}
-        if rows := page.document.get("uses"):
-            files["uses.csv"] = to_csv(rows)
-        written |= {name: str(out / name) for name in write_folder(out, files)}
-    from rich.text import Text
-
-    document = {**page.document, "id": page.id, "written": written}
-    show(document, Text(words(page, written)), json=json)
 
 
 def words(page: Page, written: dict[str, str]) -> str:
