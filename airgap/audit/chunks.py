@@ -3,12 +3,15 @@
 The record of a piece commits to all output so far, under the one nonce of the output, and carries
 the number of the piece. The outcome commits to what the last piece did, so its receipt stands for
 every piece, and whoever keeps output and nonce can check each of them.
+
+Nothing in this program streams: an answer is screened as a whole, so it leaves as a whole. The
+records are part of the format all the same, because verifiers that lie elsewhere judge a log for as
+long as it is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from airgap.audit.record import Actor, Commit, Event
 from policy.errors import RefusedError
@@ -103,33 +106,3 @@ class Streamed:
         if self._last is None:
             return self._log.commit(b"", self._nonce, req=self._req, side="out")
         return self._last
-
-
-class Part(NamedTuple):
-    """The newest chunk of a request that is open."""
-
-    part: int
-    commit: str
-    bytes: int
-
-
-def next_part(before: Part | None, record: Mapping[str, Any]) -> tuple[Part | None, str]:
-    """Return the newest chunk after `record`, and in words how that breaks the order of chunks.
-
-    Args:
-        before: The chunk before it, None for the first.
-        record: A valid chunk or outcome of an inference.
-
-    """
-    out = record.get("out")
-    if record["phase"] == "chunk" and out is not None:
-        expected = 0 if before is None else before.part + 1
-        wrong = ""
-        if record["part"] != expected:
-            wrong = f"chunk {record['part']} where chunk {expected} was due"
-        elif out["bytes"] <= (0 if before is None else before.bytes):
-            wrong = f"chunk {expected} adds nothing"
-        return Part(record["part"], out["commit"], out["bytes"]), wrong
-    if before is None or out is None or (out["commit"], out["bytes"]) == before[1:]:
-        return None, ""
-    return None, f"an outcome that commits to another output than chunk {before.part}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from airgap.audit.chunks import Part, next_part
 from airgap.audit.recovery import OpenIntents, note_intent
 
 
@@ -34,3 +33,33 @@ class Order:
                 self._parts[req] = newest
         note_intent(self._intents, fields)
         return ""
+
+
+class Part(NamedTuple):
+    """The newest chunk of a request that is open."""
+
+    part: int
+    commit: str
+    bytes: int
+
+
+def next_part(before: Part | None, record: Mapping[str, Any]) -> tuple[Part | None, str]:
+    """Return the newest chunk after `record`, and in words how that breaks the order of chunks.
+
+    Args:
+        before: The chunk before it, None for the first.
+        record: A valid chunk or outcome of an inference.
+
+    """
+    out = record.get("out")
+    if record["phase"] == "chunk" and out is not None:
+        expected = 0 if before is None else before.part + 1
+        wrong = ""
+        if record["part"] != expected:
+            wrong = f"chunk {record['part']} where chunk {expected} was due"
+        elif out["bytes"] <= (0 if before is None else before.bytes):
+            wrong = f"chunk {expected} adds nothing"
+        return Part(record["part"], out["commit"], out["bytes"]), wrong
+    if before is None or out is None or (out["commit"], out["bytes"]) == before[1:]:
+        return None, ""
+    return None, f"an outcome that commits to another output than chunk {before.part}"

@@ -18,12 +18,12 @@ from typing import Final
 
 import orjson
 
-from airgap.audit.chunks import Part, next_part
 from airgap.audit.disk import open_plain
 from airgap.audit.epochs import Rotation, find_rotation
 from airgap.audit.findings import NOTE, TAMPERED, UNKNOWN, Findings
 from airgap.audit.grammar import Line, read_line
 from airgap.audit.layout import Layout, pruned_leaves, read_kept, read_lines, segment_range
+from airgap.audit.order import Part, next_part
 from airgap.audit.previous import NAMES_ONE, Previous, find_previous
 from airgap.audit.record import FIRST_PREV, MAX_LINE, Record
 from airgap.audit.tiles import SEGMENT, WIDTH, Edge, Node, Tiles
