@@ -13,6 +13,7 @@ from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, account_name, root_folder, show
 from airgap.cli.forms import Discs, Passphrase, Project, TransitKeys, Volumes
 from airgap.cli.install import bundle_document, open_lab, take_in
+from airgap.cli.runtimes import wheels_rows
 from policy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -347,6 +348,7 @@ def _show_switched(done: Switched, *, json: bool) -> None:
         rows.append(
             ("approved", f"{', '.join(approval.approvers)}: {approval.statement.reason:.200}")
         )
+    rows += wheels_rows(manifest)
     rows.append(("on record", f"audit log, record {done.receipt.seq}"))
     show(document, table(rows), json=json)
 
