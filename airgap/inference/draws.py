@@ -6,7 +6,7 @@ that is decided for one bears on another (docs/design/science.md, 4).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from airgap.inference.rows import Row
 
 WIDE = 1024  # candidates where no top-k is asked for; a smaller vocabulary is kept whole
 WHOLE = 4096
+_AHEAD = 96  # steps that random numbers are drawn ahead; more than a guess has
 _TRIES = np.int64(32)  # where the number of a redraw stands in the counter of the generator
 
 Ids = npt.NDArray[np.int64]
@@ -71,7 +72,7 @@ class Draws:
         columns = sampling.choose(
             found.scores,
             found.ids,
-            _uniforms(rows, steps),
+            _uniforms(rows, steps.tolist()),
             temperature=np.array([request.temperature for request in requests]),
             top_p=np.array([request.top_p for request in requests]),
             top_k=np.array(top_k),
@@ -133,7 +134,11 @@ class Draws:
             drawn = sampling.choose(
                 scores,
                 found.ids[place, left][None],
-                _uniforms([row], np.array([step + (tries << _TRIES)], dtype=np.int64)),
+                sampling.uniform(
+                    _seeds([row]),
+                    np.array([row.index], dtype=np.int64),
+                    np.array([step + (tries << _TRIES)], dtype=np.int64),
+                ),
                 temperature=np.array([request.temperature]),
                 top_p=np.array([request.top_p]),
                 top_k=np.array([request.top_k or len(left)]),
@@ -142,9 +147,31 @@ class Draws:
         return -1, refused
 
 
-def _uniforms(rows: Sequence[Row], steps: Ids) -> Floats:
-    return sampling.uniform(
-        np.array([row.job.request.seed for row in rows], dtype=np.uint64),
-        np.array([row.index for row in rows], dtype=np.int64),
-        steps,
+def _uniforms(rows: Sequence[Row], steps: Sequence[int]) -> Floats:
+    """Return float64[rows], the random number of each row at its step.
+
+    A call of the generator costs as much for one number as for some hundred, and a step of a small
+    model not much more than such a call: numbers are drawn some steps ahead.
+    """
+    first: dict[Row, int] = {}  # steps of one row rise
+    short: dict[Row, int] = {}
+    for row, step in zip(rows, steps, strict=True):
+        start = first.setdefault(row, step)
+        if not 0 <= start - row.numbers_from <= step - row.numbers_from < len(row.numbers):
+            short[row] = start
+    if short:
+        ahead = np.array(list(short.values()), dtype=np.int64)[:, None] + np.arange(_AHEAD)
+        drawn = sampling.uniform(
+            np.broadcast_to(_seeds(short)[:, None], ahead.shape),
+            np.broadcast_to(np.array([[row.index] for row in short]), ahead.shape),
+            ahead,
+        )
+        for (row, start), numbers in zip(short.items(), drawn, strict=True):
+            row.numbers, row.numbers_from = numbers, start
+    return np.array(
+        [row.numbers[step - row.numbers_from] for row, step in zip(rows, steps, strict=True)]
     )
+
+
+def _seeds(rows: Iterable[Row]) -> npt.NDArray[np.uint64]:
+    return np.array([row.job.request.seed for row in rows], dtype=np.uint64)

@@ -242,8 +242,8 @@ class Engine:
         lengths = np.array([row.length for row in rows], dtype=np.int32)
         picked = [rows[number] for number in plain]
         states = [row.state for row in picked]
-        longest = max(row.length for row in picked)
-        head = self._draws.head(np.array(plain), picked, states, seen=batch.seen[plain, :longest])
+        # The whole width, whose rest repeats an id: a run of one shape stays bound (`fast`).
+        head = self._draws.head(np.array(plain), picked, states, seen=batch.seen[plain])
         found = batch.run(ids, lengths, head, jobs={row.job for row in picked})
         steps = np.array([len(row.ids) for row in picked])
         columns, refused = self._draws.choose(picked, states, found, steps=steps)

@@ -7,6 +7,8 @@ neighbouring slots (docs/design/inference.md, 3 and 5; the inputs are those of
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 PIECE = 256  # ids of a prompt that run at once: fixed, so that a shared prefix has the same bits
+_BOUND = 8  # shapes of runs that stay bound: a step, the pieces of a prompt, guesses
 _OUTPUTS = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
 _KV = np.float32
 # Of the buffers, by the graph's own word: what numpy keeps them as, and ONNX's number of the type.
@@ -54,6 +57,11 @@ class Head:
     legal: Bools | None = None
     target: Ids | None = None
 
+    @property
+    def history(self) -> int:
+        """How many ids of each position are punished; 0 without a penalty."""
+        return 0 if self.seen is None or self.penalty is None else self.seen.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -67,8 +75,16 @@ class Found:
     target_raw: Floats
 
 
+_stamps = itertools.count()
+
+
 class Slots:
-    """Keys and values of up to `rows` sequences of up to `capacity` ids; one buffer each."""
+    """Keys and values of up to `rows` sequences of up to `capacity` ids; one buffer each.
+
+    Attributes:
+        stamp: Changes whenever the buffers move; no two sets of buffers ever have the same.
+
+    """
 
     def __init__(
         self,
@@ -83,6 +99,7 @@ class Slots:
         # Not touched until written: pages of samples that end early are never taken.
         self._buffers: list[npt.NDArray[Any]]
         self._buffers = [np.empty(shape, dtype=kind) for _ in facts.past_inputs]
+        self.stamp = next(_stamps)
 
     def views(self, first: int, rows: int) -> list[npt.NDArray[Any]]:
         """Return the part of each buffer that `rows` slots from `first` own."""
@@ -106,10 +123,74 @@ class Slots:
                 new[row, :, :length] = old[row, :, :length]
             self._buffers[place] = new  # one at a time: two whole sets would not fit the plan
         self.rows, self.capacity = rows, capacity
+        self.stamp = next(_stamps)
+
+
+class _Bound:
+    """One shape of a run with its inputs and outputs bound once.
+
+    The session reads and writes these arrays at their addresses: a step fills the inputs again and
+    binds nothing. Buffers of the slots are bound by address and not kept alive; `Slots.stamp` in
+    the key sees to it that no address is used after they moved.
+    """
+
+    def __init__(self, model: FastModel, slots: Slots, head: Head, *, first: int, ids: Ids) -> None:
+        rows, picked = len(ids), len(head.select)
+        self.inputs: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.empty(ids.shape, dtype=np.int64),
+            "seqlens_k": np.empty(rows, dtype=np.int32),
+            "total_sequence_length": np.empty((), dtype=np.int32),
+            "select": np.empty(picked, dtype=np.int64),
+            "seen": np.zeros((picked, max(1, head.history)), dtype=np.int64),
+            "penalty": np.ones((picked, 1), dtype=np.float32),
+            "legal": np.ones((1, model.facts.vocab_size), dtype=np.bool_),  # not read without one
+            "constrained": np.array(head.legal is not None),
+            "target": np.zeros(picked, dtype=np.int64),
+            "top_k": np.array([head.top_k], dtype=np.int64),
+        }
+        shape = (picked, head.top_k)
+        self.outputs: list[npt.NDArray[Any]] = [
+            np.empty(shape, dtype=kind) for kind in (_KV, np.int64, _KV)
+        ]
+        self.outputs += [np.empty(picked, dtype=_KV) for _ in range(3)]
+        self._session, self._binding = model.session, model.session.io_binding()
+        for name, array in self.inputs.items():
+            self._bind(name, array)
+        for name, array in zip(_OUTPUTS, self.outputs, strict=True):
+            self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape, _place(array))
+        names = zip(model.facts.past_inputs, model.facts.present_outputs, strict=True)
+        for (past, present), view in zip(names, slots.views(first, rows), strict=True):
+            self._binding.bind_input(past, "cpu", 0, model.element, view.shape, _place(view))
+            self._binding.bind_output(present, "cpu", 0, model.element, view.shape, _place(view))
+
+    def run(self, ids: Ids, lengths: npt.NDArray[np.int32], head: Head) -> Found:
+        """Fill the inputs and run."""
+        inputs = self.inputs
+        inputs["input_ids"][...] = ids
+        np.subtract(lengths, 1, out=inputs["seqlens_k"])
+        inputs["total_sequence_length"][...] = lengths.max()
+        inputs["select"][...] = head.select
+        if head.history:
+            inputs["seen"][...] = head.seen
+            inputs["penalty"][:, 0] = head.penalty
+        if head.target is not None:
+            inputs["target"][...] = head.target
+        if head.legal is not None:
+            legal = np.ascontiguousarray(head.legal)  # large: bound where it lies
+            self._bind("legal", legal)
+        self._session.run_with_iobinding(self._binding)
+        return Found(*(array.copy() for array in self.outputs))
+
+    def _bind(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, _place(array))
+
+
+def _place(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)
 
 
 class FastModel:
-    """A loaded fast graph; `run` is its only work."""
+    """A loaded fast graph; `run` is its only work, of one thread at a time."""
 
     def __init__(
         self, facts: ModelFacts, graph: Graph, session: Any, vocabulary: Vocabulary
@@ -119,7 +200,8 @@ class FastModel:
         self.vocabulary = vocabulary
         self.session = session
         self.runs = 0
-        self._kind, self._element = _KINDS[_require_signature(facts, graph, session)]
+        self._kind, self.element = _KINDS[_require_signature(facts, graph, session)]
+        self._bindings: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()
 
     @property
     def provider(self) -> str:
@@ -142,34 +224,16 @@ class FastModel:
             ProgramError: `model.run`.
 
         """
-        rows, picked = len(ids), len(head.select)
-        binding = self.session.io_binding()
-        feeds = self._feeds(ids, lengths, head)  # the binding holds addresses: these must live on
-        for name, array in feeds:
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        outputs: list[npt.NDArray[Any]]
-        outputs = [np.empty((picked, head.top_k), dtype=kind) for kind in (_KV, np.int64, _KV)]
-        outputs += [np.empty(picked, dtype=_KV) for _ in range(3)]
-        for name, array in zip(_OUTPUTS, outputs, strict=True):
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        facts = self.facts
-        views = slots.views(first, rows)
-        for past, present, view in zip(
-            facts.past_inputs, facts.present_outputs, views, strict=True
-        ):
-            place = view.ctypes.data
-            binding.bind_input(past, "cpu", 0, self._element, view.shape, place)
-            binding.bind_output(present, "cpu", 0, self._element, view.shape, place)
         try:
-            self.session.run_with_iobinding(binding)
+            found = self._bound(slots, ids, head, first).run(ids, lengths, head)
         except NATIVE_ERRORS as error:
             raise ProgramError(
                 "model.run",
-                f"the graph failed on {rows} x {ids.shape[1]} ids: {str(error)!r:.300}",
+                f"the graph failed on {len(ids)} x {ids.shape[1]} ids: {str(error)!r:.300}",
                 "verify the installed bundle; ask for fewer samples if memory is short",
             ) from error
         self.runs += 1
-        return Found(*outputs)
+        return found
 
     def slots(self, *, rows: int, capacity: int) -> Slots:
         """Return buffers of the type that this graph keeps keys and values in."""
@@ -191,35 +255,18 @@ class FastModel:
         found = self.run(ids + 1, np.full(rows, 2, dtype=np.int32), slots, head)
         return np.concatenate([found.raw[0], found.log_z[:1]])
 
-    def _feeds(
-        self, ids: Ids, lengths: npt.NDArray[np.int32], head: Head
-    ) -> list[tuple[str, npt.NDArray[Any]]]:
-        """Return every input but the buffers; the caller keeps them alive through the run."""
-        picked = len(head.select)
-        zeros = np.zeros((picked, 1), dtype=np.int64)
-        if head.penalty is None or head.seen is None:
-            seen, penalty = zeros, np.ones((picked, 1), dtype=np.float32)
-        else:
-            seen = np.ascontiguousarray(head.seen)
-            penalty = np.ascontiguousarray(head.penalty, dtype=np.float32).reshape(picked, 1)
-        legal = head.legal
-        return [
-            ("input_ids", np.ascontiguousarray(ids)),
-            ("seqlens_k", np.ascontiguousarray(lengths - 1, dtype=np.int32)),
-            ("total_sequence_length", np.array(lengths.max(), dtype=np.int32)),
-            ("select", np.ascontiguousarray(head.select)),
-            ("seen", seen),
-            ("penalty", penalty),
-            (
-                "legal",
-                np.ones((1, self.facts.vocab_size), dtype=np.bool_)
-                if legal is None
-                else np.ascontiguousarray(legal),
-            ),
-            ("constrained", np.array(legal is not None)),
-            ("target", zeros[:, 0].copy() if head.target is None else head.target),
-            ("top_k", np.array([head.top_k], dtype=np.int64)),
-        ]
+    def _bound(self, slots: Slots, ids: Ids, head: Head, first: int) -> _Bound:
+        """Return the binding for a run of this shape, made or from an earlier run."""
+        size = (*ids.shape, len(head.select), head.top_k, head.history)
+        key = (slots.stamp, first, *size, head.legal is not None, head.target is not None)
+        bound = self._bindings.get(key)
+        if bound is None:
+            bound = _Bound(self, slots, head, first=first, ids=ids)
+            self._bindings[key] = bound
+            if len(self._bindings) > _BOUND:
+                self._bindings.popitem(last=False)
+        self._bindings.move_to_end(key)
+        return bound
 
 
 def _require_signature(facts: ModelFacts, graph: Graph, session: Any) -> str:

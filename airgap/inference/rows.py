@@ -69,7 +69,12 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A sample in a slot: what it wrote, of which the last id is not in the buffer yet."""
+    """A sample in a slot: what it wrote, of which the last id is not in the buffer yet.
+
+    Attributes:
+        numbers: Its random numbers from step `numbers_from` on, drawn ahead.
+
+    """
 
     job: Job
     index: int
@@ -79,6 +84,8 @@ class Row:
     removed: float = 0.0
     width: int = FIRST_GUESS
     ended: bool = False
+    numbers: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    numbers_from: int = 0
 
     @property
     def last(self) -> int:

@@ -179,12 +179,12 @@ def kept(scores: Floats, *, top_k: int, top_p: float) -> tuple[Ids, Floats]:
 
 
 def uniform(seeds: npt.NDArray[np.uint64], samples: Ids, steps: Ids) -> Floats:
-    """Return float64[rows] in [0, 1): for each row that of its own seed, sample and step.
+    """Return float64[...] in [0, 1): for each entry that of its own seed, sample and step.
 
     Args:
-        seeds: uint64[rows].
-        samples: int64[rows].
-        steps: int64[rows].
+        seeds: uint64[...].
+        samples: int64[...].
+        steps: int64[...].
 
     """
     step, sample = steps.astype(np.uint64), samples.astype(np.uint64)
