@@ -332,9 +332,7 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
                         brought |= {packages / member.filename[:-6] / each for each in written}
                     place = packages / member.filename
                     own = member.filename.endswith((".dist-info/RECORD", ".pyc"))
-                    if not own and (
-                        not place.is_file() or place.read_bytes() != archive.read(member)
-                    ):
+                    if not own and not same_bytes(place, archive, member):
                         raise refuse(
                             "install.digest",
                             f"{place} is not the file of the sealed wheel",
@@ -351,6 +349,17 @@ def require_untouched(target: Path, medium: Medium, wanted: Wanted) -> None:
                 f"{place} is of no sealed wheel",
                 f"find out who put it there, then remove {target} and run it again",
             )
+
+
+def same_bytes(place: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Tell whether a file is the one of a wheel, a part at a time."""
+    if place.is_symlink() or not place.is_file() or place.stat().st_size != member.file_size:
+        return False
+    with place.open("rb") as stream, archive.open(member) as sealed:
+        while part := sealed.read(1 << 20):
+            if stream.read(len(part)) != part:
+                return False
+    return True
 
 
 def switch(link: Path, target: Path) -> None:
