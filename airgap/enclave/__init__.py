@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from airgap.enclave.convert import SealedResult, run_sealed
     from airgap.enclave.host import HostSurvey, survey
     from airgap.enclave.refused import SealRefused
-    from airgap.enclave.seal import Enclave, launch
+    from airgap.enclave.seal import launch
+    from airgap.enclave.sealed import Enclave
     from airgap.enclave.spec import Caps, SealSpec
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 _HOME = {
     "Caps": "spec",
-    "Enclave": "seal",
+    "Enclave": "sealed",
     "Frame": "channel",
     "HostSurvey": "host",
     "ProgramError": "channel",
