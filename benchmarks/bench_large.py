@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -85,6 +86,8 @@ def run(context: Context) -> list[Result]:
                     peak_mib=found["peak"] >> 20,
                     bytes_a_step=found["bytes"],
                     read_gb_s=round(found["bytes"] / min(found["bound"]) / 1e9, 1),
+                    one_row_s=round(statistics.median(found["ours"]), 4),
+                    step_of_32_rows_s=round(statistics.median(found["batch"]), 4),
                 )
             )
         return results + beside_genai(snapshot, Path(road["folder"]), scratch, context)
@@ -117,11 +120,13 @@ def beside_genai(snapshot: Path, folder: Path, scratch: Path, context: Context) 
         context.runs,
     )
     other.close()
+    line = bench_peers.result(
+        "genai.decode.1", pair, GENAI_ONE, ours=ours, other=other, rows=1, model=SHAPE
+    )
+    shares = bench_peers.of_bound(snapshot, pair, context.runs)
     return [
         load.lower_is_better(f"{SHAPE}: loading, against genai", unit="s", target=1.0),
-        bench_peers.result(
-            "genai.decode.1", pair, GENAI_ONE, ours=ours, other=other, rows=1, model=SHAPE
-        ),
+        dataclasses.replace(line, conditions={**line.conditions, **shares}),
     ]
 
 
@@ -313,20 +318,22 @@ def decode(folder: str, precision: str, runs: str) -> dict[str, Any]:
             read += 4 * block.numel()
         return (time.perf_counter() - began) * size / read
 
-    def ours() -> float:
-        slots = model.slots(rows=1, capacity=64 + STEPS)
+    def ours(rows: int = 1, steps: int = STEPS) -> float:
+        slots = model.slots(rows=rows, capacity=64 + steps)
         model.prefill(list(range(4, 68)), slots)
+        head = Head(select=np.arange(rows), top_k=50)
         began = time.perf_counter()
-        for step in range(STEPS):
-            lengths = np.array([65 + step], dtype=np.int32)
-            model.run(np.array([[5]]), lengths, slots, Head(select=np.array([0]), top_k=50))
-        return (time.perf_counter() - began) / STEPS
+        for step in range(steps):
+            lengths = np.full(rows, 65 + step, dtype=np.int32)
+            model.run(np.full((rows, 1), 5), lengths, slots, head)
+        return (time.perf_counter() - began) / steps
 
     bound(), ours()
-    figures: dict[str, list[float]] = {"ours": [], "bound": []}
+    figures: dict[str, list[float]] = {"ours": [], "bound": [], "batch": []}
     for _ in range(int(runs)):
         figures["ours"].append(ours())
         figures["bound"].append(bound())
+        figures["batch"].append(ours(32, 4))
     return {**figures, "load_s": round(loaded, 1), "bytes": size, "peak": peak()}
 
 

@@ -9,8 +9,10 @@ hold better on a machine that has other work.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,9 @@ def run(context: Context) -> list[Result]:
             ours = Ours(folder)
             work = {"rows": rows, "likelihood": likelihood}
             pair = paired(partial(ours, **work), partial(other, **work), context.runs)
-            found.append(result(name, pair, target, ours=ours, other=other, rows=rows))
+            shares = of_bound(snapshot, pair, context.runs) if rows == 1 else {}
+            line = result(name, pair, target, ours=ours, other=other, rows=rows)
+            found.append(replace(line, conditions={**line.conditions, **shares}))
             other.close()
     if not found:
         raise SkipBenchmark("; ".join(absent) or "nothing was asked for")
@@ -96,6 +100,43 @@ def result(
         our_tokens=ours.tokens,
         peer_tokens=other.tokens,
     )
+
+
+def of_bound(snapshot: Path, pair: Paired, runs: int) -> dict[str, float]:
+    """Return which share of the memory bound both sides reach: no runner in fp32 can pass 1.
+
+    A token of one sequence reads every matrix once. The bound is the time in which this machine
+    reads as many bytes with as many threads.
+    """
+    import torch
+    from safetensors import safe_open
+
+    torch.set_num_threads(THREADS)
+    size = 0
+    for path in snapshot.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as stored:
+            shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+        tied = "lm_head.weight" not in shapes
+        size += sum(
+            4 * shape[0] * shape[1]
+            for name, shape in shapes.items()
+            if len(shape) > 1 and (tied or name != "model.embed_tokens.weight")
+        )
+    block = torch.ones(1 << 26)  # 256 MiB, far beyond every cache
+
+    def reading() -> float:
+        began = time.perf_counter()
+        for _ in range(8):
+            block.sum()
+        return (time.perf_counter() - began) * size / (8 * 4 * block.numel())
+
+    reading()
+    bound = TOKENS * statistics.median(reading() for _ in range(runs))
+    return {
+        "bound_s": round(bound, 3),
+        "our_share_of_bound": round(bound / pair.ours, 3),
+        "peer_share_of_bound": round(bound / pair.peer, 3),
+    }
 
 
 class Ours:
