@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from airgap.service.presence import Presence
 from airgap.service.roles import find_roles
 from airgap.service.sockets import listening
 from airgap.systemd import tell_systemd
+
+DESCRIPTORS = 256  # for the log, the sealed pair and the files that requests read
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
         FaultError: As there.
 
     """
+    raise_descriptors(plan.limits.clients + DESCRIPTORS)
     site = load_site(plan.root)
 
     def load() -> House:
@@ -82,3 +86,10 @@ def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
             server: socket.socket = listening(path, plan.group)
             on_signals(daemon)
             daemon.run(server, ready)
+
+
+def raise_descriptors(wanted: int) -> None:
+    """Let this process open so many files, as far as it may: clients must not use them all up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))

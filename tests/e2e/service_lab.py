@@ -53,7 +53,9 @@ from pathlib import Path
 from airgap.service.daemon import Limits
 from airgap.service.keeper import Patience
 from airgap.service.start import Plan, serve
+import structlog
 
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 told = json.loads(sys.argv[1])
 if told["files"]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
