@@ -566,7 +566,7 @@ def main(words: list[str], now: datetime | None = None, script: Path | None = No
     except (OSError, subprocess.SubprocessError) as error:
         code = "host.space" if getattr(error, "errno", 0) in {28, 122} else "host.io"
         problem = fault(code, f"{error!s:.300}", "mend it, then run it again")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         problem = refuse("manifest.schema", f"a document of the bundle lacks {error!s:.120}")
     _tell(problem, out)
     return problem.status

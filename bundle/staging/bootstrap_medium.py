@@ -306,6 +306,9 @@ def _open_set(stem: str, places: Iterable[Path]) -> Medium:
             name, span, at = read_member(stream, start, ALIGN)
             stream.seek(span.start)
             told = parse(stream.read(span.size), VOLUME)
+            numbers = [told.get(key) for key in ("count", "chunks", "index")]
+            if not all(isinstance(each, int) and 1 <= each < 1 << 32 for each in numbers):
+                raise refuse("volume.order", f"{path} lies about its place in the set")
             if head != (first or head):
                 raise refuse("volume.set", f"{path} is of another set than {found[min(found)]}")
             kind = "parity" if number > told["count"] else "body"
