@@ -53,6 +53,7 @@ RELEASERS = 2  # people from whom on a hold no longer counts as probing
 _INFO = b"airgap/held-output/1"
 _SUITE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
 _REFERENCE = re.compile(r"(?P<origin>[^#]{1,200})#(?P<seq>0|[1-9][0-9]{0,15})")
+_REQUEST = re.compile("[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
 Ulid = Annotated[str, StringConstraints(pattern="^[0-7][0-9A-HJKMNP-TV-Z]{25}$")]
 Stage = Literal["input", "output"]
@@ -405,7 +406,12 @@ class Holds:
         for _ in range(CHAIN):
             if not request:
                 return
-            hold = self._read(self._folder / f"{request}.json")
+            path = self._folder / f"{request}.json"
+            if not _REQUEST.fullmatch(request) or not path.exists():  # it names a file
+                raise _not_yours()
+            hold = self._read(path)
+            if hold.person != self._person:
+                raise _not_yours()
             yield hold
             request = hold.parent
 
@@ -419,6 +425,15 @@ class Holds:
         if hold.to_bytes() != raw or path.stem != hold.request:
             raise RefusedError("hold.file", f"{path} is not a hold of that name")
         return hold
+
+
+def _not_yours() -> RefusedError:
+    """Say the same of a hold of somebody else and of one that is not there."""
+    return RefusedError(
+        "hold.missing",
+        "you have no hold of that request",
+        hint="airgap hold list shows yours; airgap hold fetch takes one up",
+    )
 
 
 def job_text(inputs: Mapping[str, Any], options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from test_approvals import LONG_AGO, enrolled
 from test_serve_broker import EXACT, FAMILY, MODEL, Helper, Worker, good_frames, job
 
 from airgap import holds
-from airgap.audit import Actor, open_log
+from airgap.audit import Actor, new_ulid, open_log
 from airgap.audit.query import read_records
 from airgap.cli import hold as commands
 from airgap.cli.common import show_error
@@ -106,9 +106,9 @@ def released(hold, *people, **changes):
     return envelope
 
 
-def taken_up(hold):
+def taken_up(hold, **changes):
     inputs, options = hold.inputs_and_options()
-    return job(inputs=inputs, options=options, held=hold.request)
+    return job(inputs=inputs, options=options, **{"held": hold.request, **changes})
 
 
 def test_a_held_output_is_kept_as_a_commitment_and_answered_after_its_release(broker, tmp_path):
@@ -208,7 +208,27 @@ def test_another_person_does_not_take_it_up(broker, tmp_path):
     hold = held(broker, frames=writes(FAMILY))
     broker.holds.add_release(released(hold, "eve", "xia"))
     broker.holds = Holds(tmp_path, PEOPLE, "eve")
-    held(broker, taken_up(hold), writes(FAMILY))
+    mine = held(broker, taken_up(hold, held=""), writes(FAMILY))
+    before = sorted(path.name for path in (tmp_path / "holds").iterdir())
+    (tmp_path / f"{mine.request}.json").write_bytes(mine.to_bytes())  # as if she had put it there
+    harmless = job(inputs={"smiles": "CC(=O)Nc1ccccc1"})
+    broker.worker.frames = None
+    said = set()
+    for name in (
+        hold.request,
+        new_ulid(),
+        f"../{mine.request}",
+        f"{tmp_path}/{mine.request}",
+        "\0",
+    ):
+        for asked in (taken_up(hold, held=name), replace(harmless, held=name)):
+            broker.worker.frames = writes(FAMILY) if asked.inputs == job().inputs else None
+            with pytest.raises(RefusedError) as refused:
+                broker.infer(asked)
+            said.add((refused.value.code, refused.value.message))
+    assert said == {("hold.missing", "you have no hold of that request")}
+    assert sorted(path.name for path in (tmp_path / "holds").iterdir()) == before
+    assert broker.holds.answered(hold) == ""
 
 
 def test_what_no_approval_lifts_stays_held(broker):
