@@ -32,7 +32,7 @@ from airgap.audit.layout import Layout
 from airgap.audit.lock import Lock
 from airgap.audit.order import Order
 from airgap.audit.payloads import PayloadKey
-from airgap.audit.query import read_records
+from airgap.audit.query import Denials
 from airgap.audit.receipt import Receipt
 from airgap.audit.record import (
     MAX_LINE,
@@ -107,6 +107,7 @@ class AuditLog:
         self._order = Order()
         self._health = Health(layout, capacity, disk)
         self._store = Store(layout, disk, self._health.add)
+        self._denials = Denials(layout)
         self._joiner = Joiner()
         self._since_heartbeat = 0
         self._drift_ns = clock.wall_ns() - clock.mono_ns()
@@ -237,11 +238,8 @@ class AuditLog:
         return Commit(commit.commit, commit.bytes, str(self.put_payload(blob)))
 
     def denials(self, uid: int, since: str) -> Iterator[Record]:
-        """Yield the denials of an account since a time, UTC text."""
-        for record in read_records(self.folder):
-            denied = record["kind"] == "denial" and record["actor"]["uid"] == uid
-            if denied and record["ts"] >= since:
-                yield record
+        """Yield the denials of an account since a time, UTC text; see `query.Denials`."""
+        yield from self._denials.of(uid, since)
 
     def rotate_key(self, actor: Actor, into: TokenKey | None = None) -> Vkey:
         """End the epoch of the log's key and return the key that signs from now on.

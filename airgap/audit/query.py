@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from airgap.audit.tiles import SEGMENT
 from policy.errors import RefusedError, UsageError
 
 FOLLOW_S: Final = 0.5
+_DENIAL: Final = b'"kind":"denial"'  # as the one canonical form writes it
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\d(T\d\d(:\d\d(:\d\d(\.\d{1,6})?)?)?Z?)?", re.ASCII)
 
 
@@ -106,6 +108,51 @@ def read_records(folder: Path) -> Iterator[Record]:
                     f"{layout.segment(index).name}, line {number + 1}: {error.message}",
                     hint="run `airgap audit verify`",
                 ) from error
+
+
+class Denials:
+    """Who was denied when and by which rule; read once, then on from there. Threads may share it.
+
+    Each is kept as `seq`, `ts`, `actor.uid` and `decision.rule` alone.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._index = self._offset = 0
+        self._found: dict[int, list[Record]] = {}
+
+    def of(self, uid: int, since: str) -> list[Record]:
+        """Return the denials of an account since a time, UTC text, oldest first.
+
+        Raises:
+            RefusedError: `audit.history`, a segment is missing; `audit.record`, a line is none.
+
+        """
+        with self._lock:
+            self._read_on()
+            return [record for record in self._found.get(uid, ()) if record["ts"] >= since]
+
+    def _read_on(self) -> None:
+        there = segment_range(self._layout)
+        if self._index < there.start:  # what was read there has been pruned since
+            self._index, self._offset = there.start, 0
+        while self._index in there:
+            with open_plain(self._layout.segment(self._index)) as file:
+                file.seek(self._offset)
+                while (line := file.readline(MAX_LINE + 2)).endswith(b"\n"):
+                    self._offset += len(line)
+                    if _DENIAL in line:
+                        self._keep(parse_line(line[:-1]))
+            if self._index + 1 not in there:
+                return
+            self._index, self._offset = self._index + 1, 0
+
+    def _keep(self, record: Record) -> None:
+        if record["kind"] == "denial":
+            uid, rule = record["actor"]["uid"], record.get("decision", {}).get("rule", "")
+            kept = {"seq": record["seq"], "ts": record["ts"], "actor": {"uid": uid}}
+            self._found.setdefault(uid, []).append(kept | {"decision": {"rule": rule}})
 
 
 def follow(
