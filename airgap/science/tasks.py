@@ -10,7 +10,6 @@ Standard library only.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -235,7 +234,7 @@ def choose_preset(task: Task, options: Mapping[str, Any]) -> tuple[Preset, dict[
     if not isinstance(name, str) or name not in task.presets:
         raise PromptError(
             "prompt.option",
-            f"{task.name} has no preset {name!a:.40}",
+            f"{task.name} has no preset {_shown(name)}",
             expected=tuple(task.presets),
             hint="leave it out for `ours`",
         )
@@ -256,10 +255,10 @@ def choose_preset(task: Task, options: Mapping[str, Any]) -> tuple[Preset, dict[
             )
         kind, low, high = _RANGES[key]
         number = type(value) is int or (kind is float and type(value) is float)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        if not number or not low <= value <= high:  # NaN is in no range
             raise PromptError(
                 "prompt.option",
-                f"{key} is {value!a:.40}, expected a {_NUMBERS[kind]} from {low} to {high}",
+                f"{key} is {_shown(value)}, expected a {_NUMBERS[kind]} from {low} to {high}",
                 hint=f"leave it out for {getattr(preset, key, 'the default')}",
             )
         if key in {"seed", "max_new_tokens"}:
@@ -273,7 +272,9 @@ def _flagged(task: Task, preset: Preset, key: str, value: object) -> Preset:
     """Return the preset with one of its switches set."""
     if not isinstance(value, bool):
         raise PromptError(
-            "prompt.option", f"{key} is {value!a:.40}, expected true or false", hint="leave it out"
+            "prompt.option",
+            f"{key} is {_shown(value)}, expected true or false",
+            hint="leave it out",
         )
     if key == "valence" and value and task.grammar == "copy":
         raise PromptError(
@@ -284,6 +285,12 @@ def _flagged(task: Task, preset: Preset, key: str, value: object) -> Preset:
     return (
         replace(preset, valence=value) if key == "valence" else replace(preset, ppl_authors=value)
     )
+
+
+def _shown(value: object) -> str:
+    """Return a value as a message may hold it; one that is no text or number by its kind."""
+    plain = isinstance(value, str | int | float) or value is None
+    return f"{value!a:.40}" if plain else f"a {type(value).__name__}"
 
 
 def setting_notes(preset: Preset) -> list[str]:

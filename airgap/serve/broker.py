@@ -496,7 +496,7 @@ class Broker:
 
 
 def require_text(job: Job) -> None:
-    """Refuse an input that is no Unicode text: bytes of a terminal in another encoding."""
+    """Refuse an input that is no Unicode text, or no JSON that the channel carries."""
     for name, value in job.inputs.items():
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
             raise RefusedError(
@@ -504,6 +504,14 @@ def require_text(job: Job) -> None:
                 f"input {printable(name)} is not UTF-8 text",
                 hint="type it again in a terminal that is set to UTF-8",
             )
+    try:
+        canonical(job.inputs)
+    except (ValueError, RecursionError) as error:  # NaN, half a character in a list, endless depth
+        raise RefusedError(
+            "prompt.input",
+            f"the input cannot be read: {type(error).__name__}",
+            hint="airgap tasks names the inputs of each task",
+        ) from error
 
 
 def require_small(job: Job, limits: Limits) -> None:

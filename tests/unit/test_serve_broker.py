@@ -188,6 +188,35 @@ def test_a_refused_prompt_never_reaches_the_worker(broker):
     assert story(broker) == [("denial", "event", "prompt.g07")]
 
 
+def deep(levels):
+    value = "C"
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+HOSTILE = [
+    float("nan"), float("inf"), 10**400, -(10**30), None, True, "\0", "C\udc80", ["\ud800"],
+    {"\ud800": "x"}, {"a": [float("nan")]}, deep(500), deep(100_000), ["C" * 1000] * 1000, {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["input", "new input", "option", "new option"])
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_value_that_is_none_has_a_code_and_is_on_record(broker, where, value):
+    changed = {
+        "input": {"inputs": {"smiles": value}},
+        "new input": {"inputs": {"smiles": "CCO", "x": value}},
+        "option": {"options": {"n": 2, "seed": value}},
+        "new option": {"options": {"n": 2, "x": value}},
+    }[where]
+    with pytest.raises(RefusedError) as refused:
+        broker.infer(job(**changed))
+    assert refused.value.code.startswith(("prompt.", "request."))
+    assert broker.worker.asked == []
+    assert story(broker) == [("denial", "event", refused.value.code)]
+
+
 def test_a_denied_use_never_reaches_the_worker(broker):
     with pytest.raises(RefusedError) as refused:
         broker.infer(job(project="sensor-coatings"))
