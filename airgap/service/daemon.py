@@ -74,7 +74,6 @@ class Client:
 
     connection: socket.socket
     uid: int
-    gid: int
     pid: int
     idle_since: float | None
     thread: threading.Thread | None = None
@@ -155,10 +154,10 @@ class Daemon:
             connection.close()
 
     def _take(self, connection: socket.socket) -> None:
-        pid, uid, gid = _CREDENTIALS.unpack(
+        pid, uid, _ = _CREDENTIALS.unpack(
             connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
-        client = Client(connection, uid, gid, pid, time.monotonic())
+        client = Client(connection, uid, pid, time.monotonic())
         with self._lock:
             mine = sum(1 for each in self._clients if each.uid == uid)
             full = len(self._clients) >= self.limits.clients
@@ -207,7 +206,7 @@ class Daemon:
                             return
                         client.idle_since = None
                         connection.settimeout(self.limits.send_s)
-                        caller = roles.caller_of(client.uid, client.gid, client.pid)
+                        caller = roles.caller_of(client.uid, client.pid)
                         self._answer(connection, message, caller)
                     except AirgapError as error:
                         if error.code == wire.CODE:

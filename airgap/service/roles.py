@@ -60,11 +60,16 @@ class Caller:
     groups: frozenset[str]
 
 
-def caller_of(uid: int, gid: int, pid: int) -> Caller:
-    """Return what NSS knows of an account; one that it does not know has a number and no group."""
+def caller_of(uid: int, pid: int) -> Caller:
+    """Return what NSS knows of an account; one that it does not know has a number and no group.
+
+    The group that the kernel names counts for nothing: a program that is set to a group still bears
+    it when its owner was taken out of that group.
+    """
     try:
-        account = pwd.getpwuid(uid).pw_name
-        numbers = os.getgrouplist(account, gid)[:GROUPS_LIMIT]
+        entry = pwd.getpwuid(uid)
+        account = entry.pw_name
+        numbers = os.getgrouplist(account, entry.pw_gid)[:GROUPS_LIMIT]
     except (KeyError, OSError):
         return Caller(uid, pid, str(uid), frozenset())
     names = set()
@@ -126,20 +131,21 @@ def read_protected(path: Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise _wrong(f"{path} is no ordinary file")
         _require_protected(path, found)
-        for folder in path.absolute().parents:
+        real = path.parent.resolve() / path.name  # a link above it may lead to folders of others
+        for folder in dict.fromkeys((*path.absolute().parents, *real.parents)):
             above = folder.stat()
-            if not above.st_mode & stat.S_ISVTX:  # a sticky folder lets nobody replace ours
-                _require_protected(folder, above)
+            sticky = above.st_mode & stat.S_ISVTX  # nobody but its owner replaces ours there
+            _require_protected(folder, above, shared=bool(sticky))
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise _wrong(f"{path}: more than {MAX_BYTES} bytes")
     return content
 
 
-def _require_protected(path: Path, found: os.stat_result) -> None:
+def _require_protected(path: Path, found: os.stat_result, *, shared: bool = False) -> None:
     if found.st_uid not in {0, os.geteuid()}:
         raise _wrong(f"{path} belongs to uid {found.st_uid}, expected root")
-    if found.st_mode & 0o022:
+    if found.st_mode & 0o022 and not shared:
         raise _wrong(f"{path} may be written by others (mode {stat.S_IMODE(found.st_mode):04o})")
 
 

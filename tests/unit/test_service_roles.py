@@ -1,6 +1,10 @@
 """Roles of accounts and groups: who may write the file, what it may say, whom it makes a person."""
 
+import grp
 import os
+import pwd
+import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -152,10 +156,55 @@ def test_the_tree_goes_before_the_system(file):
 
 
 def test_accounts_and_groups_come_from_the_name_service():
-    found = caller_of(0, 0, 7)
+    found = caller_of(0, 7)
     assert (found.account, found.pid) == ("root", 7)
     assert "root" in found.groups
-    assert caller_of(2**31 - 5, 0, 7) == Caller(2**31 - 5, 7, str(2**31 - 5), frozenset())
+    assert caller_of(2**31 - 5, 7) == Caller(2**31 - 5, 7, str(2**31 - 5), frozenset())
+
+
+@needs_root
+def test_a_program_that_still_bears_a_group_is_no_member_of_it():
+    """Who was taken out of a group may have left a program there that is set to it."""
+    server = socket.socketpair()
+    nobody, group = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("users").gr_gid
+    with server[0], server[1]:
+        child = os.fork()
+        if not child:
+            os.setresgid(group, group, group)
+            os.setresuid(nobody, nobody, nobody)
+            hers = socket.socketpair()  # with her uid and that group, as the kernel tells it
+            told = hers[0].getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            server[1].send(told)
+            os._exit(0)
+        pid, uid, gid = struct.unpack("3i", server[0].recv(12))
+        os.waitpid(child, 0)
+    assert (uid, gid) == (nobody, group)
+    assert "users" not in caller_of(uid, pid).groups
+
+
+@needs_root
+def test_a_folder_of_another_account_holds_no_roles_even_if_sticky(file):
+    file.parent.chmod(0o1777)
+    assert load_roles(file, SITE).grant
+    os.chown(file.parent, 40404, 40404)  # its owner moves anything there, sticky or not
+    file.parent.chmod(0o1755)
+    with pytest.raises(RefusedError) as caught:
+        load_roles(file, SITE)
+    assert "belongs to uid 40404" in caught.value.message
+
+
+@needs_root
+def test_a_link_above_leads_through_no_folder_of_another_account(tmp_path):
+    real = tmp_path / "theirs" / "etc"
+    real.mkdir(parents=True)
+    (real / "roles.toml").write_text(GOOD)
+    link = tmp_path / "etc"
+    link.symlink_to(real)
+    assert load_roles(link / "roles.toml", SITE).grant
+    os.chown(real.parent, 40404, 40404)
+    with pytest.raises(RefusedError) as caught:
+        load_roles(link / "roles.toml", SITE)
+    assert "theirs" in caught.value.message
 
 
 def test_lint_names_grants_that_nobody_has(file, capsys):
