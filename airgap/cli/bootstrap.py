@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from airgap.cli.bundle import BundlePath
 from airgap.cli.common import Json, Root, root_folder, show, stdout, visible
-from airgap.cli.forms import Volumes, open_help
+from airgap.cli.forms import BundlePath, Volumes, open_help
 from policy.errors import FaultError
 
 

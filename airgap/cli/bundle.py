@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from airgap.cli.common import Json, Root, root_folder, show, stderr
+from airgap.cli.common import Json, Root, root_folder, show
 from airgap.cli.forms import (
     BasePath,
+    BundlePath,
     Passphrase,
     TransitKeys,
     Volumes,
     medium_rows,
     open_help,
 )
+from airgap.cli.shown import bar, table
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from bundle.manifest import Manifest
     from bundle.statement import VerifiedSeal
     from bundle.vectors import Vectors
@@ -32,8 +30,6 @@ if TYPE_CHECKING:
 _MOST_NOTES = 12
 # What almost every wheel has; an entry point that hooks into another program is told.
 _USUAL = re.compile(r"\d+ native libraries: .*|entry points '(console|gui)_scripts': .*", re.DOTALL)
-
-BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
 
 
 def register(app: typer.Typer) -> None:
@@ -112,51 +108,6 @@ def verify(
     text += "\n\nevidence, checked again\n" + table(again.rows)
     show({**document, "deep": again.document}, text, json=json)
     again.finish(vsa)
-
-
-class Bar:
-    """A bar on standard error; called with bytes done and bytes in all."""
-
-    def __init__(self, display: Progress, label: str) -> None:
-        self._display = display
-        self._task = display.add_task(label, total=None)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Move the bar."""
-        self._display.update(self._task, completed=done, total=total)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take the bar away while a person is asked something."""
-        self._display.stop()
-        try:
-            yield
-        finally:
-            self._display.start()
-
-
-@contextlib.contextmanager
-def bar(label: str) -> Iterator[Bar]:
-    """Show bytes done, rate and time left on standard error while the block runs."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-    ) as display:
-        yield Bar(display, label)
 
 
 def verify_view(report: VerifyReport, *, verbose: bool = False) -> str:
@@ -250,9 +201,3 @@ def _weights(manifest: Manifest, model_id: str) -> list[tuple[str, str]]:
         return [("weights", f"the source's own bytes, unchanged: {len(files)} files")]
     name = files[0].path.rpartition("/")[2]
     return [("weights", f"the source's own bytes, unchanged: {name}, sha256:{files[0].sha256}")]
-
-
-def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return labels and values in two columns; a digest is never wrapped."""
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

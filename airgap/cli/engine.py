@@ -110,7 +110,7 @@ class Bench:
 
 
 def _show(bench: Bench, engines: Engines, state: str, *, json: bool) -> None:
-    from airgap.cli.bundle import table
+    from airgap.cli.shown import table
 
     record, wanted = engines.record, bench.wanted
     document: dict[str, Any] = {

@@ -89,7 +89,7 @@ def show_attested(bundle: Path, *, json: bool) -> int:
     The statements are held against the manifest in the same file. Whether the seal holds is for
     `airgap verify`, on a host with a trust root.
     """
-    from airgap.cli.bundle import table
+    from airgap.cli.shown import table
     from airgap.receipt import ATTESTATIONS, statement_facts
     from bundle.approval import read_approvals
     from bundle.envelope import parse_seal
@@ -184,7 +184,7 @@ def receipt(
     What it is, who approved it, what was proved about its origin, its licences and its conversion;
     what is verified and what is only declared stand apart.
     """
-    from airgap.cli.bundle import bar, table
+    from airgap.cli.shown import bar, table
     from airgap.install.store import Store
     from airgap.receipt import Receipt, receipt_page
     from bundle.trust import load_trust

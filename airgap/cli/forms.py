@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bundle.volumes import Asker
     from policy.terms import Digest
 
+BundlePath = Annotated[Path, typer.Argument(help="The bundle, NAME.agb.", metavar="BUNDLE")]
 Volumes = Annotated[
     list[Path] | None,
     typer.Option("--volume", help="Another volume, or a folder of volumes; repeatable."),

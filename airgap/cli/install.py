@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from airgap.cli.approve import owed
-from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, account_name, root_folder, show
 from airgap.cli.forms import (
+    BundlePath,
     Discs,
     Passphrase,
     Project,
@@ -25,6 +25,7 @@ from airgap.cli.forms import (
     open_help,
 )
 from airgap.cli.runtimes import program_document, program_rows
+from airgap.cli.shown import bar, table
 from policy.errors import AirgapError
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def show_installed(bundle: InstalledBundle, *, root: Path, json: bool) -> int:
             does not hold under the trust root of `root`.
 
     """
-    from airgap.cli.bundle import bar, table
+    from airgap.cli.shown import bar, table
     from airgap.install import verify_installed
     from bundle.trust import load_trust
     from bundle.vectors import parse_vectors

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, account_name, root_folder, show
-from airgap.cli.forms import Discs, Passphrase, Project, TransitKeys, Volumes
+from airgap.cli.forms import BundlePath, Discs, Passphrase, Project, TransitKeys, Volumes
 from airgap.cli.install import bundle_document, open_lab, take_in
 from airgap.cli.runtimes import wheels_rows
+from airgap.cli.shown import bar, table
 from policy.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from airgap.cli.bundle import BundlePath, bar, table
 from airgap.cli.common import Json, Root, root_folder, show
 from airgap.cli.forms import (
     BasePath,
+    BundlePath,
     Passphrase,
     TransitKeys,
     Volumes,
@@ -19,6 +19,7 @@ from airgap.cli.forms import (
     open_help,
     parse_size,
 )
+from airgap.cli.shown import bar, table
 from policy.errors import RefusedError, UsageError
 
 OutFolder = Annotated[

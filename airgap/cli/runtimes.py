@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.bundle import table
 from airgap.cli.common import Json, Root, account_name, root_folder, show
+from airgap.cli.shown import table
 from policy.errors import AirgapError, UsageError
 
 if TYPE_CHECKING:

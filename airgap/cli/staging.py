@@ -302,7 +302,7 @@ def sign(
     with wheels.staging():
         from bundle.staging import sign as signing
         from bundle.staging.views import draft_view, tally_document, tally_view
-    from airgap.cli.bundle import bar
+    from airgap.cli.shown import bar
     from bundle.trust import load_trust
 
     trust = load_trust(root_folder(root) / "trust")
