@@ -17,6 +17,7 @@ from enclave_harness import needs_namespaces, needs_root
 from service_lab import (
     ADA,
     SIGNERS,
+    Person,
     ada,
     lab_of,
     long_run,
@@ -29,6 +30,7 @@ from service_lab import (
 )
 
 from airgap.install import Store
+from airgap.service import client
 from bundle.keys import load_signer
 from bundle.rollback import sign_rollback
 
@@ -173,15 +175,22 @@ def test_a_newer_release_is_taken_over_and_rolled_back_under_load(
     place.start(patience={**FAST, "drain_s": 600.0})
     old = ada(place)
     assert place.told()["serves"].endswith("1.0.0")
+    held = {"inputs": {"smiles": "OCCSCCO"}, "options": {"n": 2, "seed": 4}}
+    assert run(place, ADA, project="route-design", **held).result()["code"] == "policy.held"
     slow = long_run(place, n=60)
     done = must(capsys, "update", second, "--root", lab)
     assert done.document["service"]["takes_over"]
     assert done.document["service"]["serves"].endswith("1.0.0")
     wait_for(lambda: place.told()["state"] == "changing", "the change")
     waits = run(place, ADA, project="route-design")
-    assert slow.result()["run"]["model"] == old["run"]["model"] == "logos-ref-tiny 1.0.0"  # where it began
+    assert (
+        slow.result()["run"]["model"] == old["run"]["model"] == "logos-ref-tiny 1.0.0"
+    )  # where it began
     assert waits.result()["run"]["model"] == "logos-ref-tiny 1.1.0"
     assert status(place)["bundle"] == done.document["digest"]
+    (hold,) = Person(ADA, lambda: client.holds(place.socket)).result()
+    fetched = Person(ADA, lambda: client.fetch(place.socket, hold["reference"], {}, print))
+    assert fetched.result()["code"] == "hold.model"  # it was held of the other release
     load = place.records("model.load")[-1]["data"]
     assert load["previous"] == road.installed["digest"]
     assert (load["digest"], load["result"]) == (done.document["digest"], "complete")
