@@ -98,6 +98,7 @@ def test_a_revoked_release_answers_no_more_nor_what_was_under_way(
         place.start()
 
 
+@pytest.mark.soak
 def test_facts_rules_and_dates_count_from_the_next_decision_on(place, lab):
     place.start(patience=FAST)
     assert ada(place)["rows"]
@@ -131,6 +132,7 @@ def test_facts_rules_and_dates_count_from_the_next_decision_on(place, lab):
     assert len({r["data"]["digest"] for r in place.records("model.load")}) == 1
 
 
+@pytest.mark.soak
 def test_a_date_that_passes_counts_at_once(place, lab):
     site = (lab / "site.toml").read_text()
     lines = [line for line in site.splitlines() if not line.startswith("as_of")]
@@ -203,6 +205,7 @@ def test_a_newer_release_is_taken_over_and_rolled_back_under_load(
     place.verify()
 
 
+@pytest.mark.soak
 def test_sighup_starts_a_new_pair_and_a_release_that_may_not_run_is_not_taken(
     place, lab, second, capsys
 ):
@@ -232,6 +235,7 @@ def test_sighup_starts_a_new_pair_and_a_release_that_may_not_run_is_not_taken(
     assert place.stop() == 0
 
 
+@pytest.mark.soak
 def test_a_request_that_does_not_end_in_time_has_a_last_word_and_a_record(place):
     place.start(patience=FAST)
     slow = long_run(place)
@@ -243,6 +247,7 @@ def test_a_request_that_does_not_end_in_time_has_a_last_word_and_a_record(place)
     place.verify()
 
 
+@pytest.mark.soak
 def test_a_second_sigterm_ends_at_once_and_the_log_is_whole(place):
     place.start()  # 600 seconds of patience
     slow = long_run(place)
@@ -259,6 +264,7 @@ def refused(place):
     return ada(place).get("code")
 
 
+@pytest.mark.soak
 def test_after_a_kill_the_log_goes_on_and_says_what_was_open(place):
     place.start()
     slow = long_run(place)
@@ -284,6 +290,7 @@ def alive(pid):
     return False
 
 
+@pytest.mark.soak
 def test_workers_that_keep_ending_are_started_later_each_time_and_then_not_at_all(place):
     place.start(patience={**FAST, "ends": 4, "restart_s": [0.0, 0.2]})
     for _ in range(3):
@@ -306,6 +313,7 @@ def test_workers_that_keep_ending_are_started_later_each_time_and_then_not_at_al
     place.verify()
 
 
+@pytest.mark.soak
 def test_one_daemon_serves_a_tree(place, lab):
     place.start()
     with place_of(lab) as other, pytest.raises(AssertionError, match=r"service\.locked"):

@@ -102,6 +102,7 @@ class Crowd:
         return self.person.result()
 
 
+@pytest.mark.soak
 def test_slow_silent_and_talkative_clients_cost_their_own_places_alone(place):
     place.start(limits=LIMITS)
     assert ada(place)["rows"]
