@@ -44,7 +44,6 @@ _GROUP = re.compile(r"g (?P<name>[a-z-]+) - -")
 _ACCOUNT = re.compile(r'u (?P<name>[a-z-]+) - "(?P<text>[^"]*)" (?P<home>\S+) (?P<shell>\S+)')
 _FOR_GATE = ("trust", "policy", "store", "store/installed")  # root's; the daemon reads them
 _DAEMONS = ("enclave", "enclave/running", "holds", "restricted")
-_LOGS = ("audit", "keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +352,8 @@ def _owners(places: Places, site: Site) -> dict[Path, tuple[int, int, int]]:
         tree / FILE_NAME: (root, root, 0o644),
         **{tree / name: (root, root, 0o755) for name in _FOR_GATE},
         **{tree / name: (uid(GATE), gate, 0o700) for name in _DAEMONS},
-        **{tree / name: (uid(log_account(site)), logs, 0o700) for name in _LOGS},
+        tree / "audit": (uid(log_account(site)), logs, 0o700),
+        tree / "keys": (uid(log_account(site)), gate, 0o750),  # public halves for the daemon
         places.on_host("/etc/airgap"): (root, root, 0o755),
         places.on_host("/etc/airgap/requests"): (root, root, 0o700),
     }
@@ -398,6 +398,7 @@ def _closed(root: Path) -> list[Path]:
     """Return what root decides and the daemon could not read: written under a stricter umask."""
     found = [root / "store" / "state.json"]
     found += [path for name in ("trust", "policy") for path in (root / name).rglob("*")]
+    found += (root / "keys").glob("*.pub")
     return [
         path
         for path in found

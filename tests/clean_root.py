@@ -12,18 +12,14 @@ debootstrap or unshare it says so and ends with 77. `make wheel-test` runs it; p
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
-SKIPPED = 77
-TOOLS = ("debootstrap", "unshare", "mount", "pivot_root", "chroot", "tar")
-PACKAGES = "python3,openssl"
+from bare_roots import CACHE, REPOSITORY, SKIPPED, make_medium, make_root, reason_to_skip
+
 # Runs as the first process of the new namespaces; ends as the lab's first shell.
 ENTER = """
 set -eu
@@ -44,7 +40,7 @@ mount --bind "$2" "$root/media/disc"
 mount -o remount,bind,ro "$root/media/disc"
 cd "$root"
 pivot_root . mnt
-exec chroot . /bin/sh -c 'umount -l /mnt && exec sh /media/disc/lab.sh' </dev/null
+exec chroot . /bin/sh -c 'umount -l /mnt && exec sh /lab.sh' </dev/null
 """
 LAB = """
 set -eu
@@ -58,7 +54,7 @@ done
 sha256sum -c --strict SHA256SUMS
 install() {
     printf '%s\\n' "$(cat fingerprint)" |
-        sh install.sh --bundle /media/disc --system --site site.toml --model model.agb
+        sh install.sh --bundle /media/disc --system --site site.toml --model media/model.agb
 }
 install
 airgap=/opt/airgap/bin/airgap
@@ -106,108 +102,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, required=True, help="what `airgap demo` left")
     parser.add_argument("--work", type=Path, required=True, help="a folder to work in; cleared")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "airgap-clean-root")
+    parser.add_argument("--medium", type=Path, help="where the medium is, or is made and stays")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--airgap", type=Path, default=REPOSITORY, help="source that is installed")
     options = parser.parse_args()
     reason = reason_to_skip()
     if reason:
         print(f"clean-root: SKIPPED, {reason}")
         return SKIPPED
-    demo, work = options.demo.absolute(), options.work.absolute()
+    work = options.work.absolute()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    disc = make_medium(demo, work, options.airgap.absolute())
-    root = make_root(work, options.cache)
-    if root is None:
+    disc = (options.medium or work / "disc").absolute()
+    make_medium(options.demo.absolute(), disc, options.airgap.absolute())
+    if not make_root(work / "root", options.cache):
         print("clean-root: SKIPPED, debootstrap reached no mirror and none is kept")
         return SKIPPED
+    (work / "root" / "lab.sh").write_text(LAB)
     started = time.monotonic()
-    said = enter(root, disc)
+    said = enter(work / "root", disc)
     require_silence(said)
     print(f"clean-root: answered, verified and silent after {time.monotonic() - started:.0f} s")
     shutil.rmtree(work)
     return 0
-
-
-def reason_to_skip() -> str:
-    """Say why it cannot run here, or nothing."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if os.geteuid() != 0:
-        return "only root can make a root"
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    probe = ["unshare", "--net", "--mount", "--pid", "--fork", "true"]
-    done = subprocess.run(probe, capture_output=True, check=False)
-    return "this host gives out no namespaces" if done.returncode else ""
-
-
-def airgap(*words: object) -> dict:
-    """Run one command of this checkout and return its document."""
-    script = Path(sys.executable).with_name("airgap")
-    done = subprocess.run(
-        [script, *map(str, words), "--json"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"airgap {words[0]}: {done.returncode}\n{done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def make_medium(demo: Path, work: Path, source: Path) -> Path:
-    """Build, approve and split the wheels; put model, facts and fingerprint beside them."""
-    staging, disc = demo / "staging", work / "disc"
-    disc.mkdir()
-    bundle = work / "wheels.agb"
-    target = f"linux-{os.uname().machine}-cp311"
-    built = airgap(
-        *("build", "-o", bundle, "--name", "airgap-wheels", "--version", "1.0.0"),
-        *(
-            "--airgap",
-            source,
-            "--target",
-            target,
-            "--key",
-            staging / "keys" / "builder.pem",
-            "--root",
-            staging,
-        ),
-    )
-    print(f"clean-root: {len(built['wheels'])} wheels, {built['size'] >> 20} MiB")
-    for name in ("isso", "compliance"):
-        key = staging / "keys" / f"{name}.pem"
-        airgap("sign", bundle, "--key", key, "--confirm", "airgap-wheels", "--root", staging)
-    airgap("split", bundle, "--volume-size", "40MB", "-o", disc)
-    airgap("installer", bundle, "-o", disc, "--root", staging)
-    bundle.unlink()
-    for name in ("isso", "compliance"):
-        key = staging / "keys" / f"{name}.pem"
-        airgap("trust", "sign-file", disc / "SHA256SUMS", "--key", key, "--root", staging)
-    airgap("trust", "export", work / "chain.json", "--keys", disc / "keys", "--root", staging)
-    (disc / "media").mkdir()  # a folder holds one bundle
-    shutil.copy(next((demo / "media").glob("*.agb")), disc / "media" / "model.agb")
-    shutil.copy(demo / "lab" / "site.toml", disc)
-    shown = airgap("trust", "show", "--root", staging)
-    (disc / "fingerprint").write_text(shown["fingerprint"] + "\n")
-    (disc / "lab.sh").write_text(LAB.replace("model.agb", "media/model.agb"))
-    return disc
-
-
-def make_root(work: Path, cache: Path) -> Path | None:
-    """Unpack the kept root, or make it with debootstrap and keep it."""
-    root, kept = work / "root", cache / "bookworm-python3.tar"
-    if not kept.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        argv = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(done.stdout[-300:], done.stderr[-300:])
-            return None
-        partial = kept.with_suffix(".partial")
-        subprocess.run(["tar", "-C", root, "-cf", partial, "."], check=True)
-        partial.rename(kept)
-        return root
-    root.mkdir()
-    subprocess.run(["tar", "-C", root, "-xpf", kept], check=True)
-    return root
 
 
 def enter(root: Path, disc: Path) -> str:
