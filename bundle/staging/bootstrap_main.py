@@ -403,6 +403,13 @@ def install(
     target = runtimes / wanted.digest[:16]
     for place in (options.prefix, runtimes, target):
         require_own(place)
+    link = options.prefix / "bin"
+    if os.path.lexists(link) and not link.is_symlink():
+        raise fault(
+            "host.io",
+            f"{link} is in the way: it is no link that an installer made",
+            "choose another place with --prefix, or move it away",
+        )
     ready = (target / DONE).is_file()
     body = sum(entry["size"] for entry in manifest["files"]) if manifest["models"] else 0
     missing = [place for place in (runtimes, *runtimes.parents) if not place.exists()]
@@ -489,7 +496,7 @@ def ask_fingerprint() -> str:
     """Read the fingerprint from the terminal, or from standard input."""
     sys.stderr.write("Type the fingerprint of the trust root, as it was told you (sha256:...): ")
     sys.stderr.flush()
-    typed = sys.stdin.readline() if sys.stdin is not None else ""
+    typed = sys.stdin.readline(4096) if sys.stdin is not None else ""
     if sys.stdin is None or not sys.stdin.isatty():
         sys.stderr.write("\n")  # a terminal has shown that of the person
     return fingerprint(typed)

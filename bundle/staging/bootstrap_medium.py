@@ -178,11 +178,14 @@ def read_head(path: Path) -> tuple[dict[str, bytes], int]:
 
 @contextlib.contextmanager
 def open_plain(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain file; a pipe or device is refused."""
+    """Open a plain file; a pipe or device is refused, and no writer of a pipe is waited for."""
     try:
-        with path.open("rb", buffering=0) as stream:
-            if not path.is_file():
-                raise refuse("archive.type", f"{path} is not a plain file")
+        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with os.fdopen(number, "rb", buffering=0) as stream:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise refuse(
+                    "archive.type", f"{path} is not a plain file", "name the bundle itself"
+                )
             yield stream
     except OSError as error:
         raise fault("host.io", f"{path} cannot be read: {error.strerror}") from error

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bundle.staging.bootstrap_medium import HEAD, Stop, decode, parse, refuse
+from bundle.staging.bootstrap_medium import HEAD, Stop, decode, open_plain, parse, refuse
+
+HELD_LIMIT = 2 << 20  # bytes of a root or list that the host holds
 
 ROOT_TYPE = "application/vnd.airgap.root+json"
 SEAL_TYPE = "application/vnd.in-toto+json"
@@ -117,7 +119,11 @@ def read_held(root: Path) -> Held:
     def numbered(kind: str) -> list[dict[str, Any]]:
         found = [p for p in (root / "trust").glob(f"*.{kind}.json") if p.name[0] in "123456789"]
         found.sort(key=lambda path: int(path.name.partition(".")[0]))
-        return [parse(path.read_bytes().strip(), str(path)) for path in found]
+        held = []
+        for path in found:
+            with open_plain(path) as stream:
+                held.append(parse(stream.read(HELD_LIMIT).strip(), str(path)))
+        return held
 
     lists = numbered("revocations")
     return Held(numbered("root"), lists[-1] if lists else None)

@@ -199,6 +199,26 @@ def file_in_the_way(ground):
     yield ()
 
 
+@contextlib.contextmanager
+def programs_in_the_way(ground):
+    (ground.host / "program" / "bin").mkdir(parents=True, mode=0o755)
+    yield ()
+
+
+@contextlib.contextmanager
+def pipe_for_a_bundle(ground):
+    os.mkfifo(ground.folder / "pipe.agb")
+    yield ("--bundle", ground.folder / "pipe.agb")
+
+
+@contextlib.contextmanager
+def pipe_for_a_root(ground):
+    trust = ground.host / "tree" / "trust"
+    trust.mkdir(parents=True)
+    os.mkfifo(trust / "1.root.json")
+    yield ()
+
+
 def of_target(target):
     @contextlib.contextmanager
     def made(ground):
@@ -239,6 +259,9 @@ ACCEPTANCE = {
     "denied directory": (denied, "host.io", timedelta()),
     "immutable directory": (immutable, "host.io", timedelta()),
     "file in the way": (file_in_the_way, "host.io", timedelta()),
+    "programs of others in the way": (programs_in_the_way, "host.io", timedelta()),
+    "pipe in the place of a bundle": (pipe_for_a_bundle, "archive.type", timedelta()),
+    "pipe in the place of a trust root": (pipe_for_a_root, "archive.type", timedelta()),
 }
 
 
@@ -256,7 +279,7 @@ def test_a_clear_refusal_and_nothing_changed(ground, capsys, obstacle, code, lat
             status = install(ground.folder, ground.media / "good.agb", *argv, now=now + later)
         said = capsys.readouterr().err
         assert (state(ground.folder), state(ground.media)) == (before, medium)
-    assert status == (1 if code.startswith(("trust", "install", "volume")) else 3)
+    assert status == (3 if code.startswith("host") else 1)
     told(said, code)
 
 
