@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from airgap.config import parse_site
 from airgap.host_check import SETTINGS, Host, clock_is_set, examine
+from airgap.host_setup import Places, set_up
 from airgap.install import Store
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
@@ -175,3 +177,30 @@ def test_the_settings_are_those_that_we_ship():
     shipped = dict(line.split(" = ", 1) for line in lines if " = " in line and line[0] != "#")
     for name, wanted in SETTINGS.items():
         assert shipped[name] == wanted[0]
+
+
+SERVED = '[institution]\nname = "Lab"\n[service]\nsocket = "/run/b.sock"\n'
+OWN_LOG = SERVED + '[audit]\nsocket = "/run/a.sock"\n'
+
+
+@pytest.mark.parametrize(
+    ("facts", "spoil", "found"),
+    [
+        (OWN_LOG, lambda _: None, "the log belongs to airgap-audit"),
+        (SERVED, lambda _: None, "no service that owns the log"),
+        (OWN_LOG, lambda tree: (tree / "holds").chmod(0o755), "has mode 0755"),
+        (OWN_LOG, lambda tree: (tree / "holds").rmdir(), "is missing"),
+        ("x", lambda _: None, "site.toml"),
+    ],
+)
+def test_an_installation_is_looked_at_where_our_units_are(tree, top, facts, spoil, found):
+    assert "installation" not in {check.name for check in look(tree, top).checks}
+    write(top / "etc/systemd/system/airgap.service", "[Unit]\n")
+    write(tree / "site.toml", OWN_LOG)
+    list(set_up(Places(tree, tree, True, top), parse_site(OWN_LOG.encode(), "x"), None))
+    assert state(look(tree, top), "installation").state == "good"
+    write(tree / "site.toml", facts)
+    spoil(tree)
+    check = state(look(tree, top), "installation")
+    assert found in check.found
+    assert (check.state == "good") == ("belongs to" in found)
