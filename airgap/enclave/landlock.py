@@ -116,11 +116,15 @@ def _allow(ruleset: int, path: str, wanted: int, abi: int) -> None:
 
 
 def can_open(path: str, flags: int = os.O_RDONLY) -> bool:
-    """Say whether `path` opens; True also for any failure that is not a denial."""
+    """Say whether `path` opens; True also for any failure that is not a denial.
+
+    A read-only mount answers a write before Landlock does. A program that runs does not tell:
+    its owner gets ETXTBSY before either is asked.
+    """
     try:
         os.close(os.open(path, flags | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno != errno.EACCES
+        return error.errno not in {errno.EACCES, errno.EROFS}
     return True
 
 
@@ -129,7 +133,8 @@ def verify_behaviour(abi: int, *, readable: str, outside: int | None) -> None:
 
     Args:
         abi: The ABI that was asked for.
-        readable: A file that the rules let this process read, and that must not open for writing.
+        readable: A file that the rules let this process read, and that must not open for writing;
+            no program that runs (`can_open`).
         outside: A process outside the seal that a signal could reach, None where there is none.
 
     Raises:

@@ -413,7 +413,8 @@ def apply_landlock(plan: Plan) -> None:
     abi = wanted["abi"]
     landlock.restrict([(path, _RIGHTS[kind]) for path, kind in wanted["rules"]], abi)
     outside = None if plan["namespaces"] else plan["broker"]
-    landlock.verify_behaviour(abi, readable=plan["argv"][0], outside=outside)
+    script = plan["argv"][4]  # not the interpreter: it runs, and ETXTBSY would come before any rule
+    landlock.verify_behaviour(abi, readable=script, outside=outside)
 
 
 def apply_stage1() -> None:

@@ -552,7 +552,7 @@ PROBED = {
                 'landlock.restrict([(path, _RIGHTS[kind]) for path, kind in wanted["rules"]], abi)',
                 "landlock.restrict([('/', landlock.READ), *((path, _RIGHTS[kind]) for path, kind in wanted[\"rules\"])], abi)",
             ),
-            ('    landlock.verify_behaviour(abi, readable=plan["argv"][0], outside=outside)\n', ""),
+            ("    landlock.verify_behaviour(abi, readable=script, outside=outside)\n", ""),
         ],
         {"probe"},
     ),

@@ -7,6 +7,7 @@ import json
 import marshal
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from types import SimpleNamespace
@@ -292,6 +293,40 @@ def test_what_no_rule_allows_is_denied(tmp_path):
 
     linux_nnp = lambda: linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)  # noqa: E731
     assert in_child(lambda: (linux_nnp(), check())) is None
+
+
+@needs_landlock
+def test_a_program_that_runs_says_nothing_of_the_rules(tmp_path):
+    """Its owner gets ETXTBSY first: `install.sh --user` makes a copy of the interpreter."""
+    program, script = tmp_path / "sleep", tmp_path / "script.py"
+    shutil.copy("/bin/sleep", program)
+    script.write_text("x")
+    own = {**make(), "argv": [str(program), "-I", "-S", "-B", str(script)], "namespaces": ["pid"]}
+    own["landlock"] = {"abi": ABI, "rules": [[str(program), "exec"], [str(tmp_path), "read"]]}
+
+    def check(witness):
+        linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+        launcher.apply_landlock(own)
+        landlock.verify_behaviour(ABI, readable=str(witness), outside=None)
+
+    with subprocess.Popen([program, "60"]) as running:
+        try:
+            assert in_child(lambda: check(script)) is None
+            assert "opens for writing" in in_child(lambda: check(program))[1]
+        finally:
+            running.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "opens"),
+    [(errno.EACCES, False), (errno.EROFS, False), (errno.ETXTBSY, True), (errno.ENOENT, True)],
+)
+def test_only_a_denial_counts_as_one(number, opens, monkeypatch):
+    def answer(*_):
+        raise OSError(number, "")
+
+    monkeypatch.setattr(os, "open", answer)
+    assert landlock.can_open("/x", os.O_WRONLY) is opens
 
 
 def test_a_missing_path_breaks_the_whole_rule_set():
