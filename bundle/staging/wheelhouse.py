@@ -43,6 +43,7 @@ OLDEST_PYTHON = 11
 DEFAULT_GLIBC = 31
 OLDEST_GLIBC = 17
 MAX_ROUNDS = 4
+CUT_FOLDER = "cut"  # of the work folder
 REPORT_LIMIT = 256 * 1024 * 1024
 METADATA_LIMIT = 4 * 1024 * 1024
 
@@ -333,6 +334,7 @@ def resolve(
     pip reads markers as those of this host, so what only the target needs is asked for by name in
     a next round, and what only this host would need is dropped.
     """
+    _write_stubs(work / CUT_FOLDER, parse_pins(constraints.read_text()))
     wanted = [f"{OWN}[{EXTRAS[accelerator]}] @ {own.absolute().as_uri()}", "pip"]
     start = {OWN: frozenset(EXTRAS[accelerator].split(",")), "pip": frozenset[str]()}
     for _ in range(MAX_ROUNDS):
@@ -424,7 +426,8 @@ def _report(
     place = work / f"{target.name}.report.json"
     pip.run(
         *("install", "--dry-run", "--ignore-installed", "--report", str(place)),
-        *("--target", str(work / "nowhere"), *_for(target), "-c", str(constraints), *wanted),
+        *("--find-links", str(work / CUT_FOLDER), "--target", str(work / "nowhere")),
+        *(*_for(target), "-c", str(constraints), *wanted),
     )
     if place.stat().st_size > REPORT_LIMIT:
         raise RefusedError("build.wheels", "the report of pip is too large to be one")
@@ -433,6 +436,26 @@ def _report(
         each = _resolved(item)
         found[each.name] = each
     return found
+
+
+def _write_stubs(folder: Path, pins: Mapping[str, str]) -> None:
+    """Write a stand-in for each end of a cut edge, so that a mirror need not hold what is cut.
+
+    pip resolves with it and no more: the edge is cut from its answer, and nothing of that name may
+    be fetched.
+    """
+    folder.mkdir(exist_ok=True)
+    for _, name in CUT:
+        version, plain = pins.get(name), name.replace("-", "_")
+        info = f"{plain}-{version}.dist-info"
+        if version is None:
+            continue
+        with zipfile.ZipFile(folder / f"{plain}-{version}-py3-none-any.whl", "w") as stub:
+            about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+            stub.writestr(f"{info}/METADATA", about)
+            tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            stub.writestr(f"{info}/WHEEL", tags)
+            stub.writestr(f"{info}/RECORD", "")
 
 
 def _resolved(item: Any) -> Resolved:
