@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from airgap.serve.present import Presented, Rendered, deliver
 from airgap.service import wire
 from policy.errors import CODES, AirgapError, FaultError, RefusedError, UsageError
 
+_CREDENTIALS = struct.Struct("3i")
 SILENCE_S = 900.0  # longer than any part of a request may take
 OnProgress = Callable[[int, int, int], None]
 
@@ -82,7 +85,7 @@ def status(path: Path) -> dict[str, Any]:
 
 
 def connect(path: Path) -> socket.socket:
-    """Return a connection; FaultError `service.absent`."""
+    """Return a connection to the daemon; FaultError `service.absent`, also for an impostor."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(SILENCE_S)
     try:
@@ -94,7 +97,28 @@ def connect(path: Path) -> socket.socket:
             f"no daemon answers at {path}: {error.strerror}",
             hint="systemctl status airgap; are you in the group of the socket?",
         ) from error
+    try:
+        _require_daemon(connection, path)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _require_daemon(connection: socket.socket, path: Path) -> None:
+    """Refuse a socket that somebody else put there: it would be told what is asked."""
+    _, uid, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    trusted = {0, os.geteuid()}
+    with contextlib.suppress(OSError):
+        trusted.add(path.absolute().parent.stat().st_uid)
+    if uid not in trusted:
+        raise FaultError(
+            "service.absent",
+            f"uid {uid} answers at {path}, which is neither root nor the owner of its folder",
+            hint="tell the administrator: the daemon does not run, and somebody took its place",
+        )
 
 
 def answer_of(connection: socket.socket, on_progress: OnProgress) -> Rendered:

@@ -43,6 +43,7 @@ from airgap.service.kept_log import KeptLog, PersonLog, disk_fault
 from airgap.service.roles import Caller
 from policy.errors import AirgapError, RefusedError
 
+CANCEL_S: Final = 5.0
 HOLDS_TOLD: Final = 1_000  # the newest, in one message
 ON_RECORD: Final = frozenset({"trust", "seal", "site", "policy", "pack", "start", "hold"})
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -171,7 +172,6 @@ class Daemon:
         client.thread = threading.Thread(target=self._serve, args=(client,), daemon=True)
         with self._lock:
             self._clients.add(client)
-            self._sets.setdefault(uid, secrets.token_hex(16))
         try:
             client.thread.start()
         except RuntimeError:
@@ -244,7 +244,11 @@ class Daemon:
             return None
 
         return wire.receive(
-            client.connection, wire.REQUEST_LIMIT, within_s=self.limits.message_s, admit=admit
+            client.connection,
+            wire.REQUEST_LIMIT,
+            within_s=self.limits.message_s,
+            outside=wire.OUTSIDE_LIMIT,
+            admit=admit,
         )
 
     def _give_back(self, uid: int) -> None:
@@ -271,7 +275,7 @@ class Daemon:
             case {"op": "holds", **rest} if not rest:
                 wire.send(connection, {"event": "holds", "holds": self._holds_of(caller)})
             case {"op": "fetch", "hold": str(name), "files": list(files), **rest} if (
-                not rest and set(files) <= set(wire.FILES)
+                not rest and are_files(files)
             ):
 
                 def held(house: House, person: Person, _: Site) -> Job:
@@ -287,7 +291,7 @@ class Daemon:
                 "held": str(held_by),
                 "files": list(files),
                 **rest,
-            } if not rest and set(files) <= set(wire.FILES):
+            } if not rest and are_files(files):
 
                 def asked(_: House, person: Person, site: Site) -> Job:
                     chosen = choose_project(site, person, project)
@@ -410,12 +414,14 @@ class Daemon:
         house = ticket.serving.house
         person, site = self._identify(caller, house.require_standing().site)
         job = make(house, person, site)
+        with self._lock:  # who only comes and goes leaves nothing that the worker must forget
+            request_set = self._sets.setdefault(caller.uid, secrets.token_hex(16))
         broker = house.broker(
             lambda site: self._identify(caller, site),
             log=log,
             pair=ticket.serving.pair,
             uid=caller.uid,
-            request_set=self._sets.get(caller.uid, ""),
+            request_set=request_set,
             proceed=ticket.proceed,
         )
         return broker, job
@@ -434,6 +440,13 @@ def teller(connection: socket.socket, ticket: Ticket) -> Callable[[int, int, int
             raise cancelled() from error
 
     return tell
+
+
+def are_files(kinds: list[Any]) -> bool:
+    """Whether these are kinds of files, each once."""
+    return all(isinstance(kind, str) and kind in wire.FILES for kind in kinds) and (
+        len(set(kinds)) == len(kinds)
+    )
 
 
 def own_holds(holds: Holds, person: Person) -> list[Hold]:
@@ -502,7 +515,8 @@ def require_client(connection: socket.socket) -> None:
     poll = select.poll()  # `select` takes no descriptor above 1023
     poll.register(connection, select.POLLIN)
     if poll.poll(0):
-        message = wire.receive(connection, wire.MESSAGE_LIMIT)
+        # Who sends half a message holds a place of the worker: there is little time for it.
+        message = wire.receive(connection, wire.CANCEL_LIMIT, within_s=CANCEL_S)
         if message is None or message == {"op": "cancel"}:
             raise cancelled()
         raise wire.malformed("a request came while another one was under way")

@@ -21,6 +21,7 @@ answer and `done`, or with one `error`; before an answer it sends nothing of wha
 from __future__ import annotations
 
 import json
+import re
 import socket
 import struct
 import time
@@ -35,7 +36,11 @@ MESSAGE_LIMIT = 4 << 20  # of the daemon
 PIECE = 1 << 18  # characters
 ANSWER_LIMIT = 1 << 30
 FILES = ("csv", "sdf", "html", "receipt")
+CANCEL_LIMIT = 1 << 10  # of what may come while a run is under way
+OUTSIDE_LIMIT = 1 << 16  # texts of a request, and bytes beside them
 _LENGTH = struct.Struct(">I")
+# Every text of a JSON document, and one that never ends: each byte is looked at once.
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
@@ -49,6 +54,7 @@ def receive(
     limit: int,
     *,
     within_s: float | None = None,
+    outside: int | None = None,
     admit: Callable[[int], RefusedError | None] = lambda _: None,
 ) -> dict[str, Any] | None:
     """Return the next message, None at the end.
@@ -57,6 +63,7 @@ def receive(
         connection: Its own timeout holds for the first byte.
         limit: Bytes of a message.
         within_s: Seconds from the first byte to the last.
+        outside: Its texts and the bytes beside them: each may become an object of 60 bytes.
         admit: Asked with the length before the rest is read; a refusal is raised after it was
             read and dropped.
 
@@ -78,13 +85,27 @@ def receive(
         for at in range(0, length, PIECE):
             _exactly(connection, min(PIECE, length - at), until)
         raise refusal
+    content = _exactly(connection, length, until)
+    if outside is not None and length > outside and is_crowded(content, outside):
+        raise malformed(f"a message of more than {outside} texts and bytes beside them")
     try:
-        message = json.loads(_exactly(connection, length, until))
+        message = json.loads(content.decode())  # UTF-8 alone, as `_TEXTS` reads it
     except (ValueError, RecursionError):
         raise malformed("a message is no JSON") from None
     if not isinstance(message, dict):
         raise malformed("a message is no object")
     return message
+
+
+def is_crowded(content: bytes, most: int) -> bool:
+    """Whether a JSON document has more than `most` texts and bytes beside them, all together."""
+    beside = end = 0
+    for text in _TEXTS.finditer(content):
+        beside += 1 + text.start() - end
+        end = text.end()
+        if beside > most:
+            return True
+    return beside + len(content) - end > most
 
 
 def _exactly(connection: socket.socket, count: int, until: float | None) -> bytes:

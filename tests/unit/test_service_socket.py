@@ -1,17 +1,24 @@
 """The listening socket: handed over by systemd, bound, in place of a dead one, never of a file."""
 
+import json
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
+import threading
+from pathlib import Path
 
 import pytest
+from enclave_harness import needs_root
 
-from airgap.service import wire
-from airgap.service.daemon import require_client
+from airgap.service import client, wire
+from airgap.service.daemon import are_files, require_client
 from airgap.service.sockets import listening
 from airgap.systemd import tell_systemd
-from policy.errors import RefusedError
+from policy.errors import FaultError, RefusedError
 
 CHILD = """
 import os, socket, sys
@@ -94,3 +101,87 @@ def test_a_client_that_leaves_or_speaks_out_of_turn_gets_no_answer(act, code):
         with pytest.raises(RefusedError) as caught:
             require_client(ours)
         assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"op":"run","a":[' + b"[]," * 30_000 + b"[]]}",
+        b'{"op":"run","a":[' + b'"",' * 40_000 + b"0]}",
+        b'{"op":"run","a":' + b" " * 70_000 + b"0}",
+        b'{"op":"run","a":"' + b'\\"' * 40_000 + b'",' + b'"' * 70_000,
+        '{"op":"status"}'.encode("utf-16"),
+        b'{"op":"status","x":"\xff"}',
+        b"[" * 200_000,
+        b'{"op":"status","x":' + b"1" * 5_000 + b"}",
+    ],
+)
+def test_what_would_cost_much_memory_or_is_no_utf_8_is_no_message(body):
+    with pytest.raises(RefusedError) as refused:
+        receive(body)
+    assert refused.value.code == wire.CODE
+
+
+def test_a_large_text_is_taken_whatever_stands_in_it():
+    text = '[[],{"a":1}],\\\n' * 20_000
+    assert receive(json.dumps({"pdb": text}).encode()) == {"pdb": text}
+
+
+def receive(body):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sender = threading.Thread(
+            target=theirs.sendall, args=(struct.pack(">I", len(body)) + body,)
+        )
+        sender.start()
+        try:
+            return wire.receive(ours, wire.REQUEST_LIMIT, outside=wire.OUTSIDE_LIMIT)
+        finally:
+            sender.join()
+
+
+def test_half_a_message_during_a_run_is_waited_for_no_longer_than_a_cancel_takes():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(3_600)
+        theirs.sendall(b"\0")  # and no more
+        with pytest.raises(TimeoutError):
+            require_client(ours)
+
+
+@needs_root
+def test_a_socket_that_somebody_else_put_there_is_told_nothing():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o1777)
+        path = Path(folder) / "s"
+        ready, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.setresuid(40404, 40404, 40404)
+                with socket.socket(socket.AF_UNIX) as theirs:
+                    theirs.bind(str(path))
+                    path.chmod(0o777)
+                    theirs.listen(1)
+                    os.write(tell, b"1")
+                    signal.pause()
+            finally:
+                os._exit(1)
+        os.close(tell)
+        try:
+            assert os.read(ready, 1) == b"1"
+            with pytest.raises(FaultError) as refused:
+                client.status(path)
+            assert refused.value.code == "service.absent"
+            assert "uid 40404" in refused.value.message
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(ready)
+
+
+@pytest.mark.parametrize("files", [["csv", "csv"], [["csv"]], [{}], ["x"], [1], [None]])
+def test_files_are_kinds_each_once(files):
+    assert are_files(["csv", "html"])
+    assert are_files([])
+    assert not are_files(files)
