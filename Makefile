@@ -32,7 +32,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/coverage erase
-	$(BIN)/pytest -m 'not soak' -n $(JOBS) --dist loadfile --cov --cov-report=
+	$(BIN)/pytest -m 'not soak' -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report=
 	$(BIN)/coverage report
 	for package in policy bundle airgap; do \
 	    echo "$$package: at least 90 % of lines"; \
