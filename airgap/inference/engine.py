@@ -142,6 +142,7 @@ class Engine:
             told = error if isinstance(error, ProgramError) else out_of_memory()
             while self._jobs:  # the graph itself failed: nobody's rows can be trusted
                 self._end(next(iter(self._jobs)), told)
+            self._batch.release()  # nor the buffers, which may be half resized
 
     def generate(self, request: Generate, constraint: Constraint | None, emit: Emit) -> Done:
         """Run one request to its end.

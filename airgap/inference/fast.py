@@ -116,14 +116,18 @@ class Slots:
             buffer[to, :, :length] = buffer[source, :, :length]
 
     def resize(self, rows: int, capacity: int, lengths: list[int]) -> None:
-        """Change the size and keep the first slots, which hold `lengths` positions."""
+        """Change the size and keep the first slots, which hold `lengths` positions.
+
+        After a MemoryError nothing in them means anything, and their stamp is another one: no run
+        uses the addresses of buffers that moved.
+        """
+        self.stamp = next(_stamps)
         for place, old in enumerate(self._buffers):
             new = np.empty((rows, old.shape[1], capacity, old.shape[3]), dtype=old.dtype)
             for row, length in enumerate(lengths):
                 new[row, :, :length] = old[row, :, :length]
             self._buffers[place] = new  # one at a time: two whole sets would not fit the plan
         self.rows, self.capacity = rows, capacity
-        self.stamp = next(_stamps)
 
 
 class _Bound:

@@ -248,6 +248,53 @@ def test_a_long_prompt_runs_in_pieces_with_the_same_result():
     assert (one.raw == two.raw).all()
 
 
+class Halved(Slots):
+    """Buffers whose memory runs out in the middle of a resize."""
+
+    def resize(self, rows, capacity, lengths):
+        kept = self._buffers
+        heads = 1 << 44  # the second one asks for more than there is
+        wide = np.lib.stride_tricks.as_strided(kept[1], (1, heads, 1, 1), (0, 0, 0, 0))
+        self._buffers = [kept[0], wide, *kept[2:]]
+        try:
+            super().resize(rows, capacity, lengths)
+        finally:
+            self._buffers[1] = kept[1]
+
+
+class Short:
+    """A loaded model whose memory runs out in the middle of a resize."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def slots(self, *, rows, capacity):
+        return Halved(self._model.facts, rows=rows, capacity=capacity)
+
+
+def test_memory_that_runs_out_in_a_resize_leaves_nothing_of_the_old_buffers_in_use():
+    first, longer = ask(n=2, max_new_tokens=20), ask(n=1, max_new_tokens=60, seed=3)
+    expected = {}
+    engine().generate(first, None, lambda event: keep(expected, event))
+    target = Engine(Short(fast()), budget=BUDGET, most_rows=8)
+    _, ended = submit(target, 1, first)
+    target.step()
+    _, never = submit(target, 2, longer)
+    target.step()
+    assert [error.code for error in (*ended, *never)] == ["model.memory"] * 2
+    found = {}
+    target.generate(first, None, lambda event: keep(found, event))
+    assert found == expected
+
+
+def keep(found, event):
+    if isinstance(event, Sample):
+        found[event.index] = event.ids
+
+
 def test_the_program_takes_the_fast_graph_where_there_is_one():
     program = create({"folder": str(models.fast_folder()), "precision": "fp32", "threads": 1})
     facts = program.warm_up()
