@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +31,7 @@ from policy.errors import FaultError, RefusedError
 DONE: Final = "airgap-runtime.json"  # install.sh writes it last
 ID_LENGTH: Final = 16
 _RUNTIMES, _LEFT = "runtimes", ".removed"
+_NAME = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}|\.[0-9a-f]{{{ID_LENGTH}}}\{_LEFT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def find_runtimes(
 ) -> tuple[Runtime, ...]:
     """Return every environment below a prefix, and what a killed installer or removal left.
 
+    What bears another name than an id is somebody else's, and is not looked at.
+
     Args:
         prefix: Where the program lies.
         store: Of the tree; a release that is installed there keeps the wheels that it brought.
@@ -93,7 +98,11 @@ def find_runtimes(
     """
     folder = prefix / _RUNTIMES
     try:
-        places = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+        places = [
+            path
+            for path in sorted(folder.iterdir())
+            if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+        ]
     except FileNotFoundError:
         return ()
     except OSError as error:
@@ -102,7 +111,7 @@ def find_runtimes(
     running = _running(processes)
     active = _active(prefix)
     found = []
-    for path in (path for path in places if path.is_dir()):
+    for path in places:
         whole = (path / DONE).is_file() and not path.name.startswith(".")
         needs = [f"{prefix}/bin points to it"] if path.resolve() == active else []
         if path.resolve() == Path(sys.prefix).resolve():
@@ -140,6 +149,8 @@ def remove_runtimes(
         FaultError: `host.state`, an installer is at work; `host.io`; the log's own.
 
     """
+    _require_own(prefix)
+    _require_own(prefix / _RUNTIMES)
     with _held(prefix):
         known = {each.id: each for each in find_runtimes(prefix, store, processes=processes)}
         wanted = [_get(known, name) for name in dict.fromkeys(names)]
@@ -197,6 +208,21 @@ def _drop(runtime: Runtime, audit: Callable[[str, str, str], Any]) -> Any:
             hint="run it as the account that installed the program; it goes on where it stopped",
         ) from error
     return audit(runtime.id, "outcome", "complete")
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse to delete in a folder that is a link, or that another account may write to."""
+    try:
+        found = folder.lstat()
+    except OSError as error:
+        raise FaultError("host.io", f"{folder} cannot be opened: {error.strerror}") from error
+    owned = found.st_uid in {0, os.geteuid()} and not found.st_mode & 0o002
+    if not stat.S_ISDIR(found.st_mode) or not owned:
+        raise FaultError(
+            "host.io",
+            f"{folder} is no folder, or another account owns it or may write to it",
+            hint="name the true folder of the program with --prefix",
+        )
 
 
 @contextmanager

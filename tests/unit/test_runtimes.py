@@ -204,6 +204,45 @@ def test_a_link_among_them_is_neither_told_nor_followed(prefix, tmp_path):
     assert (prefix / "runtimes" / "link").is_symlink()
 
 
+def test_what_bears_no_id_is_somebody_else_s(prefix, tmp_path):
+    """`--prefix` may name any folder by mistake, and others have a folder of that name as well."""
+    for name in (
+        "linux-x64",
+        "A" * ID_LENGTH,
+        "a" * 15,
+        f".{OLD}",
+        f"{OLD}.removed",
+        "g" * ID_LENGTH,
+    ):
+        environment(prefix, name)
+    before = set(names(prefix))
+    remove(prefix, Store(tmp_path / "store"))
+    assert before - set(names(prefix)) == {OLD, OLDER}
+
+
+def as_link(prefix, elsewhere):
+    (prefix / "runtimes").rename(elsewhere)
+    (prefix / "runtimes").symlink_to(elsewhere)
+
+
+def open_to_all(prefix, _):
+    (prefix / "runtimes").chmod(0o777)
+
+
+def of_another(prefix, _):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    os.chown(prefix, 65534, 65534)
+
+
+@pytest.mark.parametrize("spoil", [as_link, open_to_all, of_another])
+def test_nothing_is_deleted_where_others_could_exchange_it(prefix, tmp_path, spoil):
+    spoil(prefix, tmp_path / "elsewhere")
+    before = names(prefix)
+    refused("host.io", remove, prefix, Store(tmp_path / "store"))
+    assert names(prefix) == before
+
+
 def test_an_installer_at_work_is_waited_for_by_nobody(prefix, tmp_path):
     number = os.open(prefix, os.O_RDONLY)
     try:
