@@ -52,6 +52,7 @@ def open_medium(path: Path, more: Help | None = None) -> Medium:
     def opener(place: Path) -> Source:
         return open_source(place, more.identities)
 
+    path = _lone(path)
     if path.is_dir() or more.volumes or number_of(path):
         return VolumeSet(_places([path, *more.volumes]), opener, more.asker)
     source = opener(path)
@@ -66,6 +67,14 @@ def open_medium(path: Path, more: Help | None = None) -> Medium:
     except BaseException:
         source.close()
         raise
+
+
+def _lone(path: Path) -> Path:
+    """Return the bundle of a folder that holds one and no volume, else `path` as it was given."""
+    if not path.is_dir():
+        return path
+    names = [each for each in path.iterdir() if ".agb" in each.suffixes]
+    return names[0] if len(names) == 1 and names[0].suffix == ".agb" else path
 
 
 def open_source(path: Path, identities: Sequence[Identity] = ()) -> Source:

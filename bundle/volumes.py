@@ -467,8 +467,9 @@ def find_siblings(path: Path) -> list[Path]:
         if not found:
             raise RefusedError(
                 "archive.type",
-                f"{str(path)!r:.160} is a folder without a volume (NAME.agb.001, ...)",
-                hint="give a bundle, one volume of a set, or the folder of a set",
+                f"{str(path)!r:.160} is a folder without a volume (NAME.agb.001, ...), and holds"
+                " no bundle or several",
+                hint="give a bundle, one volume of a set, or the folder that holds one of them",
             )
         if len(stems) > 1:
             raise RefusedError(

@@ -110,6 +110,17 @@ def test_a_set_is_the_bundle(full, plain_set, tmp_path):
     assert (tmp_path / "again.agb").read_bytes() == full.read_bytes()
 
 
+def test_a_folder_with_one_plain_bundle_stands_for_it(full, tmp_path):
+    lone = Path(shutil.copy(full, tmp_path))
+    (tmp_path / "SHA256SUMS").write_text("")
+    assert verify(tmp_path).digest == verify(full).digest
+    shutil.copy(full, tmp_path / "another.agb")
+    assert refusal(verify, tmp_path).code == "archive.type"
+    (tmp_path / "another.agb").unlink()
+    lone.rename(tmp_path / "tiny.agb.enc")
+    assert refusal(verify, tmp_path).code == "archive.type"
+
+
 def test_each_volume_is_a_tar_and_together_they_are_the_body(full, spare_set):
     body = b""
     for number in range(1, COUNT + 3):
