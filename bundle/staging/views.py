@@ -7,12 +7,13 @@ without control characters, the page gets it escaped.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -52,10 +53,10 @@ def count_text(value: int) -> str:
 
 
 def travel_text(item: Mapping[str, Any]) -> str:
-    """Say whether a file goes into the bundle: as it is, converted, or not at all."""
+    """Say whether a file goes into the bundle: as it is, with graphs beside it, or not at all."""
     if item["carried"]:
         return "yes"
-    return "as ONNX" if item["role"] == Role.WEIGHTS else ""
+    return "yes, + ONNX" if item["role"] == Role.WEIGHTS else ""
 
 
 def plain(text: object) -> str:
@@ -67,7 +68,7 @@ def plain(text: object) -> str:
 def report_view(report: Mapping[str, Any]) -> RenderableType:
     """Show an inspection report on a terminal."""
     parts: list[RenderableType] = [_headline(report), Text()]
-    parts.append(_facts(_report_facts(report)))
+    parts.append(_Facts(_report_facts(report)))
     parts += [Text(), Rule("files", align="left", style="dim"), _files(report["files"])]
     if report["findings"]:
         parts += [Text(), Rule("findings", align="left", style="dim")]
@@ -192,7 +193,7 @@ def built_view(built: Built) -> RenderableType:
         Text.assemble(("✓ ", "bold green"), ("draft built", "bold"), f"  {built.manifest.name} "
                       f"{built.manifest.version}"),
         Text(),
-        _facts(rows),
+        _Facts(rows),
         *_holds(built.decision),
         Text(),
         Text(f"next step: airgap sign {name} --key APPROVER.pem", "dim"),
@@ -236,7 +237,7 @@ def wheels_view(built: BuiltWheels) -> RenderableType:
         ("✓ ", "bold green"), ("draft built", "bold"), f"  {manifest.name} {manifest.version}"
     )
     next_step = Text(f"next step: airgap sign {built.path.name} --key APPROVER.pem", "dim")
-    return Group(title, Text(), _facts(rows), Text(), next_step)
+    return Group(title, Text(), _Facts(rows), Text(), next_step)
 
 
 def _wheel_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -270,7 +271,7 @@ def _wheels_draft_view(draft: Draft, tally: Tally) -> RenderableType:
         ("signed by", _tally_text(tally)),
     ]
     parts: list[RenderableType] = [Text("what you are about to approve", "bold"), Text()]
-    parts += [_facts(rows), Text(), Rule("wheels", align="left", style="dim")]
+    parts += [_Facts(rows), Text(), Rule("wheels", align="left", style="dim")]
     parts += [
         _bullet("-", "dim", f"{each['name']} {each['version']}", f"{each['licence']}")
         for each in draft.report["wheels"]
@@ -318,7 +319,7 @@ def _draft_view(draft: Draft, tally: Tally) -> RenderableType:
         *_approvals(draft),
     ]
     parts: list[RenderableType] = [Text("what you are about to approve", "bold"), Text()]
-    parts.append(_facts(rows))
+    parts.append(_Facts(rows))
     if report["findings"]:
         parts += [Text(), Rule("findings of the inspection", align="left", style="dim")]
         parts += [_bullet("!", "yellow", f["path"], f["text"]) for f in report["findings"]]
@@ -496,13 +497,25 @@ def _tally_text(tally: Tally) -> str:
     return f"{text}; builder {tally.builder}" + ("" if tally.builder_signed else " (NOT signed)")
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(Text(name), Text(plain(value)))
-    return grid
+class _Facts:
+    """Labels and values in two columns; a digest, which people copy, leaves its column whole."""
+
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
+        self._rows = [(name, plain(value)) for name, value in rows]
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        column = max(len(name) for name, _ in self._rows) + 2
+        for name, value in self._rows:
+            label = name
+            for line in textwrap.wrap(
+                value, options.max_width - column, break_long_words=False, break_on_hyphens=False
+            ) or [""]:
+                indent = min(column, max(0, options.max_width - len(line)))
+                if len(label) >= indent and label:
+                    yield Text(label, "dim")
+                    label = ""
+                yield Text.assemble((label.ljust(indent), "dim"), line, overflow="fold")
+                label = ""
 
 
 def _files(files: list[Mapping[str, Any]]) -> Table:

@@ -25,7 +25,8 @@ from bundle.scan.tokenizer import parse_tokenizer
 from bundle.staging.bom import require_schema
 from bundle.staging.inspect import inspect_source
 from bundle.staging.parity import MIN_PROMPTS
-from bundle.staging.pipeline import memory_of, modalities_of, model_entry, stable_evidence
+from bundle.staging.pipeline import memory_of
+from bundle.staging.release import modalities_of, model_entry, stable_evidence
 from bundle.staging.sign import count, read_draft, sign
 from bundle.staging.views import (
     built_document,
@@ -647,11 +648,23 @@ def test_a_draft_with_another_seal_is_refused(draft):
 
 
 def screen(view) -> str:
+    return " ".join(printed(view, 100).split())
+
+
+def printed(view, width: int) -> str:
     from rich.console import Console
 
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(view)
-    return " ".join(console.export_text().split())
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_digest_is_whole_where_a_line_can_hold_it(made, width):
+    text = printed(built_view(made[0]), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert (str(made[0].manifest.digest) in text) is (width > 70)
+    assert str(made[0].manifest.name) in text
 
 
 def test_the_builder_sees_what_was_proved(made):

@@ -259,10 +259,10 @@ def test_reports_say_how_each_file_travels(snapshot):
     report = inspect_source(snapshot)
     page = report_page(report.as_document(), str(report.digest))
     rows = dict(re.findall(r"<tr><td>([^<]+)</td>[\s\S]*?</code></td><td>([^<]*)</td></tr>", page))
-    assert (rows["model.safetensors"], rows["config.json"]) == ("as ONNX", "yes")
+    assert (rows["model.safetensors"], rows["config.json"]) == ("yes, + ONNX", "yes")
     lines = [line.split() for line in screen(report.as_document()).splitlines()]
     ends = {line[0]: line[-2:] for line in lines if line}
-    assert ends["model.safetensors"] == ["as", "ONNX"]
+    assert ends["model.safetensors"] == ["+", "ONNX"]
     assert ends["config.json"][-1] == "yes"
 
 
