@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import structlog
 
@@ -25,10 +25,9 @@ from airgap.audit.checkpoint import Ring, parse_ring
 from airgap.audit.disk import Disk
 from airgap.audit.findings import TAMPERED, Verdict
 from airgap.audit.layout import Layout
-from airgap.audit.log import AuditLog
 from airgap.audit.quorum import load_policy
+from airgap.audit.receipt import Receipt
 from airgap.audit.record import Event
-from airgap.audit.steward import OwnLog
 from airgap.audit.verify import verify_log
 from policy.errors import AirgapError, FaultError
 
@@ -36,6 +35,24 @@ LOOK_S: Final = 60.0  # how often it asks whether a day has passed
 _NICE: Final = 10
 
 operator = structlog.get_logger("airgap.audit")
+
+
+class Judged(Protocol):
+    """A log that this process holds, or writes to at the service that does."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds `log/`."""
+        ...
+
+    @property
+    def ring(self) -> Ring:
+        """The verifier keys of all epochs so far."""
+        ...
+
+    def append(self, event: Event) -> Receipt:
+        """Return once the event is durable and signed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +71,7 @@ class Looked:
         return cls(verdict.verdict, verdict.size, verdict.anchored_size, worst[:200])
 
 
-def record_look(log: OwnLog, looked: Looked) -> None:
+def record_look(log: Judged, looked: Looked) -> None:
     """Put a verdict on the log that it is about; what contradicts is an alarm as well."""
     if looked.verdict == TAMPERED:
         operator.error("audit.tampered", finding=looked.worst)
@@ -97,7 +114,7 @@ class Daily:
 
     def __init__(
         self,
-        log: AuditLog,
+        log: Judged,
         *,
         now: Callable[[], float] = time.time,
         judge: Callable[[Path, Ring], Looked] = look_apart,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from airgap.peers import find_stranger
 from airgap.science import views
 from airgap.science.results import Assessed, Prepared
 from airgap.serve.broker import Job
@@ -19,7 +18,6 @@ from airgap.serve.present import Presented, Rendered, deliver
 from airgap.service import wire
 from policy.errors import CODES, AirgapError, FaultError, RefusedError, UsageError
 
-_CREDENTIALS = struct.Struct("3i")
 SILENCE_S = 900.0  # longer than any part of a request may take
 OnProgress = Callable[[int, int, int], None]
 
@@ -107,13 +105,8 @@ def connect(path: Path) -> socket.socket:
 
 def _require_daemon(connection: socket.socket, path: Path) -> None:
     """Refuse a socket that somebody else put there: it would be told what is asked."""
-    _, uid, _ = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )
-    trusted = {0, os.geteuid()}
-    with contextlib.suppress(OSError):
-        trusted.add(path.absolute().parent.stat().st_uid)
-    if uid not in trusted:
+    uid = find_stranger(connection, path)
+    if uid is not None:
         raise FaultError(
             "service.absent",
             f"uid {uid} answers at {path}, which is neither root nor the owner of its folder",

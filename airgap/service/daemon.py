@@ -95,17 +95,19 @@ class Daemon:
     _large: Counter[int] = field(default_factory=Counter)
     _sets: dict[int, str] = field(default_factory=dict)  # of people who are connected
 
-    def run(self, server: socket.socket, ready: Callable[[House], None] = lambda _: None) -> None:
-        """Start the sealed pair, serve, and drain when told to stop.
+    def run(
+        self, server: socket.socket, house: House, ready: Callable[[House], None] = lambda _: None
+    ) -> None:
+        """Start the sealed pair of a release, serve, and drain when told to stop.
 
         Raises:
             RefusedError: As `open_broker`: nothing was served.
             FaultError: As there.
 
         """
-        house = self.keeper.start()
+        roles.load_roles(self.roles_file, house.site)
+        self.keeper.start(house)
         try:
-            roles.load_roles(self.roles_file, house.site)
             server.settimeout(LOOK_S)
             ready(house)
             while not self._asked:

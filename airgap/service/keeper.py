@@ -23,7 +23,7 @@ from airgap.audit import Event, new_ulid
 from airgap.enclave import Enclave
 from airgap.inference.protocol import Forget
 from airgap.serve.session import House, find_installed, screen_packs
-from airgap.service.kept_log import KeptLog, disk_fault
+from airgap.service.kept_log import AGAIN_S, KeptLog, disk_fault
 from policy.errors import AirgapError, FaultError, RefusedError
 from policy.terms import Digest
 
@@ -113,13 +113,11 @@ class Keeper:
 
     # -- for the daemon ------------------------------------------------------------------------
 
-    def start(self) -> House:
-        """Start the first pair; raises as `House.of` and `sealed_pair`. Then look after it."""
-        house = self._load()
+    def start(self, house: House) -> None:
+        """Start the pair of a release that was just checked; raises as `House.sealed_pair`."""
         self._open(house, _key_of(house), {"reason": "start"})
         self._thread = threading.Thread(target=self._run, name="service-keeper", daemon=True)
         self._thread.start()
-        return house
 
     def ask_reload(self) -> None:
         """Load everything anew; safe in a signal handler."""
@@ -301,8 +299,12 @@ class Keeper:
         self._count_end(_ended())
 
     def _count_end(self, why: AirgapError) -> None:
-        """Say when the next pair is due, if any."""
+        """Say when the next pair is due, if any; what the log or the disk refuses is no end."""
         now, patience = time.monotonic(), self._patience
+        if why.code.partition(".")[0] in {"audit", "host"}:
+            self._why, self._next_try = why, now + AGAIN_S
+            self._on_change()
+            return
         self._ends = [each for each in self._ends if now - each < patience.window_s] + [now]
         count = len(self._ends)
         self._next_try = now + patience.restart_s[min(count, len(patience.restart_s)) - 1]

@@ -19,7 +19,9 @@ from typing import Final, Self
 import structlog
 
 from airgap.audit import Event, Receipt
+from airgap.audit.checkpoint import Ring
 from airgap.audit.clock import Peer
+from airgap.audit.daily import Daily
 from airgap.audit.log import AuditLog, State
 from airgap.audit.record import Commit, Record
 from airgap.audit.service import RemoteLog, Service
@@ -59,8 +61,11 @@ class KeptLog:
         self._log = reopen()
         self._service: Service | None = None
         self._thread: threading.Thread | None = None
+        self._daily: Daily | None = None
         if owner_socket is not None and isinstance(self._log, AuditLog):
             self._serve(self._log, owner_socket)
+            self._daily = Daily(self)
+            self._daily.start()
 
     @property
     def remote(self) -> bool:
@@ -76,6 +81,13 @@ class KeptLog:
     def folder(self) -> Path:
         """The folder that holds `log/`."""
         return self._log.folder
+
+    @property
+    def ring(self) -> Ring:
+        """The verifier keys of a log of its own."""
+        if isinstance(self._log, RemoteLog):
+            raise FaultError("audit.service", "the log's own service knows its keys")
+        return self._log.ring
 
     def append(self, event: Event, *, peer: Peer | None = None) -> Receipt:
         """Append; see `AuditLog.append`."""
@@ -121,6 +133,8 @@ class KeptLog:
 
     def close(self) -> None:
         """Write the last record and give the log back."""
+        if self._daily is not None:
+            self._daily.stop()
         if self._service is not None and self._thread is not None:
             self._service.stop()
             self._thread.join()

@@ -62,17 +62,17 @@ def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
         return open_own_log(plan.root, site, mode="service")
 
     with contextlib.closing(Presence(plan.root)) as presence:
-        load()  # nothing is opened for a release that may not run
+        house = load()  # nothing is opened for a release that may not run
         with KeptLog(open_log, plan.root / OWNER_SOCKET) as log:
 
             def tell() -> None:
                 standing = keeper.standing
-                house = standing.house
-                serves = "" if house is None else f"{house.model.name} {house.model.version}"
+                now = standing.house
+                serves = "" if now is None else f"{now.model.name} {now.model.version}"
                 presence.tell(
                     {
                         "serves": serves,
-                        "bundle": "" if house is None else str(house.installed.digest),
+                        "bundle": "" if now is None else str(now.installed.digest),
                         "state": standing.state,
                         "chosen": plan.model,
                     }
@@ -85,7 +85,7 @@ def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
             path = plan.socket_path or (Path(site.service.socket) if site.service.socket else None)
             server: socket.socket = listening(path, plan.group)
             on_signals(daemon)
-            daemon.run(server, ready)
+            daemon.run(server, house, ready)
 
 
 def raise_descriptors(wanted: int) -> None:

@@ -102,4 +102,5 @@ def test_a_person_fetches_her_released_answer_through_the_socket(place, road, ca
     assert (ended, json.loads(text)["code"]) == (1, "hold.missing")
     assert ada(place)["rows"]
     assert status(place)["running"] == 0
+    must(capsys, "audit", "export", "-o", tmp_path / "export", "--root", lab)
     place.verify()

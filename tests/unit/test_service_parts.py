@@ -122,6 +122,10 @@ def test_commands_write_to_the_log_of_a_daemon_that_owns_it(tmp_path):
             assert isinstance(other, RemoteLog)
             assert other.append(denial()).origin == log.origin
         assert not log.remote
+        assert len(log.ring.keys) == 1
+        assert log._daily.look()  # the whole log, on record, once a day
+        assert not log._daily.look()
+        assert list(read_records(log.folder))[-1]["data"]["verdict"] == "cannot tell"
         assert log.append(denial())
     assert find_log_socket(tmp_path, site.audit) is None
     named = AuditSettings(socket="/run/x.sock")
@@ -314,7 +318,7 @@ def kept(started, tmp_path):
 
     log = Records()
     keeper = Keeper(load, "", log, FAST)
-    keeper.start()
+    keeper.start(load())
     yield keeper, root, shared, log
     keeper.close(lambda: True, cut_off("the test is over"))
 
@@ -353,6 +357,12 @@ def test_starts_that_fail_end_as_well_and_the_reason_is_told(kept):
     shared["pairs"][-1][0][1].alive = False
     until(lambda: keeper.standing.state == "refusing")
     assert "no Landlock" in keeper.standing.why.message
+    shared["fail"][:] = [FaultError("audit.halted", "the disk of the log")]
+    keeper.ask_reload()
+    until(lambda: keeper.standing.why.code == "audit.halted")  # no end of a worker: tried again
+    with pytest.raises(FaultError) as fault, keeper.ticket():
+        pass
+    assert fault.value.code == "audit.halted"
     shared["fail"].clear()
     keeper.ask_reload()
     until(lambda: keeper.standing.state == "serving")
