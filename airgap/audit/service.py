@@ -31,6 +31,7 @@ from airgap.audit.log import MAX_OBJECT, AuditLog
 from airgap.audit.payloads import MAX_BLOB, PayloadKey
 from airgap.audit.receipt import Receipt, parse_receipt
 from airgap.audit.record import Actor, Commit, DecisionRef, Event, Record, commitment
+from airgap.peers import find_stranger
 from policy.errors import CODES, AirgapError, FaultError, RefusedError, UsageError
 from policy.terms import Digest
 
@@ -516,9 +517,13 @@ class RemoteLog:
             connection.settimeout(self._deadline_s)
             try:
                 connection.connect(str(self._path))
+                uid = find_stranger(connection, self._path)
             except BaseException:
                 connection.close()
                 raise
+            if uid is not None:
+                connection.close()
+                raise RefusedError(CODE, f"uid {uid} took its place, and is told nothing")
             self._connection = connection
         return self._connection
 

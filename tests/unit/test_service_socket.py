@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from enclave_harness import needs_root
 
+from airgap.audit.service import RemoteLog
 from airgap.service import client, wire
 from airgap.service.daemon import are_files, require_client
 from airgap.service.sockets import listening
@@ -162,7 +163,7 @@ def test_a_socket_that_somebody_else_put_there_is_told_nothing():
                 with socket.socket(socket.AF_UNIX) as theirs:
                     theirs.bind(str(path))
                     path.chmod(0o777)
-                    theirs.listen(1)
+                    theirs.listen(5)
                     os.write(tell, b"1")
                     signal.pause()
             finally:
@@ -173,6 +174,10 @@ def test_a_socket_that_somebody_else_put_there_is_told_nothing():
             with pytest.raises(FaultError) as refused:
                 client.status(path)
             assert refused.value.code == "service.absent"
+            assert "uid 40404" in refused.value.message
+            with pytest.raises(FaultError) as refused:
+                RemoteLog(path)
+            assert refused.value.code == "audit.service"
             assert "uid 40404" in refused.value.message
         finally:
             os.kill(child, signal.SIGKILL)
