@@ -243,19 +243,12 @@ def tree(tmp_path):
 
 
 def broker_on(log, tree):
-    from test_serve_broker import NOW, TaskFacts, decide_use, load_rules, registry_facts
+    from policy_site import deciding
+    from test_serve_broker import NOW, load_rules
 
     site, rules = load_site(tree), load_rules(tree)
-
-    def use_policy(job, *, modality, screen, **_):
-        return decide_use(
-            site, rules, registry_facts("logos-ref-tiny", rules.registry),
-            bundle_digest=MODEL.bundle, person="ada", project=job.project,
-            task=TaskFacts(job.task, modality), screen=screen,
-            as_of=site.legal_day(NOW).as_of, known_at=site.legal_day(NOW).known_at,
-            admitted=True, hazard_holds=0,
-        )  # fmt: skip
-
+    day = site.legal_day(NOW)
+    use_policy = deciding(site, rules, MODEL.bundle, day=(day.as_of, day.known_at))
     return Broker(log, Worker(), Helper(), MODEL, Actor("Ada"), use_policy)
 
 
