@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import mmap
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +35,7 @@ from bundle.staging.bootstrap_medium import (
     Stop,
     clean,
     fault,
+    held,
     open_medium,
     parse,
     refuse,
@@ -222,23 +222,6 @@ def require_script(script: Path | None, manifest: Mapping[str, Any]) -> None:
             f"{script} is not the installer of this bundle: it is of another one, or was changed",
             "take the install.sh that lies beside this bundle, then: sha256sum -c SHA256SUMS",
         )
-
-
-@contextlib.contextmanager
-def held(prefix: Path) -> Iterator[None]:
-    """Hold the prefix for one installer; fault `host.state` while another one has it."""
-    descriptor = os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise fault(
-                "host.state", f"another installer works in {prefix}",
-                "wait for it, or stop it, then run it again",
-            ) from error  # fmt: skip
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def make_runtime(target: Path, medium: Medium, wanted: Wanted, out: Transcript) -> None:
@@ -455,6 +438,9 @@ def _work(
     if not link.is_symlink() or link.resolve() != target / "bin":
         switch(link, target / "bin")
         out.say(f"active: {link} -> {target / 'bin'}")
+        older = len(list(target.parent.iterdir())) - 1
+        if older:
+            out.say(f"note: {older} older beside it; `airgap runtimes` says which may go")
     elif not changed:
         out.say("nothing to do: this host is as this bundle makes it")
     return status

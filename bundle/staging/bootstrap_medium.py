@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -103,6 +104,23 @@ def require_place(folder: Path, needed: int) -> None:
             f"{place} has {free:,} bytes free, about {needed:,} are needed",
             "free space there, or choose another place with --prefix and --root",
         )
+
+
+@contextlib.contextmanager
+def held(prefix: Path) -> Iterator[None]:
+    """Hold the prefix for one installer; fault `host.state` while another one has it."""
+    descriptor = os.open(prefix, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise fault(
+                "host.state", f"another installer works in {prefix}",
+                "wait for it, or stop it, then run it again",
+            ) from error  # fmt: skip
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

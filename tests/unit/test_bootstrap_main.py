@@ -127,7 +127,9 @@ def test_from_a_split_bundle_to_a_program_and_again_without_a_change(tmp_path, m
     volumes = sorted(discs.iterdir())
     assert [path.name for path in volumes] == ["good.agb.001"]
     program = tmp_path / "program"
+    (program / "runtimes" / ("0" * 16)).mkdir(parents=True, mode=0o755)
     assert install(tmp_path, volumes[0]) == 0
+    assert "note: 1 older beside it" in capfd.readouterr().out
     link = program / "bin"
     assert link.is_symlink()
     done = subprocess.run(
