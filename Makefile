@@ -47,11 +47,14 @@ test-tools:
 	    $$(cat tests/apt-packages.txt)
 
 # The wheel alone: a lab with [cpu,science], an auditor with no extra at all. Then the installer, on a
-# bare Debian root without a network; it is skipped, and says so, without root or debootstrap.
+# bare Debian root without a network, and the units under a systemd of that root's own; these two are
+# skipped, and say so, without root, debootstrap or namespaces.
 wheel-test: $(VENV)/.run
 	test -f demo-out/audit-export/manifest.json || $(BIN)/airgap demo --out demo-out
 	$(BIN)/python tests/bare_wheel.py --demo demo-out --work build/wheel
-	$(BIN)/python tests/clean_root.py --demo demo-out --work build/clean-root || test $$? = 77
+	rm -rf build/medium
+	$(BIN)/python tests/clean_root.py --demo demo-out --work build/clean-root --medium build/medium || test $$? = 77
+	$(BIN)/python tests/live_systemd.py --demo demo-out --work build/live-systemd --medium build/medium || test $$? = 77
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -231,7 +231,8 @@ def take_down(places: Places, program: Program) -> Iterator[str]:
     profile = places.on_host(_PROFILE)
     if profile.exists() and _apparmor(places):
         program.foreign("apparmor_parser", "-R", str(profile))
-    for _, target in pairs:
+    answers = places.on_host("/run").glob("airgap-run-*.json")  # of single requests
+    for target in (*(target for _, target in pairs), *sorted(answers)):
         if target.is_file():
             target.unlink()
             yield str(target)

@@ -44,6 +44,9 @@ id = "lars"
 name = "Lars Lab"
 uid = 0
 roles = ["administrator"]
+projects = ["route-design"]
+training_until = 2027-06-30
+us_person = true
 affiliations = []
 """
 ROLES = """

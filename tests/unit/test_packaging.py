@@ -102,6 +102,8 @@ def test_a_request_has_no_network_and_nothing_that_would_break_its_proof():
     names = {name for name, _, _ in options(RUN)}
     assert values(RUN, "PrivateNetwork") == ["yes"]
     assert values(RUN, "NoNewPrivileges") == ["yes"]
+    assert values(RUN, "StandardOutput") == ["truncate:/run/airgap-run-%i.json"]
+    assert values(RUN, "ExecStart")[0].endswith(" --json")  # a refusal in words goes to the journal
     broken = {"RestrictAddressFamilies", "RestrictNamespaces", "MemoryDenyWriteExecute"}
     broken |= {"SystemCallFilter", "ProtectProc", "ProcSubset", "IPAddressDeny"}
     assert not names & broken
@@ -117,6 +119,7 @@ def test_the_probe_at_boot_has_the_rights_of_a_request():
         "TimeoutStartSec",
         "KillMode",
         "RemainAfterExit",
+        "StandardOutput",
     }
     differ |= {"Description", "Documentation", "After", "WantedBy"}
 
