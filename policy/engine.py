@@ -23,6 +23,13 @@ from policy.terms import Digest, Fact, Outcome, Scope
 NO_APPROVALS = Approvals()
 
 
+# The person who is refused may not read the tree; who keeps it finds the facts by the record.
+_EXPLAINED = (
+    "ask who keeps the tree: `airgap audit show` numbers the record, and "
+    "`airgap policy explain '#NUMBER'` shows its facts"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Decision:
     """An answer with its grounds. Costly parts (record, next change) are made when asked for."""
@@ -141,7 +148,7 @@ class Decision:
                 f"{each.rule}: {each.plain}{self._unmet(each.rule)} [{each.citation}]"
                 for each in blocking
             ),
-            hint=f"settle what is missing: {asks}"[:600] if asks else "airgap policy explain",
+            hint=f"settle what is missing: {asks}"[:600] if asks else _EXPLAINED,
         )
 
     def _unmet(self, rule: str) -> str:

@@ -59,7 +59,7 @@ _BY_ROOM = {
     "pack": "mend the file in policy/ of the tree that the message names",
     "parity": "do not release this graph; build again on an idle host with more memory",
     "pin": "make the pin file with sha256sum beside the snapshot that was chosen",
-    "policy": "airgap policy explain shows the rules, the facts and what is missing",
+    "policy": "airgap policy explain '#NUMBER' shows rules and facts of a record of the log",
     "prompt": "airgap run --help",
     "request": "ask for less in one request",
     "scan": "take the file out or replace it by one that the format allows, then run it again",
