@@ -239,6 +239,7 @@ def bundle_document(bundle: InstalledBundle, *, current: bool) -> dict[str, Any]
 
 def status_document(folder: Path, store: Store) -> dict[str, Any]:
     """Gather the state of a tree; a part that is missing or damaged is told, not hidden."""
+    from airgap.service.presence import find_daemon
     from bundle.trust import load_trust
 
     document: dict[str, Any] = {"format": "airgap/status/1", "root": str(folder), "alarms": []}
@@ -260,6 +261,7 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
         document["current"] = {"code": error.code, "error": error.message}
     document["unfinished"] = [path.name for path in store.unfinished()]
     document["program"] = program_document(store)
+    document["service"] = find_daemon(folder)
     document["site"] = (folder / "site.toml").is_file()
     document["audit"] = (folder / "audit" / "log").is_dir()
     held = folder / "holds"
@@ -299,6 +301,13 @@ def list_view(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def presence_line(service: dict[str, Any]) -> str:
+    """Say which daemon serves a tree, and how it stands."""
+    why = f" ({service['why']})" if service.get("why") else ""
+    serves, state = service.get("serves") or "nothing yet", service.get("state", "starting")
+    return f"process {service.get('pid', '?')}, {state}{why}: {serves}"
+
+
 def status_view(document: dict[str, Any]) -> str:
     """Return the status as lines."""
     trust, current = document["trust"], document["current"]
@@ -315,6 +324,8 @@ def status_view(document: dict[str, Any]) -> str:
     else:
         rows.append(("current", f"{current['name']} {current['version']}, {current['digest']}"))
     rows += [("ALARM", text) for text in document["alarms"]]
+    if (service := document["service"]) is not None:
+        rows.append(("service", presence_line(service)))
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
     rows += program_rows(document["program"])

@@ -74,11 +74,12 @@ def serve(plan: Plan, ready: Callable[[House], None] = lambda _: None) -> None:
                         "serves": serves,
                         "bundle": "" if now is None else str(now.installed.digest),
                         "state": standing.state,
+                        "why": "" if standing.why is None else standing.why.code,
                         "chosen": plan.model,
                     }
                 )
-                why = f", {standing.why.code}" if standing.why is not None else ""
-                tell_systemd(f"STATUS={standing.state}: {serves}{why}")
+                why = f" ({standing.why.code})" if standing.why is not None else ""
+                tell_systemd(f"STATUS={standing.state}{why}: {serves}")
 
             keeper = Keeper(load, plan.model, log, plan.patience, tell)
             daemon = Daemon(keeper, log, plan.roles_file or find_roles(plan.root), plan.limits)
