@@ -122,7 +122,7 @@ def take_in(
             update=update,
             rollback=rollback,
         )
-    service, told = taken_over(folder)
+    service, told = taken_over(folder, str(done.bundle.digest))
     document = {
         **bundle_document(done.bundle, current=True),
         "service": service,

@@ -90,18 +90,23 @@ def rollback(
 
     The policy is asked again, and a release that is revoked or expired never comes back.
     """
-    from bundle.envelope import parse_envelope
-    from bundle.keys import read_limited
-    from bundle.rollback import ROLLBACK_LIMIT
-
-    code = "trust.rollback"
-    raw = read_limited(approval, 2 * ROLLBACK_LIMIT, code=code, what="the approval")
-    envelope = parse_envelope(raw.strip(b"\n"), code=code, limit=2 * ROLLBACK_LIMIT)
+    envelope = read_approval(approval)
     path = Path(release)
     if path.exists():
         take_in(path, project=project, volume=volume, root=root, json=json, rollback=envelope)
     else:
         _switch(release, envelope, project, root, json=json)
+
+
+def read_approval(path: Path) -> Envelope:
+    """Return a file that approves a rollback, parsed and not believed."""
+    from bundle.envelope import parse_envelope
+    from bundle.keys import read_limited
+    from bundle.rollback import ROLLBACK_LIMIT
+
+    code = "trust.rollback"
+    raw = read_limited(path, 2 * ROLLBACK_LIMIT, code=code, what="the approval")
+    return parse_envelope(raw.strip(b"\n"), code=code, limit=2 * ROLLBACK_LIMIT)
 
 
 def remove(
@@ -325,15 +330,19 @@ def _switch(
             approval=approval,
             progress=progress,
         )
-    _show_switched(done, json=json)
+    _show_switched(done, folder, json=json)
 
 
-def _show_switched(done: Switched, *, json: bool) -> None:
+def _show_switched(done: Switched, folder: Path, *, json: bool) -> None:
+    from airgap.service.presence import taken_over
+
     approval = done.approval
+    service, told = taken_over(folder, str(done.bundle.digest))
     document: dict[str, Any] = {
         **bundle_document(done.bundle, current=True),
         "decision": str(done.decision.digest),
         "previous": None if done.previous is None else str(done.previous),
+        "service": service,
         "approvers": [] if approval is None else list(approval.approvers),
         "receipt": done.receipt.as_document(),
     }
@@ -350,7 +359,7 @@ def _show_switched(done: Switched, *, json: bool) -> None:
         )
     rows += wheels_rows(manifest)
     rows.append(("on record", f"audit log, record {done.receipt.seq}"))
-    show(document, table(rows), json=json)
+    show(document, table([*rows, *told]), json=json)
 
 
 def _retire(

@@ -76,8 +76,8 @@ def find_daemon(root: Path) -> dict[str, Any] | None:
     return None
 
 
-def taken_over(root: Path) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
-    """Return what becomes of a release that was just made active, at a daemon that runs.
+def taken_over(root: Path, digest: str) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    """Return what becomes of a release that was just made active, at a daemon of the tree.
 
     The document for machines, None where no daemon is seen, and rows for people.
     """
@@ -86,7 +86,9 @@ def taken_over(root: Path) -> tuple[dict[str, Any] | None, list[tuple[str, str]]
         return None, []
     pid, serves = found.get("pid", "?"), found.get("serves", "a release")
     pinned = found.get("chosen") or ""
-    if pinned:
+    if found.get("bundle") == digest:
+        words = f"process {pid} serves it already"
+    elif pinned:
         words = f"process {pid} serves {serves}: it was started with --model {pinned}, and stays"
     else:
         words = (

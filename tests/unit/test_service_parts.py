@@ -144,19 +144,21 @@ def test_a_tree_whose_name_is_too_long_for_a_socket_has_none(tmp_path):
 
 def test_one_daemon_holds_a_tree_and_says_what_it_serves(tmp_path):
     assert presence.find_daemon(tmp_path) is None
-    assert presence.taken_over(tmp_path) == (None, [])
+    assert presence.taken_over(tmp_path, "sha256:1") == (None, [])
     held = presence.Presence(tmp_path)
     assert presence.find_daemon(tmp_path) == {}
     held.tell({"serves": "m 1", "chosen": ""})
     found = presence.find_daemon(tmp_path)
     assert (found["pid"], found["serves"]) == (os.getpid(), "m 1")
-    document, rows = presence.taken_over(tmp_path)
+    document, rows = presence.taken_over(tmp_path, "sha256:1")
     assert document["takes_over"]
     assert "by itself" in rows[0][1]
     held.tell({"serves": "m 1", "chosen": "m-1"})
-    document, rows = presence.taken_over(tmp_path)
+    document, rows = presence.taken_over(tmp_path, "sha256:1")
     assert not document["takes_over"]
     assert "--model m-1" in rows[0][1]
+    held.tell({"serves": "m 1", "bundle": "sha256:1"})
+    assert "already" in presence.taken_over(tmp_path, "sha256:1")[1][0][1]
     with pytest.raises(RefusedError) as refused:
         presence.Presence(tmp_path)
     assert refused.value.code == "service.locked"
