@@ -403,25 +403,23 @@ def restore(
     head, inventory = _read_heads(source)
     partial = root.with_name(f".{root.name}.restoring")
     try:
-        if partial.exists():  # a restore that was killed
-            delete_tree(partial)
         root.parent.mkdir(parents=True, exist_ok=True)
-        require_space(root.parent, sum(item.size for item in (*head.files, *head.log)))
-        partial.mkdir(mode=0o700)
-        _write_files(source, head, inventory, partial, progress)
-        verdict = _require_log(partial / "audit", head, inventory, ring, anchors)
-        _require_key(partial, ring)
-        request = new_ulid()
-        facts = {"object": head.inventory, "old": f"record {head.records}"}
-        with open_log(partial) as log:
-            evidence = str(log.put_object(inventory.to_bytes()))
-            facts["evidence"] = evidence
-            log.append(Event("admin.restore", req=request, actor=actor, data=facts))
-        _protect_releases(partial)
-        if root.exists():
-            root.rmdir()
-        partial.rename(root)
-        sync_folder(root.parent)
+        with _claimed(partial):
+            require_space(root.parent, sum(item.size for item in (*head.files, *head.log)))
+            _write_files(source, head, inventory, partial, progress)
+            verdict = _require_log(partial / "audit", head, inventory, ring, anchors)
+            _require_key(partial, ring)
+            request = new_ulid()
+            facts = {"object": head.inventory, "old": f"record {head.records}"}
+            with open_log(partial) as log:
+                evidence = str(log.put_object(inventory.to_bytes()))
+                facts["evidence"] = evidence
+                log.append(Event("admin.restore", req=request, actor=actor, data=facts))
+            _protect_releases(partial)
+            if root.exists():
+                root.rmdir()
+            partial.rename(root)
+            sync_folder(root.parent)
     except OSError as error:
         raise FaultError(
             "host.io",
@@ -429,13 +427,52 @@ def restore(
             hint="check the disk and who may write there; the folder "
             f"{partial.name} beside it may be deleted",
         ) from error
-    finally:
-        if partial.exists():
-            delete_tree(partial)
     with open_log(root) as log:
         facts["result"] = "complete"
         receipt = log.append(Event("admin.restore", req=request, actor=actor, data=facts))
     return Restored(head.origin, head.records, len(head.files), verdict, inventory.created, receipt)
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Make the folder of one restore, and delete it unless it was renamed.
+
+    One that a killed restore left goes first. One that another restore writes, or another account
+    made, is left alone: two backups in one folder would be a tree that nobody ever backed up.
+    """
+    if os.path.lexists(partial):
+        with _locked(partial):
+            delete_tree(partial)
+    partial.mkdir(mode=0o700)
+    with _locked(partial):
+        try:
+            yield
+        finally:
+            if partial.exists():
+                delete_tree(partial)
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise RefusedError(
+                "backup.target",
+                f"{partial} belongs to another account",
+                hint="remove it, or name a folder where nobody else may write",
+            )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(
+                "backup.target",
+                f"another restore writes {partial}",
+                hint="wait for it, or name another folder with --root",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read_heads(source: Source) -> tuple[Head, Inventory]:

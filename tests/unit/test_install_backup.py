@@ -1,5 +1,6 @@
 """Backup and restore: what comes back is what was there, and the log goes on and can show it."""
 
+import fcntl
 import json
 import os
 import random
@@ -207,6 +208,29 @@ def test_nothing_is_restored_over_a_tree(place, tmp_path, call):
     assert (status, refused["code"]) == (1, "backup.target")
     assert [p.name for p in tmp_path.iterdir()] == ["tree"]
     assert (root / "mine").read_text() == "kept"
+
+
+def test_two_restores_at_once_do_not_mix_and_a_folder_of_another_account_is_left(
+    place, tmp_path, call
+):
+    root, partial = tmp_path / "tree", tmp_path / ".tree.restoring"
+    partial.mkdir(mode=0o700)
+    (partial / "theirs").write_text("of another backup")
+    writer = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(writer, fcntl.LOCK_EX)
+    status, refused = call(*words_of(place), "--root", root)
+    assert (status, refused["code"]) == (1, "backup.target")
+    assert (partial / "theirs").exists()
+    os.close(writer)
+    if os.geteuid() == 0:
+        os.chown(partial, 40404, 40404)
+        status, refused = call(*words_of(place), "--root", root)
+        assert (status, refused["code"]) == (1, "backup.target")
+        assert "another account" in str(refused)
+        os.chown(partial, 0, 0)
+    assert call(*words_of(place), "--root", root)[0] == 0  # what a killed one left goes
+    assert not (root / "theirs").exists()
+    assert not partial.exists()
 
 
 def test_a_key_of_somebody_else_opens_nothing(place, tmp_path, call):
