@@ -518,7 +518,10 @@ def require_client(connection: socket.socket) -> None:
     poll.register(connection, select.POLLIN)
     if poll.poll(0):
         # Who sends half a message holds a place of the worker: there is little time for it.
-        message = wire.receive(connection, wire.CANCEL_LIMIT, within_s=CANCEL_S)
+        try:
+            message = wire.receive(connection, wire.CANCEL_LIMIT, within_s=CANCEL_S)
+        except TimeoutError:
+            raise wire.malformed("half a message came while a request was under way") from None
         if message is None or message == {"op": "cancel"}:
             raise cancelled()
         raise wire.malformed("a request came while another one was under way")
