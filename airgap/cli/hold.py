@@ -178,10 +178,12 @@ def release(
                 "the first signer of a release gives --reason and --expires",
                 hint="airgap hold release REF --key K --reason WHY --expires 2026-12-31",
             )
+        issued = datetime.now(UTC).replace(microsecond=0)
+        desk.require_terms(found, (expires.date() - issued.date()).days, filed=document is not None)
         statement = holds.word_release(
             found,
             reason=reason,
-            issued=datetime.now(UTC).replace(microsecond=0),
+            issued=issued,
             expires=expires.date(),
             document=document_digest(document),
         )
@@ -200,7 +202,8 @@ def release(
     with on_record(desk.tree, "admin.hold", mine, Digest.of(envelope.payload)):
         path = desk.holds.add_release(envelope)
     row = desk.board.row(found) | {"file": str(path), "people": [p.person for p in signed.people]}
-    show(row, f"wrote {path}\n{found.reference}: {row['state']}", json=json)
+    lacking = desk.lacking(found)
+    show(row, f"wrote {path}\n{found.reference}: {row['state']}{lacking}", json=json)
 
 
 def fetch(
@@ -395,6 +398,29 @@ class Desk:
                     + (f": {name} cannot be lifted by approval" if self.hazard_role else ""),
                     hint="the hazard officer decides what happens to it outside this program",
                 )
+
+    def require_terms(self, hold: Hold, days: int, *, filed: bool) -> None:
+        """Refuse a release that its rules would never count: RefusedError `hold.release`."""
+        rules = {each.id: each for each in self.rules.packs.rules}
+        terms = [rules[name].text.override for name in self.holds.blocking(hold)]
+        most = min((each.max_days for each in terms if each.kind == "approval"), default=days)
+        if days > most:
+            raise RefusedError(
+                "hold.release",
+                f"it would run {days} days, and its rules admit {most} at most",
+                hint=f"--expires at most {most} days from today",
+            )
+        if not filed and any(each.kind == "approval" and each.needs_document for each in terms):
+            raise RefusedError(
+                "hold.release",
+                "its rules ask for a document on file",
+                hint="add --document FILE: its digest is signed, and it stays with you",
+            )
+
+    def lacking(self, hold: Hold) -> str:
+        """Say to who has signed why the release does not count yet, without the rules' names."""
+        faults = self.board.faults(hold)
+        return "".join(f"; {each}" for each in sorted({each.split(": ", 1)[1] for each in faults}))
 
     def require_releaser(self, hold: Hold, signer: Any) -> str:
         """Return who signs: a person of the trust root who did not ask; else `hold.release`."""

@@ -529,6 +529,23 @@ def test_what_cannot_be_released_is_told_without_a_rule(call, tmp_path):
     assert [each["state"] for each in call("hold", "list")[1]["holds"]] == ["held", "held"]
 
 
+def test_a_release_that_would_never_count_is_not_signed(call, tmp_path):
+    family = call("hold", "list")[1]["holds"][0]["reference"]
+    reason, why, expires, later, document, memo = first_words(tmp_path)
+    far = later + timedelta(days=60)
+    status, refused = sign(call, family, "eve", reason, why, expires, far, document, memo)
+    assert (status, refused["code"]) == (1, "hold.release")
+    assert "65 days" in refused["error"]
+    status, refused = sign(call, family, "eve", reason, why, expires, later)
+    assert (status, refused["code"]) == (1, "hold.release")
+    assert "--document" in refused["hint"]
+    words = (reason, why, expires, later, document, memo, "--key", "eve", "--confirm")
+    status, told = call("hold", "release", family, *words, "route-design", text=True)
+    assert status == 0
+    assert "; too few people: 1 of 2" in told
+    assert "HAZ" not in told
+
+
 OUTSIDERS = {"she who asked": "ada", "a stranger": "mallory"}
 
 
