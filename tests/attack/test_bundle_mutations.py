@@ -21,7 +21,7 @@ from bundle.media import Help, open_medium
 from bundle.source import PlainFile
 from bundle.split import split
 from bundle.staging import sign as signing
-from bundle.staging.pipeline import DECISION
+from bundle.staging.release import DECISION
 from bundle.verify import verify_bundle
 from bundle.write import Member
 from policy.errors import RefusedError

@@ -12,7 +12,7 @@ from bundle.canonical import canonical_json
 from bundle.medium import overwrite
 from bundle.source import PlainFile
 from bundle.staging import sign as signing
-from bundle.staging.pipeline import DECISION
+from bundle.staging.release import DECISION
 from bundle.statement import PAYLOAD_TYPE, approved_by, parse_statement
 from bundle.tar import BLOCK
 from bundle.verify import open_bundle, verify_bundle

@@ -9,7 +9,7 @@ import pytest
 from bundle import archive, envelope, keys, revocation, trust
 from bundle.source import PlainFile
 from bundle.staging import sign as signing
-from bundle.staging.pipeline import DECISION
+from bundle.staging.release import DECISION
 from bundle.verify import verify_bundle
 from bundle.write import Member
 from policy.errors import AirgapError

@@ -17,7 +17,7 @@ from bundle import envelope, keys, trust
 from bundle.archive import read_head
 from bundle.canonical import canonical_json
 from bundle.source import PlainFile
-from bundle.staging.pipeline import DECISION
+from bundle.staging.release import DECISION
 from bundle.statement import PAYLOAD_TYPE, seal_statement
 from bundle.write import Member, write_archive
 
