@@ -24,11 +24,12 @@ from airgap.host_setup import Places, Program, log_served, place_file, set_up, t
 from airgap.install import Store
 from airgap.install.record import actor_of, find_submitter, last_record
 from bundle.canonical import canonical_json, parse_canonical
+from bundle.envelope import Envelope
 from bundle.manifest import Manifest
 from bundle.media import Help, open_medium
 from bundle.root import CHAIN_LIMIT
 from bundle.trust import Trust, follow_chain, import_root, load_trust, save_trust
-from bundle.verify import open_bundle, verify_bundle
+from bundle.verify import VerifyReport, open_bundle, verify_bundle
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
@@ -49,6 +50,7 @@ class Wish:
     model: Path | None = None
     project: str | None = None
     transcript: str = ""
+    approval: Envelope | None = None  # of going back to an older bundle of wheels
     digest: Digest | None = None  # of the release that install.sh has checked and taken wheels from
 
 
@@ -106,12 +108,13 @@ def bootstrap(
         outcome.lines.append(text)
         say(text)
 
-    before, trust = _verified(wish, places, now, more, tell)
+    before, report = _verified(wish, places, now, more, tell)
+    trust = report.trust
     admitted = _to_admit(wish, places, trust, now, more)
     site = _site_bytes(wish, places)
     _require_places(places)
     # Every check held: from here on the host changes.
-    for done, text in _changes(places, trust, before, site, program):
+    for done, text in _changes(places, report, before, site, program):
         outcome.changed += [text] if done else []
         tell(text if done else f"{text}: as it was")
     facts = load_site(places.root)
@@ -133,13 +136,15 @@ def bootstrap(
 
 def _verified(
     wish: Wish, places: Places, now: datetime, more: Help, tell: Say
-) -> tuple[Trust | None, Trust]:
-    """Return the trust that the host holds and the one to keep; the bundle holds completely."""
+) -> tuple[Trust | None, VerifyReport]:
+    """Return the trust that the host holds, and the verdict on the bundle, which holds."""
     folder = places.root / "trust"
     held = load_trust(folder) if any(folder.glob("*.root.json")) else None
     trust = held or _anchor(wish.bundle, wish.fingerprint, more)
     floors = Store(places.root / "store").floors(last_record(places.root))
-    report = verify_bundle(wish.bundle, trust, now=now, floors=floors, more=more)
+    report = verify_bundle(
+        wish.bundle, trust, now=now, floors=floors, more=more, rollback=wish.approval
+    )
     tell(f"verified: {report.digest}, approved by {', '.join(report.seal.approvers)}")
     for text in report.alarms:
         tell(f"alarm: {text}")
@@ -149,7 +154,7 @@ def _verified(
             f"{wish.bundle} is {report.digest}, and {wish.digest} was checked before",
             hint="the medium was exchanged meanwhile: find out by whom, then begin again",
         )
-    return held, report.trust
+    return held, report
 
 
 def _anchor(bundle: Path, fingerprint: Digest, more: Help) -> Trust:
@@ -178,7 +183,8 @@ def _to_admit(
     path = wish.model or wish.bundle
     store = Store(places.root / "store")
     floors = store.floors(last_record(places.root))
-    with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
+    back = wish.approval if wish.model is None else None
+    with open_bundle(path, trust, now=now, floors=floors, more=more, rollback=back) as sealed:
         manifest, digest = sealed.manifest, sealed.digest
     if wish.model is not None and not manifest.models:
         raise RefusedError(
@@ -240,14 +246,18 @@ def _require_places(places: Places) -> None:
 
 
 def _changes(
-    places: Places, trust: Trust, before: Trust | None, site: bytes | None, program: Program
+    places: Places, report: VerifyReport, before: Trust | None, site: bytes | None, program: Program
 ) -> Iterator[tuple[bool, str]]:
     """Bring one thing after another to its state; yield whether it changed, and what it is."""
+    trust, manifest = report.trust, report.manifest
     places.root.mkdir(mode=0o755 if places.system else 0o700, parents=True, exist_ok=True)
     fresh = before is None or before != trust
     if fresh:
         save_trust(trust, places.root / "trust")
     yield fresh, f"trust root {trust.version}, {trust.fingerprint}"
+    if not manifest.models:  # that of a model rises when it is admitted
+        noted = Store(places.root / "store").note_release(manifest, report.digest)
+        yield noted, f"{manifest.bundle_id}, epoch {manifest.epoch}"
     if site == b"":
         create_site(places.root)
         yield True, f"{places.root / FILE_NAME}, a form to fill in"
@@ -310,6 +320,8 @@ def _record(wish: Wish, places: Places, outcome: Outcome) -> None:
     request, refusal = new_ulid(), outcome.refusal
     with open_site_log(places.root, site) as log:
         log.append(Event("admin.bootstrap", "intent", req=request, actor=actor, data=facts))
+        if wish.approval is not None:
+            log.put_object(wish.approval.to_bytes())
         outcome.transcript = log.put_object(text.encode()[:TRANSCRIPT_LIMIT])
         facts |= {"evidence": str(outcome.transcript)}
         facts |= {"result": "complete" if refusal is None else "refused"}

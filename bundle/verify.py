@@ -464,12 +464,14 @@ def verify_bundle(
     more: Help | None = None,
     progress: Progress | None = None,
     remember: Remember | None = None,
+    rollback: Envelope | None = None,
 ) -> VerifyReport:
     """Run steps 0 to 8 and write nothing; refusals as the steps say.
 
-    `remember` gives what an interrupted run has seen; by default nothing is kept.
+    `remember` gives what an interrupted run has seen; by default nothing is kept. `rollback` is as
+    for `open_bundle`.
     """
-    with open_bundle(path, trust, now=now, floors=floors, more=more) as sealed:
+    with open_bundle(path, trust, now=now, floors=floors, more=more, rollback=rollback) as sealed:
         with nullcontext() if remember is None else remember(sealed) as ledger:
             sealed.verify_body(progress=progress, ledger=ledger)
         scan = verify_contents(sealed.manifest, sealed.view)

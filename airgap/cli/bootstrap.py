@@ -39,6 +39,10 @@ def bootstrap(
     project: Annotated[
         str | None, typer.Option("--project", help="Project of site.toml that it is for.")
     ] = None,
+    approval: Annotated[
+        Path | None,
+        typer.Option("--approval", help="Of going back to older wheels: trust rollback-sign."),
+    ] = None,
     transcript: Annotated[
         Path | None, typer.Option("--transcript", help="What the installer said before.")
     ] = None,
@@ -56,6 +60,7 @@ def bootstrap(
     """
     from airgap.bootstrap import TRANSCRIPT_LIMIT, Wish
     from airgap.bootstrap import bootstrap as set_up
+    from airgap.cli.lifecycle import read_approval
     from airgap.host_setup import Places
     from policy.terms import Digest
 
@@ -74,6 +79,7 @@ def bootstrap(
         model,
         project,
         said,
+        approval=None if approval is None else read_approval(approval),
         digest=None if digest is None else Digest.parse(digest),
     )
     places = Places(prefix.absolute(), root_folder(root), system)

@@ -282,6 +282,17 @@ class Store:
         }
         self._write_state(state.model_copy(update=changes))
 
+    def note_release(self, manifest: Manifest, digest: Digest) -> bool:
+        """Remember a release without a model, so that no older one takes its place; tell if new."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state, line = self.state(), manifest.bundle_id
+        mark = state.marks.get(line)
+        if mark is not None and mark.epoch >= manifest.epoch:
+            return False
+        mark = Mark(epoch=manifest.epoch, bundle=str(digest))
+        self._write_state(state.model_copy(update={"marks": {**state.marks, line: mark}}))
+        return True
+
     def restore_active(self, line: str, digest: Digest | None) -> None:
         """Undo `prefer` as far as a change of mind may: the mark stays where it is."""
         state = self.state()

@@ -45,8 +45,10 @@ from bundle.staging.bootstrap_medium import (
 )
 from bundle.staging.bootstrap_seal import (
     Judge,
+    approves_rollback,
     follow_roots,
     read_held,
+    require_epoch,
     require_time,
     verify_seal,
 )
@@ -374,10 +376,18 @@ def install(
         manifest, approvers = verify_seal(medium.head, root, judge, host)
         if root["profile"] == "cnsa2" and not judge.knows_mldsa:
             out.say("note: this openssl knows no ML-DSA; P-384 was checked, the rest comes after")
-    digest = hashlib.sha256(medium.head[HEAD[2]]).hexdigest()
-    out.say(f"bundle: {manifest['name']} {manifest['version']}, sha256:{digest}")
-    out.say(f"approved by: {', '.join(approvers)}")
-    require_time(f"{now:%Y-%m-%dT%H:%M:%SZ}", root, manifest)
+        digest = hashlib.sha256(medium.head[HEAD[2]]).hexdigest()
+        out.say(f"bundle: {manifest['name']} {manifest['version']}, sha256:{digest}")
+        out.say(f"approved by: {', '.join(approvers)}")
+        moment = f"{now:%Y-%m-%dT%H:%M:%SZ}"
+        require_time(moment, root, manifest)
+
+        def approved(envelope: Mapping[str, Any], mark: tuple[int, str]) -> bool:
+            return approves_rollback(
+                envelope, mark, medium.head, root=root, judge=judge, host=host, now=moment
+            )
+
+        require_epoch(options.root, manifest, f"sha256:{digest}", options.approval, approved)
     require_script(script, manifest)
     runtime = choose_runtime(manifest, options.accelerator)
     wanted = wanted_wheels(medium, manifest, runtime)
@@ -468,7 +478,7 @@ def hand_over(
         argv += ["--transcript", transcript.name, "--result", str(told)]
         argv += [word for place in options.volume for word in ("--volume", str(place))]
         argv += ["--system"] if options.system else []
-        for word in ("site", "model", "project"):
+        for word in ("site", "model", "project", "approval"):
             value = getattr(options, word)
             argv += [f"--{word}", str(value)] if value is not None else []
         out.begun = True
@@ -514,6 +524,7 @@ def read_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--site", type=Path, help="site.toml of this lab")
     parser.add_argument("--model", type=Path, help="another bundle to admit, with a model")
     parser.add_argument("--project", help="project of site.toml that the model is for")
+    parser.add_argument("--approval", type=Path, help="of going back to an older bundle of wheels")
     parser.add_argument("--accelerator", choices=["cpu", "cuda"])
     parser.add_argument("--openssl", default="openssl", help="the program that checks signatures")
     options = parser.parse_args(words)

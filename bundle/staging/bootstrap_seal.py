@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ HELD_LIMIT = 2 << 20  # bytes of a root or list that the host holds
 
 ROOT_TYPE = "application/vnd.airgap.root+json"
 SEAL_TYPE = "application/vnd.in-toto+json"
+ROLLBACK_TYPE = "application/vnd.airgap.rollback+json"
 SEAL_PREDICATE = "https://airgap.invalid/seal/v1"
 APPROVAL_PREDICATE = "https://airgap.invalid/approval/v1"
 OFFICES = {"root", "builder", "policy", "revocation"}
@@ -289,6 +291,88 @@ def lowest_epoch(entry: Mapping[str, Any] | None, line: str) -> int:
         return 0
     floors = parse(decode(entry["payload"]), "the revocation list").get("epochs", {})
     return int(floors[line]["below"]) if line in floors else 0
+
+
+def require_epoch(
+    tree: Path,
+    manifest: Mapping[str, Any],
+    digest: str,
+    approval: Path | None,
+    approved: Callable[[Mapping[str, Any], tuple[int, str]], bool],
+) -> None:
+    """Refuse a release that is older than one that this host has had, but for a signed approval.
+
+    Args:
+        tree: It remembers the newest epoch of each line.
+        manifest: Sealed.
+        digest: Of the manifest, `sha256:...`.
+        approval: The file, FORMAT.md section 21.
+        approved: Whether an envelope approves of going back below that mark.
+
+    Raises:
+        Stop: `trust.epoch`, `trust.rollback`.
+
+    """
+    state, line = tree / "store" / "state.json", manifest["bundle_id"]
+    if not os.path.lexists(state):
+        return
+    with open_plain(state) as stream:
+        marks = parse(stream.read(HELD_LIMIT), str(state)).get("marks", {})
+    if line not in marks:
+        return
+    mark = (int(marks[line]["epoch"]), str(marks[line]["bundle"]))
+    if manifest["epoch"] > mark[0] or (manifest["epoch"], digest) == mark:
+        return
+    if manifest["epoch"] == mark[0] or approval is None:
+        raise refuse(
+            "trust.epoch",
+            f"{line}: this host has had epoch {mark[0]} ({mark[1]}); this is epoch "
+            f"{manifest['epoch']} ({digest})",
+            "carry a newer release; an older one needs --approval FILE: airgap trust rollback-sign",
+        )
+    with open_plain(approval) as stream:
+        envelope = parse(stream.read(HELD_LIMIT).strip(), approval.name)
+    if not approved(envelope, mark):
+        raise refuse(
+            "trust.rollback",
+            f"{approval.name} does not approve of epoch {manifest['epoch']} on this host, today, "
+            "by enough people",
+            "airgap trust rollback-sign: for this release and the mark that this host names",
+        )
+
+
+def approves_rollback(
+    envelope: Mapping[str, Any],
+    mark: tuple[int, str],
+    head: Mapping[str, bytes],
+    *,
+    root: Mapping[str, Any],
+    judge: Judge,
+    host: Held,
+    now: str,
+) -> bool:
+    """Tell whether enough people signed that this release may come back; FORMAT.md section 21."""
+    manifest = parse(head[HEAD[2]], HEAD[2])
+    digest = f"sha256:{hashlib.sha256(head[HEAD[2]]).hexdigest()}"
+    seal = parse(decode(parse(head[HEAD[0]].rstrip(b" "), HEAD[0])["payload"]), "the seal")
+    lists = [parse(head[HEAD[1]], HEAD[1]).get("revocations"), host.revocations]
+    revoked = set().union(*(listed_as_revoked(each) for each in lists))
+    keyids = judge.signers(envelope, root, ROLLBACK_TYPE) - revoked
+    said = parse(decode(envelope["payload"]), "the approval")
+    mine = {"bundle": digest, "bundle_id": manifest["bundle_id"], "epoch": manifest["epoch"]}
+    same = all(said[name] == value for name, value in mine.items())
+    if not same or said["above"] != {"epoch": mark[0], "bundle": mark[1]}:
+        return False
+    mldsa = judge.knows_mldsa
+    signed = people_of(root, keyids, said["issued"], mldsa=mldsa)
+    signed &= people_of(root, keyids, now, mldsa=mldsa)
+    signed -= revoked | {seal["predicate"]["builder"]}
+    roles = {who: set(root["people"][who]["roles"]) - OFFICES for who in signed}
+    approvers = [who for who in signed if roles[who]]
+    rule = root["thresholds"]["seal"]
+    held = set().union(*(roles[who] for who in approvers))
+    enough = len(approvers) >= rule["people"] and set(rule["required_roles"]) <= held
+    return enough and said["issued"] <= now < said["expires"]
 
 
 def require_time(now: str, root: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:

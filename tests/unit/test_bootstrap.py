@@ -15,6 +15,7 @@ from airgap.cli import invoke
 from airgap.demo import site_toml
 from airgap.host_setup import Places, Program, packaged
 from bundle.media import Help
+from bundle.rollback import sign_rollback
 from bundle.trust import load_trust
 from bundle.verify import open_bundle
 from policy.errors import FaultError, RefusedError
@@ -127,6 +128,22 @@ def test_a_folder_of_the_host_that_cannot_be_written_is_found_before_anything_ch
     assert not (tmp_path / "tree").exists()
     place.unlink()
     assert set_up(tmp_path, medium / "wheels.agb", system=True).changed
+
+
+def test_an_older_bundle_of_wheels_comes_back_by_approval_alone(tmp_path, medium, house):
+    newer = sealed(house, tmp_path / "two.agb", facts=replace(WIDE, epoch=2, version="2.0"))
+    assert set_up(tmp_path, newer).changed
+    assert "runtime, epoch 2: as it was" in set_up(tmp_path, newer).lines
+    refused("trust.epoch", tmp_path, medium / "wheels.agb")
+    now = datetime.now(UTC)
+    with open_bundle(newer, bundles.make_trust(), now=now) as found:
+        mark = (2, found.digest)
+    with open_bundle(medium / "wheels.agb", bundles.make_trust(), now=now) as found:
+        people = [bundles.signer(name) for name in ("alice", "bob")]
+        signed = sign_rollback(found.manifest, mark, "2 does not start", people, now=now)
+    done = set_up(tmp_path, medium / "wheels.agb", approval=signed)
+    assert "runtime, epoch 1: as it was" in done.lines  # the mark never falls
+    assert set_up(tmp_path, newer).lines
 
 
 def test_without_site_facts_there_is_a_form_to_fill_in(tmp_path, medium):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import bundles
 import pytest
-from test_bootstrap_main import house_for, install, refused
+from test_bootstrap_main import FACTS, house_for, install, refused
 from test_bootstrap_main import sealed as wheels
 
-from bundle import approval, envelope, trust
+from airgap.install import Store
+from bundle import approval, envelope, rollback, trust
 from bundle.archive import read_head
 from bundle.medium import overwrite
 from bundle.revocation import LIST_TYPE, EpochFloor, RevocationDocument
@@ -26,6 +27,7 @@ from bundle.statement import approved_by, parse_statement
 from bundle.tar import BLOCK
 from bundle.verify import open_bundle
 from policy.errors import AirgapError
+from policy.terms import Digest
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is missing")
 ROOTS = bundles.make_trust()
@@ -321,3 +323,127 @@ def test_a_fingerprint_that_is_typed_wrong_changes_nothing(
         assert said[1] == "refused trust.fingerprint"
         assert said[-1] == "nothing was changed"
         assert list((tmp_path / "a").iterdir()) == []
+
+
+# -- an older bundle of wheels --------------------------------------------------------------------
+
+FORTNIGHT = timedelta(days=14)
+APPROVALS = {
+    "by two people": ({}, ""),
+    "by one": ({"signers": ("alice",)}, "trust.rollback"),
+    "by one and the builder": ({"signers": ("alice", "builder")}, "trust.rollback"),
+    "by one and a stranger": ({"signers": ("alice", "mallory")}, "trust.rollback"),
+    "by one with two keys": ({"signers": ("alice", "alice2")}, "trust.rollback"),
+    "for another mark": ({"mark": (3, Digest.of(b"another host"))}, "trust.rollback"),
+    "for the digest of another host": ({"mark": (2, Digest.of(b"another host"))}, "trust.rollback"),
+    "of yesterday": ({"now": bundles.NOW - FORTNIGHT}, "trust.rollback"),
+    "of tomorrow": ({"now": bundles.NOW + timedelta(days=1)}, "trust.rollback"),
+    "for another release": ({"other": True}, "trust.rollback"),
+}
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory, house):
+    """Two releases of wheels, and a third with the epoch of the first."""
+    folder = tmp_path_factory.mktemp("line")
+    for name, epoch in (("one", 1), ("two", 2), ("other", 1)):
+        wheels(house, folder / f"{name}.agb", facts=replace(FACTS, epoch=epoch, version=name))
+    return folder
+
+
+def manifest_of(path):
+    with open_bundle(path, ROOTS, now=bundles.NOW) as sealed:
+        return sealed.manifest
+
+
+def approve(line, place, *, signers=("alice", "bob"), mark=None, now=bundles.NOW, other=False):
+    newer, older = manifest_of(line / "two.agb"), manifest_of(line / "one.agb")
+    signed = rollback.sign_rollback(
+        manifest_of(line / "other.agb") if other else older,
+        mark or (2, newer.digest),
+        "release 2 does not start",
+        [bundles.signer(name) for name in signers],
+        now=now,
+        valid_for=timedelta(days=7),
+    )
+    place.write_bytes(signed.to_bytes() + b"\n")
+    return signed
+
+
+def seen(tmp_path, line):
+    """Let the host have had the second release."""
+    (tmp_path / "a").mkdir(exist_ok=True)
+    store, newer = Store(tmp_path / "a" / "tree" / "store"), manifest_of(line / "two.agb")
+    assert store.note_release(newer, newer.digest)
+    assert not store.note_release(manifest_of(line / "one.agb"), newer.digest)
+    return store.floors()
+
+
+def test_an_older_bundle_of_wheels_needs_the_approval_of_as_many_as_its_seal(
+    tmp_path, line, capsys
+):
+    here = tmp_path / "a"
+    here.mkdir()
+    refused(capsys, here, *PAST_THE_SEAL, bundle=line / "one.agb")
+    floors = seen(tmp_path, line)
+    refused(capsys, here, *PAST_THE_SEAL, bundle=line / "two.agb")
+    said = refused(capsys, here, "trust.epoch", bundle=line / "one.agb")
+    assert str(floors.epochs["runtime"][1]) in said
+    for name, (changes, code) in APPROVALS.items():
+        place = tmp_path / "approval"
+        signed = approve(line, place, **changes)
+        words = ("--approval", str(place))
+        if code:
+            with pytest.raises(AirgapError) as caught:
+                open_bundle(
+                    line / "one.agb", ROOTS, now=bundles.NOW, floors=floors, rollback=signed
+                )
+            assert caught.value.code == code, name
+            refused(capsys, here, code, *words, bundle=line / "one.agb")
+        else:
+            open_bundle(
+                line / "one.agb", ROOTS, now=bundles.NOW, floors=floors, rollback=signed
+            ).close()
+            refused(capsys, here, *PAST_THE_SEAL, *words, bundle=line / "one.agb")
+    for content in (b"", b"{", b"{}", b"[]", b"\xff"):
+        place.write_bytes(content)
+        said = refused(capsys, here, *WRONG_FORM[content], *words, bundle=line / "one.agb")
+    refused(capsys, here, "host.io", "--approval", str(here / "no"), bundle=line / "one.agb")
+
+
+WRONG_FORM = {
+    b"": ("seal.malformed",),
+    b"{": ("seal.malformed",),
+    b"{}": ("manifest.schema",),
+    b"[]": ("seal.malformed",),
+    b"\xff": ("seal.malformed",),
+}
+
+
+def test_two_bundles_of_one_epoch_are_never_exchanged(tmp_path, line, house, capsys):
+    floors = seen(tmp_path, line)
+    twin = wheels(house, tmp_path / "twin.agb", facts=replace(FACTS, epoch=2, version="twin"))
+    with pytest.raises(AirgapError) as caught:
+        open_bundle(twin, ROOTS, now=bundles.NOW, floors=floors)
+    assert caught.value.code == "trust.epoch"
+    approve(line, tmp_path / "approval")
+    words = ("--approval", str(tmp_path / "approval"))
+    refused(capsys, tmp_path / "a", "trust.epoch", *words, bundle=twin)
+
+
+def test_no_approval_brings_back_a_revoked_epoch(tmp_path, line, capsys):
+    seen(tmp_path, line)
+    approve(line, tmp_path / "approval")
+    words = ("--approval", str(tmp_path / "approval"))
+    refused(capsys, tmp_path / "a", *PAST_THE_SEAL, *words, bundle=line / "one.agb")
+    hold(tmp_path, ROOTS)
+    document = RevocationDocument(
+        version=1,
+        issued=bundles.CREATED,
+        next_update=bundles.NOW + timedelta(days=30),
+        epochs={"runtime": EpochFloor(below=2, reason="a hole")},
+    )
+    signed = envelope.sign_statement(document.to_bytes(), LIST_TYPE, bundles.signer("root"))
+    place = tmp_path / "a" / "tree" / "trust" / "1.revocations.json"
+    place.write_bytes(signed.to_bytes())
+    refused(capsys, tmp_path / "a", "trust.revoked", *words, bundle=line / "one.agb")
