@@ -67,7 +67,7 @@ _BY_ROOM = {
     "seal": "airgap trust show lists people and roles; ask the staging host for the sealed bundle",
     "service": "ask the administrator for: systemctl status airgap",
     "sign": "read the report, then type the name of the model",
-    "site": "airgap site show; airgap site init writes a template",
+    "site": "mend site.toml of the tree; airgap site init writes a template",
     "source": "mend the snapshot or download it again, then run `airgap inspect DIR`",
     "start": "install the bundle again from its medium",
     "store": "airgap status",

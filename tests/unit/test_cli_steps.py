@@ -1,17 +1,35 @@
 """Every refusal ends with a next step."""
 
 import json
+import re
 
 import pytest
+import typer
 
+from airgap.cli.app import build
 from airgap.cli.common import show_error
-from airgap.cli.steps import next_step
+from airgap.cli.steps import next_step, usual_step
 from policy.errors import CODES, FaultError, RefusedError
 
 
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_every_code_has_a_next_step(code: str) -> None:
     assert next_step(RefusedError(code, "checked, expected, found"))
+
+
+def test_every_command_that_a_step_names_exists() -> None:
+    program = typer.main.get_command(build())
+    for words in {
+        words
+        for code in CODES
+        for words in re.findall(r"airgap((?: [a-z][a-z-]+)+)", usual_step(code))
+    }:
+        command = program
+        for word in words.split():
+            if not hasattr(command, "commands"):
+                break
+            assert word in command.commands, words
+            command = command.commands[word]
 
 
 def test_the_raiser_knows_best() -> None:
