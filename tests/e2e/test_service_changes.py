@@ -10,10 +10,11 @@ import os
 import shutil
 import signal
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from enclave_harness import needs_namespaces, needs_root
+from policy_cases import pack_text, rule
 from service_lab import (
     ADA,
     SIGNERS,
@@ -31,6 +32,7 @@ from service_lab import (
 
 from airgap.install import Store
 from airgap.service import client
+from airgap.site_rules import ENDING, sign_file
 from bundle.keys import load_signer
 from bundle.rollback import sign_rollback
 
@@ -98,8 +100,29 @@ def test_a_revoked_release_answers_no_more_nor_what_was_under_way(
         place.start()
 
 
+def enrol_policy(capsys, staging, lab):
+    """Enrol who signs rules, and bring the root into the lab; returns her key."""
+    words = ("--person", "pat", "--role", "policy", "--root", staging)
+    must(capsys, "keys", "new", "pat", *words)
+    public, root = staging / "keys" / "pat.pub.json", staging / "keys" / "root.pem"
+    must(capsys, "trust", "add", public, "--key", root, "--root", staging)
+    must(capsys, "trust", "import", staging / "trust" / "root.json", "--root", lab)
+    return load_signer(staging / "keys" / "pat.pem")
+
+
+def put_rules(lab, signer, content):
+    """Bring a signed pack into the lab: the signature first, as it has to be."""
+    issued = datetime.now(UTC).replace(microsecond=0)
+    path = lab / "policy" / "mine.yaml"
+    path.parent.mkdir(exist_ok=True)
+    signed = sign_file(content, path.name, signer, author=None, issued=issued)
+    path.with_name(path.name + ENDING).write_bytes(signed.to_bytes())
+    path.write_bytes(content)
+    return path
+
+
 @pytest.mark.soak
-def test_facts_rules_and_dates_count_from_the_next_decision_on(place, lab):
+def test_facts_rules_and_dates_count_from_the_next_decision_on(place, lab, road, tmp_path, capsys):
     place.start(patience=FAST)
     assert ada(place)["rows"]
     site = (lab / "site.toml").read_text()
@@ -127,13 +150,22 @@ def test_facts_rules_and_dates_count_from_the_next_decision_on(place, lab):
     assert place.outcomes()[-1][1:] == ("refused", place.outcomes()[-1][2])
     (lab / "site.toml").write_text(site)
     assert ada(place)["rows"]
-    assert place.records("policy.load")
+    assert len(place.records("policy.load")) > 2
+
+    signer = enrol_policy(capsys, shutil.copytree(road.staging, tmp_path / "staging"), lab)
+    slow = long_run(place)
+    rules = put_rules(lab, signer, pack_text(rule(id="SITE-1"), pack_id="mine"))
+    assert ada(place)["code"] == "policy.denied"  # of a project that is active
+    assert slow.result()["code"] == "policy.denied"
+    assert place.records("denial")[-1]["decision"]["rule"] == "SITE-1"
+    rules.unlink()
+    assert ada(place)["rows"]
     assert not place.records("enclave.incident")
     assert len({r["data"]["digest"] for r in place.records("model.load")}) == 1
 
 
 @pytest.mark.soak
-def test_a_date_that_passes_counts_at_once(place, lab):
+def test_a_date_that_passes_counts_at_once(place, lab, road, tmp_path, capsys):
     site = (lab / "site.toml").read_text()
     lines = [line for line in site.splitlines() if not line.startswith("as_of")]
     (lab / "site.toml").write_text("\n".join(lines))
@@ -145,6 +177,17 @@ def test_a_date_that_passes_counts_at_once(place, lab):
     assert found["code"].startswith("policy."), found
     place.days.write_text("0")
     assert ada(place)["rows"]
+
+    signer = enrol_policy(capsys, shutil.copytree(road.staging, tmp_path / "staging"), lab)
+    begins = (datetime.now(UTC) + timedelta(days=30)).date()
+    comes = rule(id="SITE-2", valid=f'[{{from: "{begins}", to: null}}]')
+    rules = put_rules(lab, signer, pack_text(comes, pack_id="mine"))
+    assert ada(place)["rows"]
+    place.days.write_text("40")  # the rule is in force from the day that it says
+    assert ada(place)["code"] == "policy.denied"
+    assert place.records("denial")[-1]["decision"]["rule"] == "SITE-2"
+    place.days.write_text("0")
+    rules.unlink()
     slow = long_run(place)
     place.days.write_text("4000")
     assert slow.result()["code"] == "trust.expired"
