@@ -162,3 +162,44 @@ def test_the_fast_graph_draws_what_the_reference_graph_draws(request):
         return  # the engine alone has it; a test of its own says how the decoder refuses
     Decoder(reference, budget=BUDGET, most_rows=4).generate(request, compiled(request), emit)
     assert found == alone(request, most_rows=4)
+
+
+def test_texts_longer_than_a_block_of_numbers_are_the_same_in_a_mix_alone_and_by_the_reference():
+    """Numbers are drawn ahead in blocks; a wide guess of a copy reaches over their edge."""
+    long = models.SEQUENCE * (1 + 140 // len(models.SEQUENCE))
+    search = models.SEARCH.replace(models.SEQUENCE, long)
+    assert long in search
+    settings = {"temperature": 1.2, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    wanted = [
+        Generate(prompt=segments_of(prompt), grammar=grammar, stop=(), **settings | changes)
+        for prompt, grammar, changes in (
+            (models.RETRO, Grammar(), {"n": 5, "max_new_tokens": 200, "seed": 1}),
+            (models.RETRO, Grammar(), {"n": 3, "max_new_tokens": 97, "seed": 1, "top_k": 5}),
+            (search, Grammar("copy", "", long), {"n": 3, "max_new_tokens": 190, "seed": 2}),
+            (
+                "<MoleculeS>",
+                Grammar("structure", "molecule"),
+                {"n": 3, "max_new_tokens": 130, "seed": 3, "repetition_penalty": 1.5},
+            ),
+        )
+    ]
+    engine, sinks = Engine(fast(), budget=BUDGET, most_rows=4), []
+    for key, request in enumerate(wanted):
+        sinks.append(Sink())
+        sinks[-1].submit(engine, key, request)
+        for _ in range(31):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    reference = load_model(
+        models.fast_folder(), precision="fp32", demand="cpu", threads=1, interface="past"
+    )
+    longest = set()
+    for request, sink in zip(wanted, sinks, strict=True):
+        assert sink.samples == alone(request)
+        by_loop = Sink()
+        decoder = Decoder(reference, budget=BUDGET, most_rows=4)
+        decoder.generate(request, compiled(request), by_loop.emit)
+        assert sink.samples == by_loop.samples
+        longest.add(max(len(ids) for ids, _, _ in sink.samples.values()))
+    assert len([length for length in longest if length > 96]) > 2
