@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from airgap.serve.present import Presented, Rendered, deliver
 from airgap.service import wire
 from policy.errors import CODES, AirgapError, FaultError, RefusedError, UsageError
 
+TURN_S = 30  # seconds until the daemon takes a connection
 SILENCE_S = 900.0  # longer than any part of a request may take
 OnProgress = Callable[[int, int, int], None]
 
@@ -85,9 +87,11 @@ def status(path: Path) -> dict[str, Any]:
 def connect(path: Path) -> socket.socket:
     """Return a connection to the daemon; FaultError `service.absent`, also for an impostor."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(SILENCE_S)
+    # A socket that blocks waits for its turn where many come at once; one with a timeout does not.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", TURN_S, 0))
     try:
         connection.connect(str(path))
+        connection.settimeout(SILENCE_S)
     except OSError as error:
         connection.close()
         raise FaultError(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from policy.errors import RefusedError
 
+BACKLOG = 1_024  # connections that wait for their turn
+
 
 def listening(path: Path | None, group: int = -1) -> socket.socket:
     """Return the socket that systemd handed over (LISTEN_FDS), else one bound at `path`.
@@ -49,5 +51,5 @@ def _bind(path: Path, group: int) -> socket.socket:
     if group >= 0:
         os.chown(path, -1, group)
         path.chmod(0o660)
-    server.listen(64)
+    server.listen(BACKLOG)
     return server
