@@ -16,6 +16,7 @@ from enclave_harness import needs_namespaces
 from lab_trees import make_staging
 
 from airgap.demo import site_toml
+from bundle.staging.architecture import expected_tensors, parse_architecture
 from bundle.staging.sign import read_draft
 
 pytestmark = needs_namespaces
@@ -55,20 +56,23 @@ class Trees:
         assert done.status == 0, done.text
         return done.document
 
-    def make(self):
+    def make(self, precision="int4", **shape):
         make_staging(self.staging)
         root = ("--root", self.staging)
         self.must("keys", "new", "pat", "--person", "pat", "--role", "policy", *root)
         self.must("trust", "add", self.keys / "pat.pub.json", *root)
         (self.staging / "site.toml").write_text(site_toml(os.getuid()))
-        snapshot = tiny_llama.write_snapshot(self.base / "model")
+        snapshot = tiny_llama.write_snapshot(self.base / "model", **shape)
+        if shape:
+            tensors = expected_tensors(parse_architecture(tiny_llama.config(**shape)))
+            (snapshot / "model.safetensors").write_bytes(tiny_llama.safetensors(tensors))
         signed = self.publish(snapshot)
         with contextlib.chdir(self.base):  # a name without a folder is as good as another
             self.built = self.must(
                 *("build", snapshot, "-o", self.bundle.name, "--name", NAME, "--version", "1.0"),
                 *("--key", self.keys / "builder.pem", *signed, "--supplier", "airgap project"),
                 *("--jurisdiction", "none", "--modality", "molecule", "--no-reference"),
-                *("--precision", "int4", *root),
+                *("--precision", precision, *root),
             )
         for name in ("alice", "bob"):
             key = self.keys / f"{name}.pem"
@@ -188,6 +192,21 @@ def test_what_cannot_run_is_refused_with_a_code_and_leaves_nothing(lab, capsys, 
     assert done.document["hint"]
     assert not (lab.parent / "out.csv").exists()
     assert sorted(path.name for path in lab.iterdir()) == before
+
+
+@pytest.mark.soak
+def test_a_sample_that_does_not_fit_is_refused_and_a_shorter_one_runs(tmp_path, capsys):
+    wide = {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 128}
+    trees = Trees(tmp_path).make("fp32", num_hidden_layers=6, hidden_size=16, **wide)
+    lab = trees.lab("lab")
+    trees.must("install", trees.bundle, "--root", lab)
+    set_precision(lab, "fp32")
+    site = lab / "site.toml"
+    site.write_text(f"{site.read_text()}memory_mb = 64\n")
+    assert call(capsys, *RUN, "--root", lab).status == 0
+    done = call(capsys, *RUN, "--max-new-tokens", "200", "--root", lab)
+    assert (done.status, done.document["code"]) == (1, "model.memory"), done.text
+    assert "64 MiB are planned" in done.document["error"]
 
 
 def test_an_installed_release_is_told_as_it_is_now_and_not_at_all_once_altered(lab, capsys):
