@@ -43,7 +43,7 @@ from airgap.service.kept_log import KeptLog, PersonLog, disk_fault
 from airgap.service.roles import Caller
 from policy.errors import AirgapError, RefusedError
 
-CANCEL_S: Final = 5.0
+CANCEL_S: Final = 2.0  # from the first byte of a cancel to its last
 HOLDS_TOLD: Final = 1_000  # the newest, in one message
 ON_RECORD: Final = frozenset({"trust", "seal", "site", "policy", "pack", "start", "hold"})
 _CREDENTIALS: Final = struct.Struct("3i")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -41,7 +42,13 @@ def _bind(path: Path, group: int) -> socket.socket:
     if path.exists() or path.is_symlink():
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise RefusedError("service.absent", f"{path} is no socket; it is left alone")
-        path.unlink()  # the log's lock is ours: whoever bound it is gone
+        if _answers(path):  # the lock of our tree is ours; this is the daemon of another one
+            raise RefusedError(
+                "service.locked",
+                f"somebody serves at {path}",
+                hint="stop that daemon, or name another --socket: each tree needs its own",
+            )
+        path.unlink()  # whoever bound it is gone
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
@@ -53,3 +60,10 @@ def _bind(path: Path, group: int) -> socket.socket:
         path.chmod(0o660)
     server.listen(BACKLOG)
     return server
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens at a socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) in {0, errno.EAGAIN, errno.EINPROGRESS}

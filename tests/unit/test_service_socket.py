@@ -64,6 +64,12 @@ def test_a_socket_is_bound_for_its_owner_or_a_group_and_a_file_is_left_alone(tmp
         assert path.stat().st_mode & 0o777 == 0o600
     with listening(path, os.getgid()):  # the dead one is replaced
         assert path.stat().st_mode & 0o777 == 0o660
+    with listening(path):  # one that is alive is not: it may be of another tree
+        with pytest.raises(RefusedError) as refused:
+            listening(path)
+        assert refused.value.code == "service.locked"
+        with socket.socket(socket.AF_UNIX) as one:
+            one.connect(str(path))
     path.unlink()
     path.write_text("mine")
     for wrong in (path, None):
