@@ -3,6 +3,7 @@
 #
 #   sh install.sh --bundle NAME.agb [--user | --system] [--prefix DIR] [--root DIR]
 #                 [--fingerprint sha256:... | FILE] [--site site.toml] [--model MODEL.agb]
+#                 [--volume DIR] [--accelerator cpu|cuda] [--approval FILE]
 #
 # Needs Python 3.11 or newer, openssl 3.0 or newer, and nothing else. Before you run it, check it:
 #
