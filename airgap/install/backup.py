@@ -154,6 +154,7 @@ def back_up(
     now: datetime,
     releases: bool = True,
     progress: Progress | None = None,
+    limit: int = HEAD_LIMIT,
 ) -> BackedUp:
     """Write the tree at `root`, encrypted for `recipients`, and record that it was done.
 
@@ -166,9 +167,11 @@ def back_up(
         now: UTC.
         releases: Whether installed releases go along; else they are installed again from media.
         progress: Told bytes, of digests first and then of the copy.
+        limit: Bytes of the list of files that a restore takes.
 
     Raises:
-        RefusedError: `backup.tree`, a link or a device lies in the tree; `audit.locked`;
+        RefusedError: `backup.tree`, a link or a device lies in the tree, or too many files;
+            `audit.locked`;
             `transit.key`.
         FaultError: `host.io`, `host.space`, a file changed meanwhile; the log's own.
 
@@ -191,6 +194,7 @@ def back_up(
         # Closed, it stands still: what is copied now is what the next writer will find.
         with _frozen(root / "audit") as files:
             head = _head_of(root, inventory, files)
+            _require_restorable(head, limit)
             note = LogLayout(root / "audit").checkpoint.read_text("utf-8")
             source = TreeSource(root, head, inventory, stamps)
             digested = sum(item.size for item in inventory.files)
@@ -358,6 +362,15 @@ def _head_of(root: Path, inventory: Inventory, files: tuple[LogFile, ...]) -> He
         files=tuple(LogFile(path=i.path, size=i.size, mode=i.mode) for i in inventory.files),
         log=files,
     )
+
+
+def _require_restorable(head: Head, limit: int) -> None:
+    if max(len(head.to_bytes()), head.inventory_size) > limit:
+        raise RefusedError(
+            "backup.tree",
+            f"{len(head.files) + len(head.log):,} files are more than a restore takes",
+            hint="export and prune old records first; or leave releases out",
+        )
 
 
 # -- restore ----------------------------------------------------------------------------------

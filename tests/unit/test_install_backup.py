@@ -29,7 +29,7 @@ from bundle.transit import (
     new_transit_key,
     parse_transit_key,
 )
-from policy.errors import CODES, FaultError
+from policy.errors import CODES, FaultError, RefusedError
 from policy.terms import Digest
 
 
@@ -187,6 +187,23 @@ def test_a_file_that_changes_between_its_digest_and_its_copy_is_told(place, tmp_
     assert caught.value.code == "host.io"
     assert "changed while it was backed up" in caught.value.message
     assert not (tmp_path / "x").exists()
+
+
+def test_more_files_than_a_restore_takes_make_no_backup(place, tmp_path):
+    root = tmp_path / "tree"
+    shutil.copytree(place / "lab", root, symlinks=True)
+    key = parse_transit_key((place / "holder.transit.pub.json").read_bytes())
+
+    def open_log(folder):
+        return open_own_log(folder, load_site(folder))
+
+    words = {"open_log": open_log, "actor": None, "now": datetime.now(UTC)}
+    with pytest.raises(RefusedError) as caught:
+        backup.back_up(root, tmp_path / "x", [key], limit=1_000, **words)
+    assert caught.value.code == "backup.tree"
+    assert not (tmp_path / "x").exists()
+    assert records(root)[-1]["kind"] != "admin.backup" or records(root)[-1]["data"]["result"]
+    assert backup.back_up(root, tmp_path / "x", [key], **words).files
 
 
 def test_a_socket_is_left_out(place, tmp_path, call):
