@@ -8,6 +8,7 @@ import random
 import signal
 import socket as sockets
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -220,3 +221,40 @@ def test_people_may_neither_signal_nor_lock_nor_look_behind_the_daemon(place):
 
     assert Person(ADA, attempts).result() == []
     assert status(place, BEN)["serving"]
+
+
+def test_a_storm_of_reloads_with_broken_files_ends_where_it_began(place):
+    """Whoever may reload may do so at any moment, with any file half written."""
+    site, current = place.lab / "site.toml", place.lab / "store" / "current"
+    good, target = site.read_bytes(), current.readlink()
+    assert ada(place)["rows"]
+
+    def reload(times):
+        for _ in range(times):
+            place.process.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+
+    for broken in (b"", b"[institution", good[: len(good) // 2], b"\xff" * 100):
+        site.write_bytes(broken)
+        reload(5)
+        code = ada(place)["code"]
+        assert code in CODES
+        assert code != "host.internal"
+    site.unlink()
+    reload(5)
+    assert ada(place)["code"] in CODES
+    site.write_bytes(good)
+
+    current.unlink()
+    current.symlink_to("installed/" + "0" * 64)
+    reload(5)
+    time.sleep(1.5)
+    current.unlink()
+    current.symlink_to(target)
+
+    slow = run(place, ADA, project="route-design", options={"n": 200, "seed": 1})
+    reload(30)
+    told = slow.result()
+    assert "rows" in told or told["code"] in CODES
+    wait_for(lambda: "rows" in ada(place), "an answer", 90)
+    assert place.process.poll() is None
