@@ -43,7 +43,10 @@ def new(
     person: Annotated[str, typer.Option("--person", help="Id of the person it acts for.")],
     role: Annotated[
         list[str],
-        typer.Option("--role", help="root, builder, approver, or a role of yours; repeatable."),
+        typer.Option(
+            "--role",
+            help="root, builder, policy, revocation, or one of yours: such a person approves bundles.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder. Default: keys/ of the tree.")
