@@ -45,7 +45,7 @@ def new(
         list[str],
         typer.Option(
             "--role",
-            help="root, builder, policy, revocation, or one of yours: such a person approves bundles.",
+            help="root, builder, policy, revocation; any other role approves bundles.",
         ),
     ],
     out: Annotated[
