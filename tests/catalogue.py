@@ -238,7 +238,13 @@ CATALOGUE: dict[str, tuple[str, ...]] = {
         "unit/test_scan_parsers.py::test_templates_that_do_not_render_within_limits_are_refused",
         "unit/test_scan_parsers.py::test_a_template_that_never_ends_is_stopped",
     ),
-    "wheel tampered, extra dependency": ("unit/test_scan_parsers.py::test_bad_wheels_are_refused",),
+    "wheel tampered, extra dependency": (
+        "unit/test_scan_parsers.py::test_bad_wheels_are_refused",
+        "attack/test_wheel_attacks.py::test_a_wheel_that_is_not_plain_is_refused",
+        "attack/test_wheel_attacks.py::test_wheels_that_come_into_each_other_s_way_are_refused",
+        "unit/test_installer_attacks.py::test_wheels_that_may_not_enter_are_refused_before_pip_starts",
+        "unit/test_wheelhouse.py::test_a_name_that_is_on_no_list_is_refused",
+    ),
     "policy denies, pack in bundle permits": (
         "attack/test_catalogue.py::test_a_pack_in_the_bundle_permits_nothing",
     ),
