@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from airgap.cli.common import stderr
 from policy.errors import UsageError
 
 if TYPE_CHECKING:
+    from airgap.cli.shown import Bar
     from bundle.delta import Base
     from bundle.media import Help
     from bundle.volumes import Asker
@@ -43,6 +45,22 @@ Passphrase = Annotated[
 ]
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([kKMGT]?)(i?)B?")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How a bundle comes in: for which project, in volumes on discs, encrypted."""
+
+    project: Project = None
+    volume: Volumes = None
+    discs: Discs = False
+    transit_key: TransitKeys = None
+    passphrase_file: Passphrase = None
+
+    def help(self, progress: Bar) -> Help:
+        """Return what it takes to open it; the bar goes away while a person is asked for a disc."""
+        ask = disc_asker(progress.paused) if self.discs else None
+        return open_help(self.volume, self.transit_key, self.passphrase_file, None, ask=ask)
 
 
 def open_help(

@@ -14,16 +14,8 @@ import typer
 
 from airgap.cli.approve import owed
 from airgap.cli.common import Json, Root, account_name, root_folder, show
-from airgap.cli.forms import (
-    BundlePath,
-    Discs,
-    Passphrase,
-    Project,
-    TransitKeys,
-    Volumes,
-    disc_asker,
-    open_help,
-)
+from airgap.cli.forms import Arrival, BundlePath
+from airgap.cli.options import grouped
 from airgap.cli.runtimes import program_document, program_rows
 from airgap.cli.shown import bar, table
 from policy.errors import AirgapError
@@ -47,38 +39,22 @@ def register(app: typer.Typer) -> None:
     app.command("status")(status)
 
 
+@grouped
 def install(
     bundle: BundlePath,
     *,
-    project: Project = None,
-    volume: Volumes = None,
-    discs: Discs = False,
-    transit_key: TransitKeys = None,
-    passphrase_file: Passphrase = None,
+    arrival: Arrival,
     root: Root = None,
     json: Json = False,
 ) -> None:
     """Verify BUNDLE, ask the policy, activate it, and put all of it on record."""
-    take_in(
-        bundle,
-        project=project,
-        volume=volume,
-        discs=discs,
-        transit_key=transit_key,
-        passphrase_file=passphrase_file,
-        root=root,
-        json=json,
-    )
+    take_in(bundle, arrival, root=root, json=json)
 
 
 def take_in(
     bundle: Path,
+    arrival: Arrival,
     *,
-    project: str | None,
-    volume: list[Path] | None = None,
-    discs: bool = False,
-    transit_key: list[Path] | None = None,
-    passphrase_file: Path | None = None,
     root: Path | None,
     json: bool,
     update: bool = False,
@@ -94,7 +70,7 @@ def take_in(
     from airgap.service.presence import taken_over
 
     folder = root_folder(root)
-    lab = open_lab(folder, project)
+    lab = open_lab(folder, arrival.project)
     before = last_record(folder)
     with open_site_log(folder, lab.site) as log, bar("install") as progress:
         put_on_record(log, lab.rules)
@@ -103,15 +79,9 @@ def take_in(
             root=folder,
             now=lab.now,
             gate=lab.gate,
-            audit=recorder(log, actor=lab.actor, project=project),
+            audit=recorder(log, actor=lab.actor, project=arrival.project),
             last_record=before,
-            more=open_help(
-                volume,
-                transit_key,
-                passphrase_file,
-                None,
-                ask=disc_asker(progress.paused) if discs else None,
-            ),
+            more=arrival.help(progress),
             prove=prover(
                 partial(sealed, log),
                 state=folder / "enclave",

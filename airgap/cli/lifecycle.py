@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from airgap.cli.common import Json, Root, account_name, root_folder, show
-from airgap.cli.forms import BundlePath, Discs, Passphrase, Project, TransitKeys, Volumes
+from airgap.cli.forms import Arrival, BundlePath, Passphrase, Project, TransitKeys, Volumes
 from airgap.cli.install import bundle_document, open_lab, take_in
+from airgap.cli.options import grouped
 from airgap.cli.runtimes import wheels_rows
 from airgap.cli.shown import bar, table
 from policy.errors import UsageError
@@ -32,14 +33,11 @@ def register(app: typer.Typer) -> None:
     app.command("restore")(restore)
 
 
+@grouped
 def update(
     bundle: BundlePath,
     *,
-    project: Project = None,
-    volume: Volumes = None,
-    discs: Discs = False,
-    transit_key: TransitKeys = None,
-    passphrase_file: Passphrase = None,
+    arrival: Arrival,
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -47,17 +45,7 @@ def update(
 
     The release before it stays in the store, for `airgap rollback`.
     """
-    take_in(
-        bundle,
-        project=project,
-        volume=volume,
-        discs=discs,
-        transit_key=transit_key,
-        passphrase_file=passphrase_file,
-        root=root,
-        json=json,
-        update=True,
-    )
+    take_in(bundle, arrival, root=root, json=json, update=True)
 
 
 def switch(
@@ -93,7 +81,8 @@ def rollback(
     envelope = read_approval(approval)
     path = Path(release)
     if path.exists():
-        take_in(path, project=project, volume=volume, root=root, json=json, rollback=envelope)
+        arrival = Arrival(project, volume)
+        take_in(path, arrival, root=root, json=json, rollback=envelope)
     else:
         _switch(release, envelope, project, root, json=json)
 
