@@ -153,6 +153,7 @@ class Program:
             "notes": [
                 *notes,
                 *prompts.reference_note(task, context),
+                *prompts.budget_note(room, extra),
                 *tasks.setting_notes(preset),
             ],
         }

@@ -177,3 +177,9 @@ def limit_new_tokens(room: int, extra: Mapping[str, int], task: Task) -> int:
             hint="leave it out: the budget of a copy is computed",
         )
     return min(asked, room)
+
+
+def budget_note(room: int, extra: Mapping[str, int]) -> list[str]:
+    """Return what must be said to a user who asked for more than the budget."""
+    asked = extra.get("max_new_tokens", room)
+    return [f"{asked} new tokens were asked for; a sample here has {room}"] if asked > room else []

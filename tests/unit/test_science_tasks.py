@@ -267,6 +267,9 @@ def test_wrong_options_are_refused(options):
 def test_user_may_lower_the_budget_but_not_below_a_full_copy():
     assert prompts.limit_new_tokens(200, {"max_new_tokens": 50}, TASKS["molecule"]) == 50
     assert prompts.limit_new_tokens(200, {"max_new_tokens": 900}, TASKS["molecule"]) == 200
+    (note,) = prompts.budget_note(200, {"max_new_tokens": 900})
+    assert "900" in note
+    assert prompts.budget_note(200, {"max_new_tokens": 200}) == prompts.budget_note(200, {}) == []
     asked = {"max_new_tokens": 50}
     assert code_of(prompts.limit_new_tokens, 91, asked, TASKS["binding-site"]) == "prompt.option"
 
