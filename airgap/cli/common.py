@@ -9,6 +9,7 @@ import pwd
 import re
 import sys
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Annotated, Any
 
 import typer
@@ -69,7 +70,9 @@ def show(document: dict[str, Any], text: Any, *, json: bool) -> None:
     if json:
         write_json(document, sort_keys=True)
     else:
-        stdout.print(visible(text) if isinstance(text, str) else text)
+        words = isinstance(text, str)
+        shown = folded(visible(text), stdout) if words else text
+        stdout.print(shown, soft_wrap=words or not stdout.is_terminal)
 
 
 def write_json(document: dict[str, Any], *, sort_keys: bool = False) -> bool:
@@ -122,8 +125,8 @@ def _print_words(error: AirgapError) -> None:
     word = {1: "refused", 2: "usage", 3: "fault"}[error.exit_status]
     head = Text.assemble((word, "bold red"), " ", (error.code, "bold"))
     stderr.print(head, soft_wrap=True)
-    stderr.print(visible(error.message), markup=False, soft_wrap=True)
-    stderr.print(visible(f"next step: {next_step(error)}"), markup=False, soft_wrap=True)
+    for words in (error.message, f"next step: {next_step(error)}"):
+        stderr.print(folded(visible(words), stderr), markup=False, soft_wrap=True)
 
 
 def error_document(error: AirgapError) -> dict[str, Any]:
@@ -134,6 +137,22 @@ def error_document(error: AirgapError) -> dict[str, Any]:
         "hint": next_step(error),
         "exit": error.exit_status,
     }
+
+
+def folded(text: str, screen: Screen) -> str:
+    """Break lines between words where people read them; digests and paths stay whole."""
+    if not screen.is_terminal:
+        return text
+    fold = TextWrapper(screen.width - 2, break_long_words=False, break_on_hyphens=False)
+    fold.replace_whitespace = fold.drop_whitespace = False
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= screen.width:
+            lines.append(line)
+            continue
+        first, *more = fold.wrap(line)
+        lines += [first.rstrip(), *(f"  {each.strip()}" for each in more)]
+    return "\n".join(lines)
 
 
 def visible(text: str) -> str:

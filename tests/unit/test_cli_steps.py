@@ -7,8 +7,9 @@ import pytest
 import typer
 
 from airgap.cli.app import build
-from airgap.cli.common import show_error
+from airgap.cli.common import folded, show_error
 from airgap.cli.steps import next_step, usual_step
+from airgap.cli.streams import Screen
 from policy.errors import CODES, FaultError, RefusedError
 
 
@@ -42,3 +43,20 @@ def test_both_forms_print_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["hint"]
     show_error(error, json=False)
     assert "next step: check the path" in capsys.readouterr().err
+
+
+def test_people_read_whole_words_and_scripts_whole_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    digest = "sha256:" + "0" * 64
+    message = f"  the release {digest} is not what the sealed list of this medium says it is\n  ^"
+    screen = Screen(force_terminal=True, width=80, color_system=None)
+    lines = folded(message, screen).split("\n")
+    assert [len(line) <= 80 for line in lines] == [True] * 4
+    assert lines[1].startswith(f"  {digest} ")
+    assert lines[-1] == "  ^"
+    assert " ".join("\n".join(lines).split()) == " ".join(message.split())
+    assert folded(message, Screen(force_terminal=False, width=80)) == message
+    assert folded("x" * 200, screen) == "x" * 200
+    show_error(RefusedError("chunk.leaf", message), json=False)
+    assert digest in capsys.readouterr().err
