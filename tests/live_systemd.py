@@ -435,4 +435,7 @@ AFTER_A_POWER_CUT: tuple[Callable[[Lab], None], ...] = (starts_by_itself, goes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

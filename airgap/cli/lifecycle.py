@@ -382,7 +382,11 @@ def _retire(
     rows = [("removed", str(path.relative_to(folder))) for path in done.gone]
     rows += [("removed", path) for path in gone]
     rows += [("kept", str(path.relative_to(folder))) for path in done.kept]
-    rows += [("kept", "the accounts, and the program: rm -r its folder")] if system else []
+    rows += (
+        [("kept", "accounts, /etc/airgap, drop-ins, and the program: rm -r its folder")]
+        if system
+        else []
+    )
     rows.append(("on record", f"audit log, record {done.receipt.seq}"))
     document = {
         "format": "airgap/retired/1",
