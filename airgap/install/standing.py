@@ -56,3 +56,20 @@ def require_valid(installed: InstalledBundle, now: datetime) -> None:
             f"{expires:%Y-%m-%d %H:%M} UTC; it is {now:%Y-%m-%d %H:%M}",
             hint="install a release that is valid, or correct the clock: airgap list",
         )
+
+
+def require_clock(store: Store, now: datetime) -> None:
+    """Refuse a clock that lies before what this host has seen: no time would ever be over.
+
+    Raises:
+        RefusedError: `trust.clock`.
+
+    """
+    floor = store.floors().clock
+    if floor is not None and now < floor:
+        raise RefusedError(
+            "trust.clock",
+            f"the clock of this host says {now:%Y-%m-%d %H:%M} UTC, but {floor:%Y-%m-%d %H:%M} "
+            "has been",
+            hint="set the clock of this host; if it ran ahead before: airgap trust clock",
+        )

@@ -36,7 +36,7 @@ from airgap.extras import require_extras
 from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
-from airgap.install.standing import require_standing, require_valid
+from airgap.install.standing import require_clock, require_standing, require_valid
 from airgap.rules import Rules
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
@@ -148,6 +148,7 @@ class House:
         tree = Tree(root)
         trusted = tree.read().trust
         installed = find_installed(root, model)
+        require_clock(Store(root / "store"), clock())
         require_valid(installed, clock())
         for alarm in require_standing(installed, trusted, now=clock()):
             operator.warning("revocation", alarm=alarm)

@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import signal
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import kills
@@ -16,7 +16,7 @@ from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import read_lines
 from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
-from airgap.install.standing import require_standing
+from airgap.install.standing import require_clock, require_standing
 from bundle import archive, keys, rollback
 from bundle.source import PlainFile
 from bundle.trust import load_trust
@@ -459,3 +459,14 @@ def test_what_a_killed_removal_left_is_taken_by_the_next(lab, releases):
     assert run("install", releases[2], "--root", lab) == 0
     assert run("remove", str(digest_of(releases[1])), "--root", lab) == 0
     assert not left.exists()
+
+
+def test_a_clock_before_what_the_host_has_seen_starts_nothing(tmp_path):
+    store, seen = Store(tmp_path / "store"), datetime(2026, 11, 24, 12, tzinfo=UTC)
+    require_clock(store, seen)
+    with store.locked():
+        store.note_time(seen)
+    require_clock(store, seen)
+    with pytest.raises(RefusedError) as refused:
+        require_clock(store, seen - timedelta(seconds=1))
+    assert refused.value.code == "trust.clock"
