@@ -58,7 +58,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> str:
         long, mark = room * row["ratio"] / top, LEFT + room * row["target"] / top
         kind = "b" if row["ratio"] >= row["target"] else "m"
         shown = f"{row['ratio']:.2f}x, target {row['target']:g}"
-        name = str(row["name"]).split("/", 1)[-1]
+        name = label(row)
         parts += [
             f'<text x="0" y="{y + 16}">{escape(name)}</text>',
             f'<rect class="{kind}" x="{LEFT}" y="{y}" width="{max(1.0, long):.1f}" height="22"/>',
@@ -66,6 +66,16 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> str:
             f'<text x="{LEFT + max(long, mark - LEFT) + 8:.1f}" y="{y + 16}">{shown}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
+
+
+def label(row: dict[str, Any]) -> str:
+    """Say what a bar compares: the work, and beside whom where a peer is named."""
+    facts, name = row["conditions"], str(row["name"]).split("/", 1)[-1]
+    if "peer_is" not in facts or "rows" not in facts:
+        return name
+    work = "1 sequence" if facts["rows"] == 1 else f"{facts['rows']} sequences"
+    scored = ", scored" if "likelihood" in name else ""
+    return f"{work}{scored}: {str(facts['peer_is']).split(',')[0]}"
 
 
 def _machine(rows: Sequence[dict[str, Any]]) -> str:
