@@ -18,7 +18,7 @@ from airgap.audit.service import Log
 from airgap.config import FILE_NAME, Site, load_site, read_plain
 from airgap.rules import Rules, load_rules
 from bundle.trust import Trust, load_trust
-from policy.errors import FaultError
+from policy.errors import AirgapError, FaultError
 from policy.terms import Digest
 
 FOLDERS = ("trust", "policy", "policy/adjudications")
@@ -59,12 +59,17 @@ class Tree:
                 digest = digest_of(self.root)
                 if self._facts is not None and self._facts.digest == digest:
                     return self._facts
-                found = Facts(
-                    load_site(self.root),
-                    load_rules(self.root),
-                    load_trust(self.root / "trust"),
-                    digest,
-                )
+                try:
+                    found = Facts(
+                        load_site(self.root),
+                        load_rules(self.root),
+                        load_trust(self.root / "trust"),
+                        digest,
+                    )
+                except AirgapError:
+                    if digest_of(self.root) == digest:
+                        raise
+                    continue  # it was changed while it was read
                 if digest_of(self.root) == digest:  # else it was changed while it was read
                     self._facts = found
                     return found

@@ -31,6 +31,7 @@ LOOK_S: Final = 0.25
 STANDING_S: Final = 1.0  # how often the files of the tree are looked at
 LAST_WORDS_S: Final = 15.0  # for requests that were told to end
 CODE: Final = "service.reloading"
+_CERTAIN: Final = frozenset({"trust.revoked", "trust.expired", "seal.revoked", "store.missing"})
 _FORGET_S: Final = 60.0
 
 operator = structlog.get_logger("airgap.service")
@@ -103,6 +104,7 @@ class Keeper:
         self._why: AirgapError = _ended()  # while nothing serves
         self._retry = True  # by itself, at `_next_try`
         self._refused: AirgapError | None = None  # why the last release was not taken over
+        self._doubt = ""  # what the last look at the tree found
         self._tried: Digest | None = None
         self._ends: list[float] = []
         self._next_try = 0.0
@@ -207,7 +209,10 @@ class Keeper:
         if house is None:
             return
         refusal = _refusal_of(house)
-        if refusal is not None and self._now is not None:
+        # A folder of trust that is being written may look broken once; what is revoked never does.
+        sure = refusal is not None and refusal.code in {*_CERTAIN, self._doubt}
+        self._doubt = "" if refusal is None else refusal.code
+        if refusal is not None and sure and self._now is not None:
             self._end_serving(self._now, refusal)
         try:
             key = _wanted(house, self._model)
