@@ -164,20 +164,43 @@ def open_lab(folder: Path, project: str | None) -> Lab:
 
 
 def list_bundles(*, root: Root = None, json: Json = False) -> None:
-    """List what is installed: `*` answers by default, `+` to its name."""
+    """List what is installed: `*` answers by default, `+` to its name; with what will not start."""
     from airgap.install import Store
 
-    store = Store(root_folder(root) / "store")
+    folder = root_folder(root)
+    store, trust = Store(folder / "store"), _trust(folder)
     current = store.current()
     active = None if current is None else current.digest
     found = [
         {
             **bundle_document(item, current=item.digest == active),
             "active": store.active(item.manifest.bundle_id) == item.digest,
+            "barred": _bar(item, trust),
         }
         for item in store.list()
     ]
     show({"format": "airgap/list/1", "bundles": found}, list_view(found), json=json)
+
+
+def _trust(folder: Path) -> Trust | None:
+    """Return the trust of a tree; None where it cannot be read, which `status` tells."""
+    from bundle.trust import load_trust
+
+    try:
+        return load_trust(folder / "trust")
+    except AirgapError:
+        return None
+
+
+def _bar(bundle: InstalledBundle, trust: Trust | None) -> dict[str, str] | None:
+    """Return code and words of what keeps a release from starting: revoked, expired."""
+    from airgap.install.standing import find_bar
+
+    try:
+        error: AirgapError | None = find_bar(bundle, trust, datetime.now(UTC))
+    except AirgapError as fault:
+        error = fault
+    return None if error is None else {"code": error.code, "error": error.message}
 
 
 def status(*, root: Root = None, json: Json = False) -> None:
@@ -226,7 +249,14 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     try:
         current = store.current()
         document["current"] = current and bundle_document(current, current=True)
-        document["installed"] = len(store.list())
+        installed = store.list()
+        document["installed"] = len(installed)
+        here = None if current is None else current.digest
+        for item in installed:
+            bar_ = _bar(item, _trust(folder)) if item.digest != here else None
+            if bar_ is not None:
+                name = f"{item.manifest.name} {item.manifest.version}"
+                document["alarms"].append(f"{name}: {bar_['code']}: {bar_['error']}")
     except AirgapError as error:
         document["current"] = {"code": error.code, "error": error.message}
     document["unfinished"] = [path.name for path in store.unfinished()]
@@ -246,13 +276,16 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
 
 
 def _alarms(trust: Trust, store: Store) -> list[str]:
-    """Say that the revocation list is stale, or that the current bundle is on it."""
-    from airgap.install.standing import require_standing
+    """Say that the revocation list is stale, or that the current bundle is on it or over."""
+    from airgap.install.standing import require_standing, require_valid
 
     now = datetime.now(UTC)
     try:
         current = store.current()
-        found = trust.alarms(now) if current is None else require_standing(current, trust, now=now)
+        if current is None:
+            return list(trust.alarms(now))
+        found = require_standing(current, trust, now=now)
+        require_valid(current, now)
         return list(found)
     except AirgapError as error:
         return [f"{error.code}: {error.message}"]
@@ -265,10 +298,19 @@ def list_view(found: list[dict[str, Any]]) -> str:
     lines = [
         f"{'*' if item['current'] else '+' if item['active'] else ' '} "
         f"{item['name']} {item['version']}  epoch {item['epoch']}  until {item['expires'][:10]}  "
-        f"models {', '.join(item['models'])}  {item['digest']}"
+        f"models {', '.join(item['models'])}  {item['digest']}{_mark(item)}"
         for item in found
     ]
     return "\n".join(lines)
+
+
+def _mark(item: dict[str, Any]) -> str:
+    """Say below the line of a release that it is on disk but will not start."""
+    if item["barred"] is None:
+        return ""
+    code, error = item["barred"]["code"], item["barred"]["error"]
+    word = {"trust.expired": "EXPIRED"}.get(code, "REVOKED" if code.endswith("revoked") else code)
+    return f"\n  {word}: {error}"
 
 
 def presence_line(service: dict[str, Any]) -> str:

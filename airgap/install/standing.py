@@ -58,6 +58,20 @@ def require_valid(installed: InstalledBundle, now: datetime) -> None:
         )
 
 
+def find_bar(bundle: InstalledBundle, trust: Trust | None, now: datetime) -> RefusedError | None:
+    """Return why a release on disk would not start today; None where nothing is against it.
+
+    A stale list bars every release alike and is no mark of one; without a root only time counts.
+    """
+    try:
+        if trust is not None:
+            require_standing(bundle, trust, now=now)
+        require_valid(bundle, now)
+    except RefusedError as error:
+        return None if error.code == "trust.stale" else error
+    return None
+
+
 def require_clock(store: Store, now: datetime) -> None:
     """Refuse a clock that lies before what this host has seen: no time would ever be over.
 

@@ -14,9 +14,11 @@ from lab_trees import run
 
 from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import read_lines
+from airgap.cli.install import bundle_document
+from airgap.cli.install import list_view as releases_view
 from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
-from airgap.install.standing import require_clock, require_standing
+from airgap.install.standing import find_bar, require_clock, require_standing
 from bundle import archive, keys, rollback
 from bundle.source import PlainFile
 from bundle.trust import load_trust
@@ -212,6 +214,25 @@ def test_a_revoked_release_never_comes_back(lab, staging, releases, tmp_path, ca
     assert run("trust", "import-revocations", lab.parent / "list", "--root", lab) == 0
     status, refused = call("rollback", one, "--approval", signed, "--root", lab)
     assert (status, refused["code"]) == (1, "trust.revoked")
+    # it lies on disk, and both views of the tree mark it
+    barred = {each["digest"]: each["barred"] for each in call("list", "--root", lab)[1]["bundles"]}
+    assert barred.pop(one)["code"] == "trust.revoked"
+    assert set(barred.values()) == {None}
+    (alarm,) = call("status", "--root", lab)[1]["alarms"]
+    assert "trust.revoked" in alarm
+
+
+def test_a_release_whose_time_is_over_is_marked(lab):
+    bundle = Store(lab / "store").current()
+    trust, end = load_trust(lab / "trust"), bundle.manifest.expires
+    before = end - timedelta(seconds=1)
+    assert find_bar(bundle, None, before) is None
+    assert find_bar(bundle, None, end).code == "trust.expired"
+    barred = find_bar(bundle, trust, end)
+    assert barred.code == "trust.expired"
+    item = bundle_document(bundle, current=True) | {"active": True}
+    item["barred"] = {"code": barred.code, "error": barred.message}
+    assert "\n  EXPIRED: " in releases_view([item])
 
 
 def test_an_altered_release_is_no_target(lab, staging, releases, call):
