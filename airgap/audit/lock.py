@@ -38,7 +38,8 @@ class Lock:
             raise RefusedError(
                 "audit.locked",
                 f"process {pid} holds the audit log in {self._path.parent} since {since}",
-                hint="wait for it to end, or use the service that it runs",
+                hint="if it is a daemon, stop it (systemctl stop airgap airgap-audit, or end that "
+                "process); else wait for it to end",
             ) from None
         note = self._note()
         ended = note[2] if len(note) > 2 else ""  # noqa: PLR2004 - pid, time, how it ended

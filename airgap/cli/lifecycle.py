@@ -177,6 +177,7 @@ def backup(
     """
     from airgap.audit.site import open_own_log
     from airgap.install.backup import back_up
+    from airgap.service.presence import require_none
     from bundle.keys import read_limited
     from bundle.transit import KEY_LIMIT, parse_transit_key
 
@@ -191,6 +192,7 @@ def backup(
         for path in to
     ]
     folder = root_folder(root)
+    require_none(folder)
     site, actor = _acting(folder)
     with bar("backup") as progress:
         done = back_up(
@@ -358,6 +360,7 @@ def _retire(
     from airgap.audit.site import open_site_log
     from airgap.host_setup import Places, Program, stop_daemon, take_down
     from airgap.install.lifecycle import retire
+    from airgap.service.presence import require_none
 
     if names or not keep_audit:
         raise UsageError(
@@ -371,6 +374,7 @@ def _retire(
     places, program = Places(folder, folder, system), Program()
     if system:
         stop_daemon(places, program)  # the log's own service goes on until all is on record
+    require_none(folder)
     with open_site_log(folder, site) as log:
 
         def record(phase: str, result: str) -> Any:

@@ -40,11 +40,7 @@ class Presence:
         except OSError as error:
             found = find_daemon(root) or {}
             os.close(self._file)
-            raise RefusedError(
-                "service.locked",
-                f"process {found.get('pid', '?')} serves {root}",
-                hint="stop it first (systemctl stop airgap), or serve another tree",
-            ) from error
+            raise _locked(root, found) from error
 
     def tell(self, facts: dict[str, Any]) -> None:
         """Write what is served; a full disk hides nothing but that."""
@@ -74,6 +70,20 @@ def find_daemon(root: Path) -> dict[str, Any] | None:
     finally:
         os.close(file)
     return None
+
+
+def require_none(root: Path) -> None:
+    """Refuse what would take the tree from under a daemon; RefusedError `service.locked`."""
+    if (found := find_daemon(root)) is not None:
+        raise _locked(root, found)
+
+
+def _locked(root: Path, found: dict[str, Any]) -> RefusedError:
+    return RefusedError(
+        "service.locked",
+        f"process {found.get('pid', '?')} serves {root}",
+        hint="stop it first (systemctl stop airgap, or end that process), or name another tree",
+    )
 
 
 def taken_over(root: Path, digest: str) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:

@@ -1,6 +1,7 @@
 """After an install: a release returns, one becomes the default, one goes; kills at any point."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,8 +20,10 @@ from airgap.cli.install import list_view as releases_view
 from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
 from airgap.install.standing import find_bar, require_clock, require_standing
+from airgap.service.presence import Presence
 from bundle import archive, keys, rollback
 from bundle.source import PlainFile
+from bundle.transit import new_transit_key
 from bundle.trust import load_trust
 from policy.errors import RefusedError
 from policy.terms import Digest
@@ -410,6 +413,19 @@ def test_remove_all_keeps_what_an_auditor_needs(lab, staging, call):
     assert call("remove", "--all", "--keep-audit", "tiny-line", "--root", lab)[0] == 2
     assert Store(lab / "store").current() is not None
     size = verdict_of(lab).size
+    new_transit_key(lab.parent, "h")
+    daemon = Presence(lab)
+    daemon.tell({"serves": "tiny-line"})
+    for words in (
+        ("remove", "--all", "--keep-audit"),
+        ("backup", "-o", lab.parent / "b", "--to", lab.parent / "h.transit.pub.json"),
+    ):
+        status, refused = call(*words, "--root", lab)
+        assert (status, refused["code"]) == (1, "service.locked")
+        assert str(os.getpid()) in refused["error"]
+        assert refused["hint"].startswith("stop it first")
+    daemon.close()
+    assert Store(lab / "store").current() is not None
     status, done = call("remove", "--all", "--keep-audit", "--root", lab)
     assert status == 0
     names = {path.name for path in lab.iterdir()}
