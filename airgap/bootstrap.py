@@ -62,7 +62,7 @@ class Outcome:
     changed: list[str] = field(default_factory=list)
     record: int | None = None
     transcript: Digest | None = None
-    refusal: RefusedError | None = None  # of the admission; all else was done
+    refusal: RefusedError | None = None  # of the admission, or of the seal; all else was done
 
     def as_document(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -95,7 +95,8 @@ def bootstrap(
         program: How commands are run.
         say: Told each line of the transcript.
 
-    A refused admission is told in the outcome: everything else stands, and all is on record.
+    A refused admission is told in the outcome, and so is a host that cannot seal, where nothing
+    would run: everything else stands, and all is on record.
 
     Raises:
         RefusedError: A code of the verification, before anything changed; `site.exists`.
@@ -124,7 +125,8 @@ def bootstrap(
         if admitted is not None:
             outcome.refusal = _admit(*admitted, wish, places, program, outcome=outcome, tell=tell)
         if outcome.changed:
-            _examine(places, program, tell)
+            refusal = _examine(places, program, tell)
+            outcome.refusal = outcome.refusal or refusal
             if command := to_start(places, facts):
                 tell(f"next: {command}")
             _record(wish, places, outcome)
@@ -301,13 +303,23 @@ def _hint(document: dict[str, Any]) -> str:
     return str(document.get("hint", "")) or "airgap policy explain; then airgap install"
 
 
-def _examine(places: Places, program: Program, tell: Say) -> None:
-    """Say which rung this host reaches."""
+def _examine(places: Places, program: Program, tell: Say) -> RefusedError | None:
+    """Say which rung this host reaches, whole; return why none, `enclave.rung`."""
     status, document = program.own("doctor", "--root", str(places.root))
     verdict = document.get("verdict") or document.get("error") or f"ended with {status}"
-    tell(f"doctor: {verdict!s:.200}")
-    for step in document.get("advice", []) if status else ():
-        tell(f"doctor: to raise it: {step!s:.400}")
+    tell(f"doctor: {verdict}")
+    if status == 0:
+        return None
+    missed = [each for each in document.get("rungs", []) if not each.get("sealed")]
+    reasons = [f"rung {each['name']}: {each['code']}: {each['reason']}" for each in missed]
+    for text in (*reasons, *(f"to raise it: {step}" for step in document.get("advice", []))):
+        tell(f"doctor: {text}")
+    return RefusedError(
+        "enclave.rung",
+        "all is in place, but nothing runs on this host until it can seal (doctor: "
+        f"{reasons[0] if reasons else verdict})",
+        hint=f"do what doctor says above, then look again: airgap doctor --root {places.root}",
+    )
 
 
 def _record(wish: Wish, places: Places, outcome: Outcome) -> None:

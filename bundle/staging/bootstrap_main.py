@@ -503,7 +503,9 @@ def fingerprint(text: str) -> str:
     found = "".join(text.split()).lower().removeprefix("sha256:")
     if not re.fullmatch("[0-9a-f]{64}", found):
         raise refuse(
-            "trust.fingerprint", f"{text.strip()!r:.90} is no fingerprint: sha256:<64 hex>"
+            "trust.fingerprint",
+            f"{text.strip()!r:.90} is no fingerprint: sha256:<64 hex>",
+            "type all of what `airgap trust show` prints on the staging host, as it was told you",
         )
     return found
 

@@ -29,13 +29,14 @@ WIDE = replace(FACTS, expires=bundles.NOW + YEARS)  # the log stamps with the tr
 class Told:
     """Stands for the programs that are run; keeps what it was asked."""
 
-    def __init__(self, status=0, document=None):
+    def __init__(self, status=0, document=None, doctor=(0, {"verdict": "SEALED/A"})):
         self.asked, self.status, self.document = [], status, document or {}
+        self.doctor = doctor
 
     def own(self, *words):
         self.asked.append(words)
         if words[0] == "doctor":
-            return 0, {"verdict": "SEALED/A"}
+            return self.doctor
         return self.status, self.document
 
     def foreign(self, *argv):
@@ -97,6 +98,21 @@ def test_a_new_host_gets_trust_site_and_a_record_with_the_transcript(tmp_path, m
     kept = next(path for path in (tmp_path / "tree" / "audit").rglob(f"*{name[2:]}*"))
     assert kept.read_text().startswith("before\n")
     assert "verified: sha256:" in kept.read_text()
+
+
+def test_a_host_that_cannot_seal_is_set_up_and_refused_with_the_whole_reason(tmp_path, medium):
+    reason, step = f"no {'namespace ' * 90}end", f"sysctl {'x' * 900} end"
+    rung = {"name": "B", "sealed": False, "code": "enclave.namespaces", "reason": reason}
+    found = {"verdict": "REFUSED", "rungs": [rung], "advice": [step]}
+    done = set_up(tmp_path, medium / "wheels.agb", program=Told(doctor=(1, found)))
+    assert done.changed
+    assert "doctor: REFUSED" in done.lines
+    assert f"doctor: rung B: enclave.namespaces: {reason}" in done.lines
+    assert f"doctor: to raise it: {step}" in done.lines
+    assert done.refusal.code == done.as_document()["refused"] == "enclave.rung"
+    assert "airgap doctor --root" in done.refusal.hint
+    outcome = next(r for r in records(tmp_path) if r["seq"] == done.record)
+    assert (outcome["data"]["result"], outcome["err"]["code"]) == ("refused", "enclave.rung")
 
 
 def test_a_second_run_changes_nothing(tmp_path, medium):

@@ -321,6 +321,7 @@ def test_a_fingerprint_that_is_typed_wrong_changes_nothing(
         assert install(tmp_path / "a", path, fingerprint="") == 1
         said = capsys.readouterr().err.splitlines()
         assert said[1] == "refused trust.fingerprint"
+        assert said[3].startswith("next step: ")
         assert said[-1] == "nothing was changed"
         assert list((tmp_path / "a").iterdir()) == []
 
