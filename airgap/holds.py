@@ -346,6 +346,22 @@ class Holds:
             if any(len(each.people) >= RELEASERS for each in self.releases(hold))
         )
 
+    def taken_up(self, request: str) -> Hold:
+        """Return one's own hold of that request; RefusedError `hold.missing`."""
+        for hold in self._chain(request):
+            return hold
+        raise _not_yours()
+
+    def answer_of(self, hold: Hold) -> Hold | None:
+        """Return the newest hold of what the model wrote for the released input `hold`."""
+        mine = (hold.request, "output", hold.person, hold.bundle, hold.job)
+        found = [
+            each
+            for each in (self.every() if hold.stage == "input" else ())
+            if (each.parent, each.stage, each.person, each.bundle, each.job) == mine
+        ]
+        return max(found, key=lambda each: (each.opened, each.request), default=None)
+
     def close(self, request: str, answer: str) -> None:
         """Note the reference of the answer that a hold led to."""
         for hold in self._chain(request):

@@ -13,6 +13,7 @@ from airgap.holds import Hold, Holds, Signed
 from airgap.rules import Rules
 from bundle.root import RootDocument
 from policy.approvals import Approvals, Case, fault_of
+from policy.errors import RefusedError
 from policy.terms import Digest, Scope
 
 
@@ -52,6 +53,33 @@ class ReleaseDesk:
         if any(self.faults(hold)):
             return f"held; signed by {people}"
         return f"released until {signed.release.expires} by {people}: airgap hold fetch"
+
+    def require_released(self, hold: Hold) -> None:
+        """Refuse to take up what is not released yet, or is held on under a later reference.
+
+        What a hazard rule asks for is not told: how far it is, and nothing of why.
+
+        Raises:
+            RefusedError: `hold.waiting`.
+
+        """
+        if faults := self.faults(hold):
+            told = [] if hold.restricted else [each.split(": ", 1)[-1] for each in faults]
+            missing = "; ".join(sorted(set(told) - {"no release"}))
+            raise RefusedError(
+                "hold.waiting",
+                f"{hold.reference} is not released yet: {self.state(hold)}"
+                + (f"; {missing}" if missing else ""),
+                hint="those who release have to sign it first: airgap hold list; nothing was run, "
+                "and it does not count as a new request",
+            )
+        if (later := self.holds.answer_of(hold)) is not None:
+            raise RefusedError(
+                "hold.waiting",
+                f"{hold.reference} was released and run, and its answer is held as "
+                f"{later.reference}",
+                hint=f"airgap hold fetch {later.reference}, once that one is released",
+            )
 
     def current(self, hold: Hold) -> Signed | None:
         """Return the release to go on with: of those that have not expired the one signed most."""

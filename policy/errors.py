@@ -181,6 +181,7 @@ CODES: dict[str, str] = {
     "hold.key": "a key that does not open or receive what is held",
     "hold.model": "a hold is of another release than the one that is served",
     "hold.missing": "no hold answers to that name, or its output was not kept",
+    "hold.waiting": "a hold is not released yet, or its answer is held under a later reference",
     "hold.release": "a release is not the signed statement that it should be, or cannot be made",
     # -- site: institution facts and settings ---------------------------------------------------
     "site.exists": "a site.toml is there already",

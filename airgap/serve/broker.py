@@ -149,6 +149,7 @@ class Broker:
     limits: Limits = field(default_factory=Limits)
     restricted: Path | None = None  # whole records of hazard decisions; None keeps none
     holds: Holds | None = None  # None: what is held cannot be released
+    require_released: Callable[[str], None] = lambda _: None  # of the hold that a job takes up
     screen_sequences: Callable[[Sequence[str]], ScreenResult] | None = None  # None: they hold
     request_set: str = ""  # a random name: whose requests share prefixes and turns at the worker
 
@@ -156,11 +157,14 @@ class Broker:
         """Run `job` and return the answer.
 
         Raises:
-            RefusedError: `prompt.*` for the input, `policy.denied` or `policy.held`, `model.*`.
+            RefusedError: `prompt.*` for the input, `policy.denied` or `policy.held`, `model.*`;
+                `hold.*` where the job takes up a hold that is not released.
             FaultError: The log, the worker or the helper failed; nothing was released.
 
         """
         request = new_ulid()
+        if job.held:
+            self._take_up(request, job)
         prepared = self._prepare(request, job)
         permit = self._permit(request, job, prepared, prepared.input_screen)
         settings = settings_of(prepared)
@@ -217,6 +221,14 @@ class Broker:
         return self.helper.request(canonical(request), timeout=HELPER_S)
 
     # -- steps ---------------------------------------------------------------------------------
+
+    def _take_up(self, request: str, job: Job) -> None:
+        """Refuse what is not released before any rule judges it: on record, and no new hold."""
+        try:
+            self.require_released(job.held)
+        except RefusedError as error:
+            self._record_refusal(request, job, "standing", error)
+            raise
 
     def _prepare(self, request: str, job: Job) -> Prepared:
         try:

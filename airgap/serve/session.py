@@ -37,6 +37,7 @@ from airgap.holds import Holds
 from airgap.install import InstalledBundle, Store, verify_installed
 from airgap.install.record import actor_of
 from airgap.install.standing import require_clock, require_standing, require_valid
+from airgap.release_desk import ReleaseDesk
 from airgap.rules import Rules
 from airgap.science.sequences import SequenceScreen
 from airgap.serve.broker import Broker, Job, Model, canonical
@@ -232,6 +233,13 @@ class House:
             approvals = load_approvals(self.root, found.trust.standing)
             return UseFacts(known, found.rules, now, approvals)
 
+        def require_released(request: str) -> None:
+            found = self.require_standing()
+            trust, (_, known) = found.trust.standing, identify(found.site)
+            holds = Holds(self.root, trust, person.id)
+            desk = ReleaseDesk(self.root, known, found.rules, trust, holds, hazard_role=False)
+            desk.require_released(holds.taken_up(request))
+
         holds = Holds(self.root, self.tree.read().trust.standing, person.id)
         policy = UseRules(
             facts, running(self.installed, self.model.precision), log, self.clock, holds, uid
@@ -246,6 +254,7 @@ class House:
             limits=site.limits,
             restricted=self.root / "restricted",
             holds=holds,
+            require_released=require_released,
             screen_sequences=sequence_screen(log, site, self.root),
             request_set=request_set,
         )

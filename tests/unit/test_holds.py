@@ -22,6 +22,7 @@ from airgap.demo import site_toml
 from airgap.enclave.channel import PART, REPLY, Frame
 from airgap.holds import Holds
 from airgap.inference.protocol import Done, Sample
+from airgap.release_desk import ReleaseDesk
 from airgap.rules import load_rules
 from airgap.science.views import screen_line
 from airgap.serve.broker import Broker
@@ -140,6 +141,45 @@ def test_a_held_input_runs_after_its_release_and_its_output_is_judged_anew(broke
     broker.holds.add_release(released(second, "xia", "eve"))
     assert broker.infer(taken_up(second)).assessed.rows
     assert broker.holds.answered(hold)
+
+
+def test_taking_up_before_the_release_is_told_on_record_and_opens_no_hold(broker, tmp_path):
+    site, rules = parse_site((tmp_path / "site.toml").read_bytes()), load_rules(tmp_path)
+    desk = ReleaseDesk(tmp_path, site, rules, PEOPLE, broker.holds, hazard_role=False)
+    broker.require_released = lambda request: desk.require_released(broker.holds.taken_up(request))
+    now = datetime.now(UTC)  # the day by which the desk goes
+    broker.use_policy = deciding(site, rules, MODEL.bundle, day=(now.date(), now))
+    hold = held(broker, job(inputs={"smiles": THIODIGLYCOL}, options={"n": 2}))
+
+    def refused(found, *expected):
+        kept, probing = broker.holds.every(), hazard_holds(broker.log, os.getuid(), now)
+        with pytest.raises(RefusedError) as caught:
+            broker.infer(taken_up(found))
+        assert caught.value.code == "hold.waiting"
+        assert all(each in caught.value.message for each in (found.reference, *expected))
+        assert not any(each in caught.value.message for each in ("HAZ", "CWC", "role"))
+        assert broker.holds.every() == kept
+        assert hazard_holds(broker.log, os.getuid(), now) == probing
+        return caught.value.message
+
+    refused(hold, ": held")
+    issued = (now - timedelta(minutes=1)).replace(microsecond=0)
+    words = {"issued": issued, "expires": now.date() + timedelta(days=5)}
+    envelope = released(hold, "eve", **words)
+    broker.holds.add_release(envelope)
+    refused(hold, "signed by eve")
+    broker.holds.add_release(holds.countersign_release(envelope, bundles.signer("xia")))
+    second = held(broker, taken_up(hold), writes(FAMILY))  # now it runs, and the answer is held
+    for _ in range(4):
+        refused(hold, "was released and run", second.reference)
+        refused(second, ": held")
+    *_, last = read_records(tmp_path / "audit")
+    assert (last["kind"], last["err"]["code"]) == ("denial", "hold.waiting")
+    broker.holds.add_release(released(second, "xia", "eve", **words))
+    assert broker.infer(taken_up(second)).assessed.rows
+    with pytest.raises(RefusedError) as caught:
+        broker.infer(taken_up(second, held=new_ulid()))
+    assert caught.value.code == "hold.missing"
 
 
 WEAK = {

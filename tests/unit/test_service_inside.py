@@ -148,8 +148,14 @@ def test_a_hold_is_listed_and_not_answered_before_its_release(place):
     assert row["state"] == "held"
     assert client.hold_of(place.socket, row["reference"]) == row
     number = row["reference"].rpartition("#")[2]
-    for name in (row["reference"], number, f"#{number}"):
-        assert code_of(client.fetch, place.socket, name, {}, print) == "policy.held"
+    denials = len(place.records("denial"))
+    for name in (row["reference"], number, f"#{number}", row["reference"]):
+        assert code_of(client.fetch, place.socket, name, {}, print) == "hold.waiting"
+    assert client.holds(place.socket) == [row]  # and none opened
+    asked = place.records("denial")[denials:]
+    assert [each["err"]["code"] for each in asked] == ["hold.waiting"] * 4
+    assert not any("decision" in each for each in asked)  # none of them is repeated probing
+    assert code_of(place.ask, inputs=HELD) == "policy.held"
     assert code_of(client.fetch, place.socket, "9999", {}, print) == "hold.missing"
     assert code_of(client.hold_of, place.socket, "9999") == "hold.missing"
     last = place.records("denial")[-1]
