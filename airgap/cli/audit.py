@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from airgap.cli import audit_acts, audit_exports, witness
-from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr, stdout, write_new
+from airgap.cli.common import (
+    Json,
+    Root,
+    account_name,
+    root_folder,
+    show,
+    stderr,
+    stdout,
+    write_new,
+)
 from policy.errors import FaultError, RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +90,9 @@ def show_log(
         return
     records = select(_folder(log, root), wanted, last=last)
     document = {"records": [dict(record) for record in records], "count": len(records)}
-    show(document, "no record matches" if not records else _table(records), json=json)
+    show(
+        document, "no record matches" if not records else _table(records, width=_width()), json=json
+    )
 
 
 def verify(
@@ -357,7 +371,7 @@ def _follow(folder: Path, wanted: Filter, last: int, *, json: bool) -> None:
         if json:
             stdout.out(orjson.dumps(record, option=orjson.OPT_SORT_KEYS).decode())
         else:
-            stdout.print(_table([record], headed=False))
+            stdout.print(_table([record], headed=False, width=_width()))
 
 
 def _folder(log: Path | None, root: Path | None) -> Path:
@@ -397,8 +411,13 @@ class _Bar:
         self._progress.update(self._task, completed=done, total=total)
 
 
-def _table(records: list[Record], *, headed: bool = True) -> Text:
-    """Return aligned lines; whole cells, for a terminal may wrap them but must not cut them."""
+def _width() -> int:
+    """Return the columns of a terminal; 0 where scripts read."""
+    return stdout.width if stdout.is_terminal else 0
+
+
+def _table(records: list[Record], *, headed: bool = True, width: int = 0) -> Text:
+    """Return aligned lines of whole cells; within `width` a record takes further lines."""
     from rich.text import Text
 
     rows = [("seq", "time (UTC)", "what", "person", "project", "decision", "model", "result")]
@@ -416,9 +435,35 @@ def _table(records: list[Record], *, headed: bool = True) -> Text:
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     used = [c for c in range(len(widths)) if any(row[c] for row in rows[1:])]
-    lines = ["  ".join(row[c].ljust(widths[c]) for c in used).rstrip() for row in rows]
+    near = _fitting([widths[c] for c in used], width)
+    lines = []
+    for row in rows:
+        first = "  ".join(row[c].ljust(widths[c]) for c in used[:near]).rstrip()
+        rest = "  ".join(row[c] for c in used[near:] if row[c])
+        lines.append("\n".join([first, *_folded(rest, width)]))
     body = [Text(line) for line in lines[1:]]
     return Text("\n").join([Text(lines[0], style="bold"), *body] if headed else body)
+
+
+def _fitting(widths: list[int], width: int) -> int:
+    """Return how many columns stand on the first line: all, or as many as fit into `width`."""
+    if not width:
+        return len(widths)
+    ends = itertools.accumulate(wide + 2 for wide in widths)
+    return max(1, sum(end - 2 <= width for end in ends))
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """Return the further lines of a record, indented; digests stay whole."""
+    indent = " " * 6
+    return wrap(
+        text,
+        width or sys.maxsize,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _decision(record: Record) -> str:

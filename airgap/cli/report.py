@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from airgap.cli.common import Json, Root, account_name, root_folder, show
+from airgap.cli.common import Json, Root, account_name, root_folder, show, stdout
 from airgap.cli.options import grouped
 from policy.errors import RefusedError, UsageError
 
@@ -53,8 +56,6 @@ class Written:
 
     def finish(self, page: Page, *, json: bool) -> None:
         """Write what was asked for and show the page in words."""
-        from rich.text import Text
-
         from airgap.dossier import render
         from airgap.serve.present import write_whole
 
@@ -68,7 +69,8 @@ class Written:
                 files["uses.csv"] = to_csv(rows)
             written |= {name: str(self.out / name) for name in write_folder(self.out, files)}
         document = {**page.document, "id": page.id, "written": written}
-        show(document, Text(words(page, written)), json=json)
+        fit = stdout.width if stdout.is_terminal else sys.maxsize
+        show(document, words(page, written, fit), json=json)
 
 
 def register(app: typer.Typer) -> None:
@@ -203,8 +205,8 @@ def dossier(
 # -- output ---------------------------------------------------------------------------------------
 
 
-def words(page: Page, written: dict[str, str]) -> str:
-    """Return a page as plain text, long texts left out."""
+def words(page: Page, written: dict[str, str], fit: int = sys.maxsize) -> str:
+    """Return a page as plain text, long texts left out; tables within `fit` columns if they can."""
     lines = [page.title, page.subject]
     if page.banner:
         lines.append(f"NOTE: {page.banner}")
@@ -216,8 +218,10 @@ def words(page: Page, written: dict[str, str]) -> str:
         lines += [f"  {line}" for line in section.words]
         width = max((len(name) for name, _ in section.facts), default=0)
         lines += [f"  {name.ljust(width)}  {value}" for name, value in section.facts]
-        shown = [section.head, *section.rows[:40]] if section.rows else []
-        lines += [f"  {'  |  '.join(row)}" for row in shown]
+        if section.rows:
+            lines += [
+                f"  {line}".rstrip() for line in _grid(section.head, section.rows[:40], fit - 2)
+            ]
         if section.head and not section.rows:
             lines.append(f"  {section.empty}")
         if len(section.rows) > 40:  # noqa: PLR2004 - a screen; --html and --json have all
@@ -225,6 +229,22 @@ def words(page: Page, written: dict[str, str]) -> str:
     lines += ["", "What this cannot show"] + [f"  {line}" for line in page.limits]
     lines += ["", f"{page.author}, {page.created}, airgap {page.version}, id {page.id}"]
     return "\n".join(lines + [f"wrote {path}" for path in written.values()])
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], fit: int) -> list[str]:
+    """Return aligned columns, numbers to the right; wider than `fit`, a cell a line."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    if sum(widths) + 2 * (len(widths) - 1) > fit:
+        label = max(map(len, head))
+        cells = [[f"{n.ljust(label)}  {c}" for n, c in zip(head, row, strict=True)] for row in rows]
+        return "\n\n".join("\n".join(each) for each in cells).split("\n")
+    right = [all(re.fullmatch(r"[\d,.]+|-", cell) for cell in column[1:]) for column in columns]
+    padded = [
+        [cell.rjust(width) if number else cell.ljust(width) for cell in column]
+        for column, width, number in zip(columns, widths, right, strict=True)
+    ]
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def to_json(document: Any) -> str:

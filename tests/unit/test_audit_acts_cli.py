@@ -1,7 +1,9 @@
 """`airgap audit` acts from the command line: keys, witnesses, payloads, pruning, the live log."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -165,6 +167,29 @@ def test_follow_in_words_is_one_line_a_record(tree):
         child.send_signal(signal.SIGINT)
         assert child.wait(20) == 130
     assert [line.split()[0] for line in lines] == list("01234")
+
+
+def test_a_record_fits_a_terminal_and_is_one_line_for_scripts(tree):
+    with logs.open_log(tree, clock=None) as log:
+        log.append(logs.denial(project="a-project-with-a-name-of-some-length"))
+    program = "import sys, airgap.cli; airgap.cli.main()"
+    argv = [sys.executable, "-c", program, "audit", "show", "--root", str(tree)]
+    whole = subprocess.run(argv, capture_output=True, check=True, text=True).stdout.splitlines()
+    assert max(map(len, whole)) > 80
+    head, tail = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
+    subprocess.run(argv, stdout=tail, check=True, env=environment)
+    os.close(tail)
+    shown = b""
+    with contextlib.suppress(OSError):  # that is how a terminal ends
+        while part := os.read(head, 1 << 16):
+            shown += part
+    os.close(head)
+    shown = shown.decode()
+    lines = shown.splitlines()
+    assert len(lines) > len(whole)
+    assert max(map(len, lines)) <= 80
+    assert sorted(shown.split()) == sorted("\n".join(whole).split())
 
 
 # -- keys --------------------------------------------------

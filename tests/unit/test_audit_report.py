@@ -13,6 +13,7 @@ from airgap.audit import Actor, DecisionRef, new_ulid
 from airgap.audit.export.write import Plan, export_log
 from airgap.audit.layout import Layout, last_checkpoint
 from airgap.cli import audit_exports
+from airgap.cli.report import words
 from airgap.dossier import add_up, render, totals_report
 from airgap.dossier.chart import Chart, Item
 from airgap.dossier.reports import About
@@ -158,3 +159,22 @@ def test_a_chart_shows_what_is_small_and_cuts_what_is_long():
     many = Chart("t", [Item(str(n), n, str(n)) for n in range(92)], upright=True)
     assert 10 < sum(bool(each.label) for each in many.shapes) <= 15
     assert Chart("t", []).shapes == []
+
+
+def test_columns_are_aligned_or_a_cell_a_line_where_a_terminal_is_too_narrow(tree):
+    page = report(tree)
+    lines = words(page, {}).splitlines()
+    start = lines.index("By award") + 1
+    assert lines[start].split()[:3] == ["award", "requests", "answered"]
+    end = lines[start].index("requests") + len("requests")
+    for row in lines[start + 1 : lines.index("", start)]:
+        assert row[end - 1].isdigit()
+        assert row[end : end + 2] == "  "
+    narrow = words(page, {}, 40).splitlines()
+    start = narrow.index("By award") + 1
+    assert [line.split()[0] for line in narrow[start : start + 3]] == [
+        "award",
+        "requests",
+        "answered",
+    ]
+    assert not any("  |  " in line for line in lines + narrow)
