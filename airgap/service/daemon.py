@@ -37,7 +37,8 @@ from airgap.serve.broker import Broker, Job, printable
 from airgap.serve.present import render
 from airgap.serve.session import House, choose_project
 from airgap.serve.tree import Facts
-from airgap.service import roles, wire
+from airgap.service import budget, roles, wire
+from airgap.service.budget import Budget, Turned
 from airgap.service.keeper import LAST_WORDS_S, LOOK_S, Keeper, Ticket, cut_off
 from airgap.service.kept_log import KeptLog, PersonLog, disk_fault
 from airgap.service.roles import Caller
@@ -67,6 +68,8 @@ class Limits:
     large: int = 1 << 20  # bytes from which on a request needs one of few places
     large_at_once: int = 16
     large_per_person: int = 4
+    refusals: int = budget.BURST  # of one account on record in a short time
+    refusals_per_s: float = budget.PER_S  # from then on
 
 
 @dataclass(slots=True, eq=False)
@@ -94,6 +97,11 @@ class Daemon:
     _running: Counter[int] = field(default_factory=Counter)
     _large: Counter[int] = field(default_factory=Counter)
     _sets: dict[int, str] = field(default_factory=dict)  # of people who are connected
+    _budget: Budget = field(init=False)
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._budget = Budget(self.limits.refusals, self.limits.refusals_per_s)
 
     def run(
         self, server: socket.socket, house: House, ready: Callable[[House], None] = lambda _: None
@@ -107,6 +115,8 @@ class Daemon:
         """
         roles.load_roles(self.roles_file, house.site)
         self.keeper.start(house)
+        telling = threading.Thread(target=self._tell_of_turned, name="turned", daemon=True)
+        telling.start()
         try:
             server.settimeout(LOOK_S)
             ready(house)
@@ -115,6 +125,8 @@ class Daemon:
             server.close()
         finally:
             self._end()
+            self._ended.set()
+            telling.join(LAST_WORDS_S)
 
     def stop(self) -> None:
         """Take no new request and end those under way; told twice, at once. For signal handlers."""
@@ -381,6 +393,24 @@ class Daemon:
                 )
             raise
 
+    def _tell_of_turned(self) -> None:
+        """Put on record who was turned away and how often, now and then and at the end."""
+        ended, wait_s = False, LOOK_S
+        while not ended:
+            ended, wait_s = self._ended.wait(wait_s), LOOK_S
+            for turned in self._budget.due(0.0 if ended else budget.TOLD_S):
+                try:
+                    self._record_turned(turned)
+                except (AirgapError, OSError) as error:  # of the log: later, then
+                    self._budget.keep(turned)
+                    wait_s = budget.TOLD_S
+                    operator.warning("service.turned", uid=turned.uid, error=str(error)[:120])
+
+    def _record_turned(self, turned: Turned) -> None:
+        caller = roles.caller_of(turned.uid, turned.pid)
+        event = turned.event(self._budget.clock(), time.time_ns(), self._actor(caller))
+        self.log.append(event, peer=Peer(turned.uid, turned.pid))
+
     def _actor(self, caller: Caller) -> Any:
         with contextlib.suppress(AirgapError):
             return actor_of(self._identify(caller, self._house().tree.read().site)[0])
@@ -394,8 +424,9 @@ class Daemon:
         caller: Caller,
         task: str,
     ) -> None:
-        log = PersonLog(self.log, Peer(caller.uid, caller.pid))
         with contextlib.ExitStack() as place:
+            spend = place.enter_context(self._budget.request(caller.uid, caller.pid))
+            log = PersonLog(self.log, Peer(caller.uid, caller.pid), spend)
             with self._refusals(caller, log, task):
                 _, site = self._identify(caller, self._facts().site)
                 place.enter_context(self._place(caller, site.service.per_person))

@@ -175,6 +175,7 @@ class PersonLog:
 
     log: KeptLog
     peer: Peer
+    on_denial: Callable[[], None] = lambda: None  # before each denial
 
     @property
     def origin(self) -> str:
@@ -188,6 +189,8 @@ class PersonLog:
 
     def append(self, event: Event) -> Receipt:
         """Append for this client."""
+        if event.kind == "denial":
+            self.on_denial()
         return self.log.append(event, peer=self.peer)
 
     def put_object(self, content: bytes) -> Digest:

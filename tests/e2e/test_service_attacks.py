@@ -25,7 +25,7 @@ HELD = {"inputs": {"smiles": "OCCSCCO"}, "options": {"n": 2, "seed": 4}}
 @pytest.fixture(scope="module")
 def place(road):
     with lab_of(road) as lab, place_of(lab) as running:
-        yield running.start()
+        yield running.start(limits={"refusals": 1_000})
         assert not running.records("enclave.incident")
         assert not [line for line in running.lines if "service.defect" in line]
         assert running.stop() == 0
