@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,6 +19,7 @@ from airgap.cli.options import grouped
 from airgap.cli.runtimes import program_document, program_rows
 from airgap.cli.shown import bar, table
 from policy.errors import AirgapError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.audit import Actor
@@ -169,17 +170,28 @@ def list_bundles(*, root: Root = None, json: Json = False) -> None:
 
     folder = root_folder(root)
     store, trust = Store(folder / "store"), _trust(folder)
-    current = store.current()
-    active = None if current is None else current.digest
+    active, (installed, damaged) = store.find_current(), store.survey()
     found = [
         {
             **bundle_document(item, current=item.digest == active),
             "active": store.active(item.manifest.bundle_id) == item.digest,
             "barred": _bar(item, trust),
         }
-        for item in store.list()
+        for item in installed
     ]
-    show({"format": "airgap/list/1", "bundles": found}, list_view(found), json=json)
+    lines = "" if damaged and not found else list_view(found)
+    broken = damaged_document(damaged)
+    lines += "".join(f"\n! {each['digest']}\n  DAMAGED: {each['error']}" for each in broken)
+    document = {"format": "airgap/list/1", "bundles": found, "damaged": broken}
+    show(document, lines.lstrip("\n"), json=json)
+
+
+def damaged_document(damaged: Mapping[Digest, AirgapError]) -> list[dict[str, str]]:
+    """Return what is damaged, and how."""
+    return [
+        {"digest": str(digest), "code": error.code, "error": error.message}
+        for digest, error in damaged.items()
+    ]
 
 
 def _trust(folder: Path) -> Trust | None:
@@ -247,16 +259,18 @@ def status_document(folder: Path, store: Store) -> dict[str, Any]:
     except AirgapError as error:
         document["trust"] = {"code": error.code, "error": error.message}
     try:
-        current = store.current()
-        document["current"] = current and bundle_document(current, current=True)
-        installed = store.list()
+        here, (installed, damaged) = store.find_current(), store.survey()
         document["installed"] = len(installed)
-        here = None if current is None else current.digest
+        document["alarms"] += [
+            f"{error.code}: {error.message}" for each, error in damaged.items() if each != here
+        ]
         for item in installed:
             bar_ = _bar(item, _trust(folder)) if item.digest != here else None
             if bar_ is not None:
                 name = f"{item.manifest.name} {item.manifest.version}"
                 document["alarms"].append(f"{name}: {bar_['code']}: {bar_['error']}")
+        current = store.current()
+        document["current"] = current and bundle_document(current, current=True)
     except AirgapError as error:
         document["current"] = {"code": error.code, "error": error.message}
     document["unfinished"] = [path.name for path in store.unfinished()]
@@ -323,7 +337,9 @@ def presence_line(service: dict[str, Any]) -> str:
 def status_view(document: dict[str, Any]) -> str:
     """Return the status as lines."""
     trust, current = document["trust"], document["current"]
-    root = f"version {trust.get('version')}, {trust.get('people')} people, "
+    root = (
+        f"version {trust.get('version')}, {counted(trust.get('people', 0), 'person', 'people')}, "
+    )
     rows = [
         ("tree", document["root"]),
         ("site facts", "site.toml" if document["site"] else "none: airgap site init"),
@@ -342,6 +358,8 @@ def status_view(document: dict[str, Any]) -> str:
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
     rows += program_rows(document["program"])
     if document["held"]:
-        rows.append(("held", f"{document['held']} requests without an answer: airgap hold list"))
+        rows.append(
+            ("held", f"{counted(document['held'], 'request')} without an answer: airgap hold list")
+        )
     rows += [("review", words) for words in document["reviews_owed"]]
     return table(rows)

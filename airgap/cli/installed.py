@@ -89,7 +89,7 @@ def show_installed(bundle: InstalledBundle, *, root: Path, json: bool) -> int:
         "models": [_model(manifest, model, deep) for model in manifest.models],
         "precisions": [_precision(each, figures) for each in precisions],
         "runs": runs,
-        "alarms": [*problems, *_alarms(bundle, trust), *why],
+        "alarms": [*problems, *_alarms(bundle, trust), *why, *_damaged(bundle)],
     }
     show(document, table(_rows(document)), json=json)
     return 0
@@ -122,6 +122,14 @@ def _repeated(
         return verify_deep(manifest, read), []
     except RefusedError as error:
         return None, [f"{error.code}: {error.message}"]
+
+
+def _damaged(bundle: InstalledBundle) -> list[str]:
+    """Say which other release of its store is damaged: that one will not start."""
+    from airgap.install import Store
+
+    _, damaged = Store(bundle.folder.parent.parent).survey()
+    return [f"{error.code}: {error.message}" for error in damaged.values()]
 
 
 def _alarms(bundle: InstalledBundle, trust: Trust) -> list[str]:

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,14 +115,28 @@ class Store:
     # -- reading ------------------------------------------------------------------------------
 
     def list(self) -> tuple[InstalledBundle, ...]:
-        """Return what is installed, by name, version and digest; other names are no bundles."""
-        if not self.installed.is_dir():
-            return ()
-        names = [path for path in self.installed.iterdir() if _DIGEST.fullmatch(path.name)]
-        found = [self._load(path) for path in names]
-        return tuple(
-            sorted(found, key=lambda b: (b.manifest.name, b.manifest.version, b.digest.hex))
-        )
+        """Return what is installed, by name, version and digest; other names are no bundles.
+
+        Raises:
+            RefusedError: `start.digest`, for the first that is damaged; `survey` tells all of them.
+
+        """
+        found, damaged = self.survey()
+        for error in damaged.values():
+            raise error
+        return found
+
+    def survey(self) -> tuple[tuple[InstalledBundle, ...], dict[Digest, RefusedError]]:
+        """Return what is installed in the order of `list`, and what is damaged by its digest."""
+        there = self.installed.iterdir() if self.installed.is_dir() else ()
+        found, damaged = [], {}
+        for path in sorted(each for each in there if _DIGEST.fullmatch(each.name)):
+            try:
+                found.append(self._load(path))
+            except RefusedError as error:
+                damaged[Digest.parse(f"sha256:{path.name}")] = error
+        found.sort(key=lambda b: (b.manifest.name, b.manifest.version, b.digest.hex))
+        return tuple(found), damaged
 
     def current(self) -> InstalledBundle | None:
         """Return the bundle that answers by default, None when there is none, or not any more."""
@@ -149,15 +163,19 @@ class Store:
         """Return the bundle with that digest, name, or `name-version`.
 
         Where several answer to a name, the current one wins, then the active release of the line.
+        A damaged one beside it is no hindrance, unless it may be the one that the name means.
 
         Raises:
-            RefusedError: `store.missing`, none or several match.
+            RefusedError: `store.missing`, none or several match; `start.digest`, it is damaged.
 
         """
-        current = self.current()
+        digest = name.removeprefix("sha256:")
+        if _DIGEST.fullmatch(digest) and (self.installed / digest).is_dir():
+            return self._load(self.installed / digest)
+        installed, damaged = self.survey()
         wanted = [
             item
-            for item in self.list()
+            for item in installed
             if name
             in {
                 str(item.digest),
@@ -166,8 +184,11 @@ class Store:
                 f"{item.manifest.name}-{item.manifest.version}",
             }
         ]
-        if current is not None and any(item.digest == current.digest for item in wanted):
-            return current
+        self._require_whole(name, wanted, damaged)
+        current = self.find_current()
+        for item in wanted:
+            if item.digest == current:
+                return item
         if len(wanted) > 1:
             active = set(self.state().active.values())
             wanted = [item for item in wanted if str(item.digest) in active] or wanted
@@ -178,6 +199,20 @@ class Store:
             f"{len(wanted)} installed bundles answer to {name!r:.80}",
             hint="airgap list; then name one by its digest",
         )
+
+    def _require_whole(
+        self, name: str, wanted: Sequence[InstalledBundle], damaged: Mapping[Digest, RefusedError]
+    ) -> None:
+        """Refuse a name that may mean a damaged release: no other one answers in its place."""
+        if not damaged:
+            return
+        active, current = self.state().active, self.find_current()
+        lines = {item.manifest.bundle_id for item in wanted if item.manifest.name == name}
+        for digest, error in damaged.items():
+            line = next((key for key, value in active.items() if value == str(digest)), None)
+            unknown = line is None and digest == current
+            if not wanted or line in lines or (lines and unknown):
+                raise error
 
     def active(self, line: str) -> Digest | None:
         """Return the active release of a line, None where none is installed."""

@@ -20,6 +20,7 @@ from airgap.cli.install import list_view as releases_view
 from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
 from airgap.install.standing import find_bar, require_clock, require_standing
+from airgap.serve.session import find_installed
 from airgap.service.presence import Presence
 from bundle import archive, keys, rollback
 from bundle.source import PlainFile
@@ -248,6 +249,41 @@ def test_an_altered_release_is_no_target(lab, staging, releases, call):
     status, refused = call("rollback", one.digest, "--approval", signed, "--root", lab)
     assert (status, refused["code"]) == (1, "start.digest")
     assert Store(lab / "store").current().digest == digest_of(releases[1])
+
+
+def test_a_damaged_release_is_told_and_hinders_no_other(lab, releases, call, capsys):
+    assert call("update", releases[1], "--root", lab)[0] == 0
+    assert call("install", releases[2], "--root", lab)[0] == 0
+    one, two, other = (digest_of(each) for each in releases)
+    store = Store(lab / "store")
+    place = store.installed / two.hex / "META" / "manifest.json"
+    place.chmod(0o644)
+    place.write_bytes(b"{}")
+
+    for name, digest in ((one.hex, one), ("tiny-line-1.0", one), ("other-line", other)):
+        assert find_installed(lab, name).digest == digest
+        status, told = call("inspect", name, "--root", lab)
+        assert (status, told["bundle"]) == (0, str(digest)), told
+        (alarm,) = (each for each in told["alarms"] if each.startswith("start.digest"))
+        assert two.hex in alarm
+    # Itself it is refused, and so is the name that means it: none answers in its place.
+    for name in (str(two), two.hex, "tiny-line-2.0", "tiny-line"):
+        with pytest.raises(RefusedError) as caught:
+            store.get(name)
+        assert caught.value.code == "start.digest", name
+    elsewhere = shutil.copytree(store.installed / one.hex, lab / "aside" / one.hex)
+    with pytest.raises(RefusedError):
+        store.get(str(elsewhere))
+    listed = call("list", "--root", lab)[1]
+    assert {each["digest"] for each in listed["bundles"]} == {str(one), str(other)}
+    assert [(each["digest"], each["code"]) for each in listed["damaged"]] == [
+        (str(two), "start.digest")
+    ]
+    status, told = call("status", "--root", lab)
+    assert (told["installed"], told["current"]["digest"]) == (2, str(other))
+    assert any(two.hex in each for each in told["alarms"])
+    assert run("list", "--root", lab) == 0
+    assert "DAMAGED: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
