@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from policy.errors import FaultError, RefusedError, UsageError
+from policy.wording import counted
 
 MODEL = "logos-ref-tiny"
 MARKER = ".airgap-demo"  # a folder without it is somebody's data and is never cleared
@@ -525,7 +526,7 @@ def done(found: dict[str, Any]) -> list[tuple[str, str]]:
     )
     return [
         ("answers", tasks),
-        ("log", f"{audit['origin']}, {audit['size']} records, head {audit['root']}"),
+        ("log", f"{audit['origin']}, {counted(audit['size'], 'record')}, head {audit['root']}"),
         (
             "verified",
             (

@@ -25,6 +25,7 @@ from airgap.host_setup import Places, differences, log_account
 from airgap.install.record import last_record
 from airgap.install.store import Store
 from policy.errors import AirgapError
+from policy.wording import counted
 
 State = Literal["good", "look", "bad"]
 
@@ -174,7 +175,9 @@ def _private_files(host: Host) -> Iterator[Check]:
         fix = f"chmod -R go-rwx {host.tree}/keys/*.pem {host.tree}/restricted {host.tree}/holds"
         yield Check("private files", "bad", f"others read {_few(wrong)}", fix)
     else:
-        yield Check("private files", "good", f"{len(places)} files, for their owner alone")
+        yield Check(
+            "private files", "good", f"{counted(len(places), 'file')}, for their owner alone"
+        )
 
 
 def _installation(host: Host) -> Iterator[Check]:

@@ -33,6 +33,7 @@ from bundle.revocation import Revocations, revoked_signers
 from bundle.root import BUILDER, RootDocument
 from policy.errors import RefusedError
 from policy.terms import URI_BASE, Digest
+from policy.wording import counted
 
 PAYLOAD_TYPE = intoto.PAYLOAD_TYPE
 SEAL_TYPE = f"{URI_BASE}seal/v1"
@@ -342,7 +343,7 @@ def _too_few(
     seal: Seal | None = None,
     said: Collection[str] = (),
 ) -> RefusedError:
-    seen = f"{len(envelope.signatures)} signatures in the envelope"
+    seen = f"{counted(len(envelope.signatures), 'signature')} in the envelope"
     if seal is not None:
         seen += (
             f"; signed by {', '.join(others)}, judged as enrolled at {format_time(seal.created)}"

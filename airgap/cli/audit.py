@@ -22,6 +22,7 @@ from airgap.cli.common import (
     write_new,
 )
 from policy.errors import FaultError, RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -487,8 +488,8 @@ def _verdict_text(verdict: Verdict, key: Ring | None) -> Text:
     head = Text.assemble((verdict.verdict, f"bold {colour}"), f"  {verdict.origin}")
     lines: list[str] = []
     lines.append(
-        f"{verdict.records} records read, {verdict.size} under the newest signed head; "
-        f"anchored to {verdict.anchored_size} by {verdict.anchors} outside heads, "
+        f"{counted(verdict.records, 'record')} read, {verdict.size} under the newest signed head; "
+        f"anchored to {verdict.anchored_size} by {counted(verdict.anchors, 'outside head')}, "
         f"{verdict.size - verdict.anchored_size} past the last anchor"
     )
     lines.append(

@@ -13,6 +13,7 @@ import typer
 from airgap.cli.common import Json, Root, account_name, root_folder, show, stderr, write_new
 from airgap.cli.signing import Key, Passphrase, signer_of
 from policy.errors import RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.audit.people import Act
@@ -277,7 +278,7 @@ def prune(
         "pruned": statement is not None, "held_by": list(found.reasons),
     }  # fmt: skip
     what = "pruned" if statement is not None else "may go"
-    text = f"{count} records {what} ({profile.name}: {profile.basis})"
+    text = f"{counted(count, 'record')} {what} ({profile.name}: {profile.basis})"
     show(document, "\n".join([text, *found.reasons]), json=json)
 
 

@@ -11,6 +11,7 @@ from airgap.cli.common import Json, Root, account_name, root_folder, show
 from airgap.cli.options import grouped
 from airgap.cli.report import Span, Written, installed
 from policy.errors import FaultError, UsageError
+from policy.wording import counted
 
 _READ_ME = """Verifiers for exports of an airgap usage log. They share no code with airgap.
 
@@ -77,7 +78,7 @@ def import_(
     }  # fmt: skip
     said = f"{verdict.verdict}: export {found.number} of {verdict.origin or export}"
     lines = [
-        f"{said}, {verdict.size} records, anchored to {verdict.anchored_size}",
+        f"{said}, {counted(verdict.size, 'record')}, anchored to {verdict.anchored_size}",
         *map(str, verdict.findings),
         f"remembered in {memory}" if found.remembered else "not remembered",
     ]

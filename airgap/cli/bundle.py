@@ -20,6 +20,7 @@ from airgap.cli.forms import (
     open_help,
 )
 from airgap.cli.shown import bar, table
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from bundle.manifest import Manifest
@@ -123,7 +124,10 @@ def verify_view(report: VerifyReport, *, verbose: bool = False) -> str:
         ("trust root", f"version {report.trust.version}, {report.trust.fingerprint}"),
         ("valid", f"{manifest.not_before:%Y-%m-%d} to {manifest.expires:%Y-%m-%d}"),
         ("epoch", str(manifest.epoch)),
-        ("content", f"{len(manifest.files)} files, {manifest.body.size:,} bytes, each hashed"),
+        (
+            "content",
+            f"{counted(len(manifest.files), 'file')}, {manifest.body.size:,} bytes, each hashed",
+        ),
     ]
     for model in manifest.models:
         use = "" if model.scientific_use else ", not for scientific use"

@@ -17,6 +17,7 @@ from airgap.cli.options import grouped
 from airgap.cli.rotation import Confirm, load, put, read_envelope, require_typed, write_envelope
 from airgap.cli.signers import Signing
 from policy.errors import RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from bundle.manifest import Manifest
@@ -82,7 +83,7 @@ def clock_sign(
     write_envelope(out, envelope)
     show(
         {"file": str(out), "signatures": len(envelope.signatures)},
-        f"wrote {out}, {len(envelope.signatures)} signatures",
+        f"wrote {out}, {counted(len(envelope.signatures), 'signature')}",
         json=json,
     )
 
@@ -193,7 +194,7 @@ def rollback_sign(
         "signatures": len(envelope.signatures),
         **statement.model_dump(mode="json"),
     }
-    show(document, f"wrote {out}, {len(envelope.signatures)} signatures", json=json)
+    show(document, f"wrote {out}, {counted(len(envelope.signatures), 'signature')}", json=json)
 
 
 def _manifest(release: str, root: Path | None) -> Manifest:

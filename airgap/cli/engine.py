@@ -13,6 +13,7 @@ import typer
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from airgap.cli.options import grouped
 from airgap.cli.signers import Signing
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.config import Site
@@ -123,7 +124,7 @@ def _show(bench: Bench, engines: Engines, state: str, *, json: bool) -> None:
     place, sizes = record.place, engines.shapes
     text = table(
         [
-            ("engines", f"{state}: {len(record.files)} files"),
+            ("engines", f"{state}: {counted(len(record.files), 'file')}"),
             ("of", f"{wanted.model} in {wanted.precision}"),
             ("bundle", record.bundle),
             ("for", f"{place.gpu}, compute {place.compute}, driver {place.driver}"),

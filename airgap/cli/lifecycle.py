@@ -16,6 +16,7 @@ from airgap.cli.options import grouped
 from airgap.cli.runtimes import wheels_rows
 from airgap.cli.shown import bar, table
 from policy.errors import UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.audit import Actor, AuditLog
@@ -217,8 +218,11 @@ def backup(
         "receipt": done.receipt.as_document(),
     }
     rows = [
-        ("backup", f"{out}, {out.stat().st_size:,} bytes, for {len(recipients)} recipients"),
-        ("holds", f"{done.files} files and a log of {done.records} records"),
+        (
+            "backup",
+            f"{out}, {out.stat().st_size:,} bytes, for {counted(len(recipients), 'recipient')}",
+        ),
+        ("holds", f"{counted(done.files, 'file')} and a log of {counted(done.records, 'record')}"),
         ("inventory", str(done.inventory)),
         ("on record", f"audit log, record {done.receipt.seq}"),
     ]
@@ -246,6 +250,7 @@ def restore(
     from airgap.audit import load_ring
     from airgap.audit.site import open_own_log
     from airgap.config import load_site
+    from airgap.host_setup import settle_restored
     from airgap.install.backup import restore as bring_back
     from bundle.keys import read_passphrase
     from bundle.source import PlainFile
@@ -274,6 +279,7 @@ def restore(
             )
     finally:
         plain.close()
+    left = settle_restored(folder, load_site(folder))
     document = {
         "format": "airgap/restored/1",
         "root": str(folder),
@@ -283,18 +289,23 @@ def restore(
         "created": done.created.isoformat(),
         "verdict": done.verdict.as_document(),
         "receipt": done.receipt.as_document(),
+        "owners": left,
     }
     anchored = done.verdict.anchored_size
     rows = [
-        ("restored", f"{folder}, {done.files} files, backed up {done.created:%Y-%m-%d %H:%M} UTC"),
-        ("log", f"{done.origin}, {done.records} records verified"),
+        (
+            "restored",
+            f"{folder}, {counted(done.files, 'file')}, backed up {done.created:%Y-%m-%d %H:%M} UTC",
+        ),
+        ("log", f"{done.origin}, {counted(done.records, 'record')} verified"),
         (
             "anchored",
-            f"to {anchored} records by what was given"
+            f"to {counted(anchored, 'record')} by what was given"
             if done.verdict.anchors
             else "by nothing: records after the backup, if there were any, cannot be told",
         ),
         ("goes on", f"audit log, record {done.receipt.seq}"),
+        *([("owners", left)] if left else []),
         ("next", "airgap doctor; airgap status; airgap audit verify --vkey FILE"),
     ]
     show(document, table(rows), json=json)

@@ -14,6 +14,7 @@ from rich.text import Text
 from airgap.cli.common import Json, Root, root_folder, show
 from airgap.cli.signing import Key, Passphrase, signer_of
 from policy.errors import RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.reviews import Item
@@ -147,7 +148,10 @@ def _list(items: Sequence[Item], found: Sequence[Review], *, json: bool) -> None
     lines = [
         f"{row['item']:<22} {row['state']:<24} {row['owner']}: {row['citation']}" for row in rows
     ]
-    lines.append(f"{len(rows)} texts to be read, {unread} of them not read by anybody of this site")
+    lines.append(
+        f"{counted(len(rows), 'text')} to be read, {unread} of them not read by anybody "
+        "of this site"
+    )
     show({"items": rows, "not_read": unread}, Text("\n".join(lines)), json=json)
 
 

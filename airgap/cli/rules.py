@@ -14,6 +14,7 @@ from rich.text import Text
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from airgap.cli.signing import Key, Passphrase, signer_of
 from policy.errors import RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.config import LegalDay, Site
@@ -121,7 +122,9 @@ def lint(
     ]
     unread = sum(each.code == "unread" for _, each in found)
     lines.append(
-        f"{len(found)} findings, {sum(each.error for _, each in found)} errors; {unread} texts"
+        f"{counted(len(found), 'finding')}, "
+        f"{counted(sum(each.error for _, each in found), 'error')}; "
+        f"{counted(unread, 'text')}"
         " that no named person has read: airgap policy review"
     )
     show(document, Text("\n".join(lines)), json=json)
@@ -247,7 +250,7 @@ def _difference_lines(found: Sequence[Difference], asked: int) -> Iterable[str]:
             )
         if len(own) > SHOWN:
             yield f"  {len(own) - SHOWN} more: see --json"
-    yield f"{asked} questions, {len(found)} changes"
+    yield f"{counted(asked, 'question')}, {counted(len(found), 'change')}"
 
 
 def horizon(

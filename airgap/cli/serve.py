@@ -9,6 +9,7 @@ import typer
 
 from airgap.cli.common import Json, Root, root_folder, show, stderr
 from policy.errors import UsageError
+from policy.wording import counted
 
 RolesFile = Annotated[
     Path | None,
@@ -101,7 +102,7 @@ def lint(
         except KeyError:
             unknown.append(grant.account or grant.group or "")
     document = {"file": str(path), "grants": len(found.grant), "unknown": unknown}
-    lines = [f"{path}: {len(found.grant)} grants, owner and mode as they must be"]
+    lines = [f"{path}: {counted(len(found.grant), 'grant')}, owner and mode as they must be"]
     lines += [
         f"this host knows no account or group {name}: nobody has that grant" for name in unknown
     ]

@@ -19,6 +19,7 @@ from airgap.cli.options import grouped
 from airgap.cli.signers import Passphrase, Signing
 from airgap.cli.upstream import Publisher
 from policy.errors import RefusedError, UsageError
+from policy.wording import counted
 
 if TYPE_CHECKING:
     from bundle.manifest import Base, ModelEntry
@@ -379,7 +380,7 @@ def sign_model(
     signer = load_signer(key, read_passphrase(passphrase_file))
     count = write_signature(folder, out, signer)
     document = {"signature": str(out), "files": count, "keyid": signer.public_key.keyid}
-    text = f"signed {count} files of {folder} as {out}\nkey {signer.public_key.keyid}"
+    text = f"signed {counted(count, 'file')} of {folder} as {out}\nkey {signer.public_key.keyid}"
     show(document, text, json=json)
     return 0
 

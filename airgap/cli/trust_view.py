@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from policy.wording import counted
+
 if TYPE_CHECKING:
     from bundle.trust import Trust
 
@@ -78,5 +80,6 @@ def _list_line(trust: Trust) -> str:
     facts = _list_facts(trust)
     if facts is None:
         return "revocations     no list"
-    line = f"revocations     list {facts['version']}, {facts['entries']} entries, the next is due "
+    held = counted(facts["entries"], "entry", "entries")
+    line = f"revocations     list {facts['version']}, {held}, the next is due "
     return f"{line}{facts['next_update'][:10]}" + (", STALE" if facts["alarm"] else "")

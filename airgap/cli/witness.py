@@ -11,6 +11,7 @@ import typer
 from airgap.cli.audit_acts import own_log
 from airgap.cli.common import Json, Root, root_folder, show, write_new
 from policy.errors import FaultError, RefusedError
+from policy.wording import counted
 
 Folder = Annotated[Path, typer.Argument(help="Folder of this witness, on its own machine.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="A file that does not exist yet.")]
@@ -90,7 +91,7 @@ def request(
     request = Request(old, StoredTree(layout).consistency(old, found[0]), found[0])
     write_new(out, request.as_text().encode())
     document = {"old": old, "size": found[0].size, "out": str(out)}
-    show(document, f"wrote {out}: from {old} to {found[0].size} records", json=json)
+    show(document, f"wrote {out}: from {old} to {counted(found[0].size, 'record')}", json=json)
 
 
 def cosign(
@@ -107,7 +108,7 @@ def cosign(
     note = Witness.load(folder.absolute()).cosign(found, int(time.time()))
     write_new(out, note.encode())
     document = {"origin": found.checkpoint.origin, "size": found.checkpoint.size, "out": str(out)}
-    show(document, f"cosigned {found.checkpoint.size} records; wrote {out}", json=json)
+    show(document, f"cosigned {counted(found.checkpoint.size, 'record')}; wrote {out}", json=json)
 
 
 def import_head(
@@ -128,7 +129,7 @@ def import_head(
     with own_log(tree) as log:
         found = import_cosigned(log, _read(note, MAX_NOTE + 1), policy)
     document = {"size": found.size, "witnesses": found.witnesses, "quorum": found.quorum}
-    text = f"{found.size} records cosigned by {', '.join(found.witnesses)}; " + (
+    text = f"{counted(found.size, 'record')} cosigned by {', '.join(found.witnesses)}; " + (
         "the quorum of the policy is met" if found.quorum else "not yet a quorum of the policy"
     )
     show(document, text, json=json)

@@ -17,6 +17,7 @@ from bundle.fields import format_time
 from bundle.root import RootDocument
 from policy.approvals import Approval, same_person
 from policy.terms import Digest
+from policy.wording import counted
 
 ROWS_SHOWN = 400
 """Requests on a page; the JSON and CSV forms hold all."""
@@ -243,9 +244,10 @@ def not_used_report(
     }
     log = evidence.log
     below = "below that no record can have been taken out without a contradiction"
+    anchored = counted(log.anchored_size, "record")
     shows = [
         f"Every record up to {log.size - 1} was read; a signed head covers them all.",
-        f"Outside heads that agree: {log.anchors}, up to {log.anchored_size} records; {below}.",
+        f"Outside heads that agree: {log.anchors}, up to {anchored}; {below}.",
         "A request is on record before any work begins.",
     ]
     limits = (
@@ -339,7 +341,8 @@ def statement_of_use(award: str, uses: Sequence[Usage], about: About, log: LogFa
     models = ", ".join(about.model(name) for name in dict.fromkeys(use.model for use in done))
     people = ", ".join(dict.fromkeys(use.person for use in done))
     return (
-        f"Between {done[0].begun[:10]} and {done[-1].ended[:10]}, {people} put {len(done)} requests"
+        f"Between {done[0].begun[:10]} and {done[-1].ended[:10]}, {people} put "
+        f"{counted(len(done), 'request')}"
         f" to {models} under {award}; each was decided by rule and is on record in {log.origin}."
     )
 

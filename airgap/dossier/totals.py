@@ -18,6 +18,7 @@ from airgap.dossier.chart import Chart, Item
 from airgap.dossier.page import Page, Section
 from airgap.dossier.reports import LOG_LIMITS, About, banner_of, log_section, page_of
 from airgap.dossier.usage import LogFacts, Usage, signed_records
+from policy.wording import counted
 
 BARS_SHOWN = 20
 """Bars of a chart; the table and the JSON form hold all."""
@@ -214,11 +215,11 @@ def _section(
 
 
 def _tokens(total: Total) -> tuple[int, str]:
-    return total.tokens, f"{total.tokens:,} tokens, {total.requests:,} requests"
+    return total.tokens, f"{counted(total.tokens, 'token')}, {counted(total.requests, 'request')}"
 
 
 def _requests(total: Total) -> tuple[int, str]:
-    return total.requests, f"{total.requests:,} requests"
+    return total.requests, f"{counted(total.requests, 'request')}"
 
 
 def _cells(total: Total) -> tuple[str, ...]:

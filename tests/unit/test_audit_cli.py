@@ -135,7 +135,7 @@ def test_verify_gives_0_with_an_anchor_and_3_without(tree, capsys):
     assert run("verify", "--root", tree, "--anchors", tree / "receipts") == 0
     out = capsys.readouterr().out
     assert "good" in out
-    assert "anchored to 7 by 1 outside heads, 2 past the last anchor" in out
+    assert "anchored to 7 by 1 outside head, 2 past the last anchor" in out
 
 
 def test_verify_of_a_copy_needs_the_key_from_outside(tree, capsys):
