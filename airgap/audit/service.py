@@ -39,6 +39,7 @@ CODE: Final = "audit.service"
 DEADLINE_S: Final = 2.0
 IDLE_S: Final = 3_600.0
 MAX_CLIENTS: Final = 256
+MAX_OF_ACCOUNT: Final = 32  # a broker has one connection, and so has a command
 MAX_MESSAGE: Final = MAX_BLOB * 4 // 3 + 65_536
 _LENGTH: Final = struct.Struct(">I")
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -186,7 +187,7 @@ class Service:
     group: int = -1
     brokers: frozenset[int] = frozenset()  # accounts that may speak for others: the daemon's
     _stop: threading.Event = field(default_factory=threading.Event)
-    _clients: set[socket.socket] = field(default_factory=set)
+    _clients: dict[socket.socket, int] = field(default_factory=dict)  # with their accounts
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _act: str = ""  # the request of an act of the owner that is under way
 
@@ -242,31 +243,34 @@ class Service:
         return server
 
     def _take(self, connection: socket.socket) -> None:
-        with self._lock:
-            if len(self._clients) >= MAX_CLIENTS:
-                connection.close()
-                operator.warning("audit.clients", limit=MAX_CLIENTS)
-                return
-            self._clients.add(connection)
-        threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        """Answer one client until it goes; what it left open is closed as unknown."""
-        opened: dict[str, tuple[str, str]] = {}
-        peer = Peer(0, 0)
         try:
-            connection.settimeout(IDLE_S)
             pid, uid, _ = _CREDENTIALS.unpack(
                 connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-            peer = Peer(uid, pid)
+        except OSError:  # it went before its turn
+            connection.close()
+            return
+        with self._lock:
+            mine = sum(each == uid for each in self._clients.values())
+            if len(self._clients) >= MAX_CLIENTS or mine >= MAX_OF_ACCOUNT:
+                connection.close()
+                operator.warning("audit.clients", uid=uid, connections=mine)
+                return
+            self._clients[connection] = uid
+        threading.Thread(target=self._serve, args=(connection, Peer(uid, pid)), daemon=True).start()
+
+    def _serve(self, connection: socket.socket, peer: Peer) -> None:
+        """Answer one client until it goes; what it left open is closed as unknown."""
+        opened: dict[str, tuple[str, str]] = {}
+        try:
+            connection.settimeout(IDLE_S)
             while (message := _receive(connection, MAX_MESSAGE)) is not None:
                 _send(connection, self._answer(message, peer, opened))
         except (OSError, RefusedError) as error:
             operator.warning("audit.client", pid=peer.pid, uid=peer.uid, error=str(error)[:120])
         finally:
             with self._lock:
-                self._clients.discard(connection)
+                self._clients.pop(connection, None)
             connection.close()
             self._close_orphans(opened, peer)
 

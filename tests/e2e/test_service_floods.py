@@ -65,7 +65,7 @@ def test_a_flood_of_refused_requests_is_told_in_few_records_and_others_are_serve
     told = flooder.result()
     took = time.monotonic() - began
     assert served >= 2
-    print(f'served {served}, told {len(told)}')
+
     codes = [code for code, _ in told]
     refused, busy = codes.count("site.person"), codes.count("request.busy")
     assert refused + busy == len(told)

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -32,7 +33,7 @@ from airgap.audit.disk import Disk
 from airgap.audit.payloads import HolderKey
 from airgap.audit.query import read_records
 from airgap.audit.record import encode
-from airgap.audit.service import RemoteLog, Service, event_from_wire, event_to_wire
+from airgap.audit.service import MAX_OF_ACCOUNT, RemoteLog, Service, event_from_wire, event_to_wire
 from airgap.audit.site import open_site_log
 from airgap.config import load_site
 from airgap.demo import site_toml
@@ -63,6 +64,44 @@ def infer(log):
 
 
 # -- the same log ------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="two accounts take root")
+def test_one_account_does_not_take_the_connections_of_all():
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        Path(folder).chmod(0o755)
+        _, path = stack.enter_context(served(Path(folder)))
+        path.chmod(0o666)
+
+        def connect():
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+            connection.settimeout(10)
+            connection.connect(str(path))
+            return connection
+
+        os.seteuid(40406)
+        try:
+            crowd = [connect() for _ in range(MAX_OF_ACCOUNT)]
+            for number in (1, 2):
+                assert connect().recv(1) == b"", number
+        finally:
+            os.seteuid(0)
+        with RemoteLog(path) as client:
+            assert infer(client)
+        crowd[0].close()
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            os.seteuid(40406)
+            try:
+                again = connect()
+            finally:
+                os.seteuid(0)
+            again.settimeout(0.3)
+            try:
+                assert again.recv(1) == b""  # the place is not yet free
+            except TimeoutError:
+                return
+        pytest.fail("the place of a connection that ended is not given again")
 
 
 def test_a_client_gets_the_receipts_that_the_owner_would_get(tmp_path):
