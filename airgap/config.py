@@ -28,6 +28,7 @@ from policy.strict import Frozen, Source, Words
 from policy.terms import FACTS
 
 FILE_NAME = "site.toml"
+LOG_ACCOUNT = "airgap-audit"  # owns the log where its service does; made by the installation
 MAX_BYTES = 1 << 20
 MAX_PEOPLE = 10_000
 MAX_SAMPLES = 10_000

@@ -30,11 +30,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from airgap.config import FILE_NAME, Site
+from airgap.config import FILE_NAME, LOG_ACCOUNT, Site
 from policy.errors import FaultError
 
 GATE: Final = "airgap"  # the group that may enter the tree, and the daemon's account
-LOG_ACCOUNT: Final = "airgap-audit"
 _LOG_S: Final = 60.0
 _PREFIX, _ROOT = "/opt/airgap", "/var/lib/airgap"  # as the shipped units name them
 _UNITS = ("systemd", "/etc/systemd/system")
@@ -119,12 +118,32 @@ def set_up(places: Places, site: Site, program: Program) -> Iterator[tuple[bool,
     profile = places.on_host(_PROFILE)
     if profile in changed and _apparmor(places):
         program.foreign("apparmor_parser", "-r", str(profile))
+    yield settle(places, site), f"owners and modes in {places.root}"
+
+
+def settle(places: Places, site: Site) -> bool:
+    """Give everything its owner and mode; tell whether anything changed."""
     owners = _owners(places, site)
     moved = [path for path, wanted in owners.items() if _settle(path, *wanted)]
     for path in _closed(places.root):
         moved.append(path)
         path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
-    yield bool(moved), f"owners and modes in {places.root}"
+    return bool(moved)
+
+
+def settle_restored(places: Places, site: Site) -> str:
+    """Give a tree that root restored to the accounts of this host; return what is left to do.
+
+    A tree whose log no service holds stays root's. Without the accounts of an installation nobody
+    is guessed: `install.sh --system` makes them, and gives the tree to them.
+    """
+    if os.geteuid() or site.audit.socket is None:
+        return ""
+    known = has_account(GATE) and has_account(LOG_ACCOUNT) and has_group(GATE)
+    if places.real and not known:
+        return f"there is no account {LOG_ACCOUNT} here: install.sh --system before the service"
+    settle(places, site)
+    return ""
 
 
 @contextmanager

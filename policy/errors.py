@@ -68,6 +68,7 @@ CODES: dict[str, str] = {
     "audit.note": "a signed checkpoint is malformed or its signature does not hold",
     "audit.object": "a record cites an object that is not stored",
     "audit.order": "a record out of order: no open intent, or one that exists already",
+    "audit.owner": "the log belongs to another account than its service's; root leaves it",
     "audit.payload": "an encrypted payload or its key is not what the record commits to",
     "audit.people": "an act of two people lacks a signature, or was signed for something else",
     "audit.policy": "a trust policy for the audit log is malformed",

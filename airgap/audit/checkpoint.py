@@ -22,7 +22,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from airgap.audit.disk import open_plain
+from airgap.audit.disk import Disk, open_plain
 from policy.errors import FaultError, RefusedError
 
 if TYPE_CHECKING:
@@ -164,9 +164,10 @@ def create_log_key(path: Path, *, site: str, token: TokenKey | None = None) -> s
     origin = f"{site}/audit/{hashlib.sha256(public).hexdigest()[:16]}"
     key = LogKey.of(origin, private)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_new(vkey_path(path), str(key.ring).encode(), 0o444)
+    write_new(vkey_path(path), str(key.ring).encode(), 0o444, shared=True)
+    content = private_pem(made) if token is None else f"{token.uri}\n".encode()
     try:
-        write_new(path, private_pem(made) if token is None else f"{token.uri}\n".encode(), 0o400)
+        write_new(path, content, 0o400, shared=True)
     except BaseException:
         vkey_path(path).unlink()
         raise
@@ -412,10 +413,14 @@ def _key_id(name: str, public: bytes, kind: int) -> bytes:
     return hashlib.sha256(name.encode() + b"\n" + bytes([kind]) + public).digest()[:4]
 
 
-def write_new(path: Path, content: bytes, mode: int) -> None:
-    """Write a key file durably; RefusedError `audit.key` when it exists."""
+def write_new(path: Path, content: bytes, mode: int, *, shared: bool = False) -> None:
+    """Write a key file durably; RefusedError `audit.key` when it exists.
+
+    A log's own key is `shared`: root writes it for the account that the folder belongs to.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        fd = Disk().open(path, flags, mode) if shared else os.open(path, flags, mode)
     except FileExistsError:
         raise RefusedError(
             "audit.key", f"{path} exists", hint="a log keeps its key; choose another path"

@@ -173,11 +173,11 @@ class KeyFiles:
             private, content = in_token, f"{in_token.uri}\n".encode()
             pin = pin_path(self.path)
             if not pin.exists():
-                write_new(pin, in_token.pin + b"\n", 0o400)
+                write_new(pin, in_token.pin + b"\n", 0o400, shared=True)
         else:
             private = made = Ed25519PrivateKey.generate()
             content = private_pem(made)
-        write_new(self.following, content, 0o400)
+        write_new(self.following, content, 0o400, shared=True)
         return LogKey.of(key.vkey.name, private, key.ring.keys)
 
     def finish(self, following: LogKey, disk: Disk) -> None:

@@ -8,6 +8,7 @@ nothing of it is removed; the new log's first record names it, and cites what th
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ from airgap.audit.anchors import Anchor, read_anchors
 from airgap.audit.capacity import Capacity
 from airgap.audit.checkpoint import create_log_key, load_ring, site_name, vkey_path
 from airgap.audit.clock import Clock
-from airgap.audit.disk import Disk, open_plain
+from airgap.audit.disk import Disk, open_plain, require_owner
 from airgap.audit.epochs import KeyFiles
 from airgap.audit.findings import Findings
 from airgap.audit.layout import Layout, last_checkpoint, read_lines
@@ -51,10 +52,11 @@ def open_log(
 
     Raises:
         RefusedError: `audit.history`; this key has signed a log, and the log is gone, or a new log
-            was begun and not finished.
+            was begun and not finished. `audit.owner`; root, and the log is another account's.
         FaultError: `audit.key`; there is a log and no key.
 
     """
+    require_owner(root / "audit")
     key = _key(root)
     if _moving(root).exists():
         raise RefusedError(
@@ -159,6 +161,7 @@ def begin_again(
     origin = parse_act(envelope.payload).origin
     act, first, second = require_two(envelope, ACT, origin, trust, now)
     evidence = f"sha256:{hashlib.sha256(envelope_bytes).hexdigest()}"
+    require_owner(root / "audit")
     moving, aside = _moving(root), hashlib.sha256(envelope.payload).hexdigest()[:12]
     if moving.exists() and _read(moving) != envelope_bytes:
         raise RefusedError("audit.history", "another act has begun a new log here; finish that one")
@@ -181,6 +184,10 @@ def begin_again(
             _put_aside(root, aside, disk)
         finally:
             lock.release()
+    owner = (root / "keys").lstat()
+    if owner.st_uid and not os.geteuid() and not (root / "audit").exists():
+        disk.mkdir(root / "audit")  # in root's folder, for the account whose key it is
+        os.chown(root / "audit", owner.st_uid, owner.st_gid, follow_symlinks=False)
     key = _key(root)
     if not key.exists():
         vkey_path(key).unlink(missing_ok=True)  # of a key that a crash left unmade

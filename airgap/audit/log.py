@@ -25,7 +25,7 @@ import structlog
 from airgap.audit.capacity import RESERVE, Capacity, Health, LastExport, State
 from airgap.audit.checkpoint import LogKey, Ring, Vkey
 from airgap.audit.clock import Clock, Peer
-from airgap.audit.disk import Disk
+from airgap.audit.disk import Disk, require_owner
 from airgap.audit.epochs import KeyFiles
 from airgap.audit.joining import Joiner
 from airgap.audit.layout import Layout
@@ -49,6 +49,7 @@ from airgap.audit.store import MAX_OBJECT, Store
 from airgap.audit.tiles import inclusion_path
 from airgap.audit.token_key import TokenKey
 from airgap.audit.writer import MAX_BATCH, Pending, Writer
+from airgap.config import LOG_ACCOUNT
 from policy.errors import FaultError, RefusedError
 from policy.terms import Digest
 
@@ -133,6 +134,7 @@ class AuditLog:
         payload_key: PayloadKey | None = None,
         patience_s: float = PATIENCE_S,
         beginning: Beginning | None = None,
+        account: str = LOG_ACCOUNT,
     ) -> Self:
         """Lock the log in `folder`, check it against its signed heads, and take it into service.
 
@@ -150,10 +152,11 @@ class AuditLog:
             payload_key: To whom payloads are sealed; without it none is kept.
             patience_s: How long `append` waits before it reports `audit.timeout`.
             beginning: What a new log's first record says of the one before; see `identity`.
+            account: Whose log root may write as well as its own.
 
         Raises:
-            RefusedError: `audit.locked`, `audit.history`, `audit.note`, `audit.epoch`,
-                `audit.key` or `audit.absent`.
+            RefusedError: `audit.owner`, `audit.locked`, `audit.history`, `audit.note`,
+                `audit.epoch`, `audit.key` or `audit.absent`.
             FaultError: `audit.key` when the key cannot be read.
             OSError: The disk failed or is full.
 
@@ -161,6 +164,7 @@ class AuditLog:
         layout, clock, disk = Layout(folder.absolute()), clock or Clock(), disk or Disk()
         if not create and not layout.log.is_dir():
             raise RefusedError("audit.absent", f"no audit log in {folder}")
+        require_owner(layout.folder, account)
         disk.make_folder(layout.folder)
         lock = Lock(layout.lock, disk, clock)
         try:

@@ -302,7 +302,7 @@ class Writer:
 
     def _write_tile(self, name: str, content: bytes) -> None:
         path = self.layout.tiles / name
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._disk.make_folder(path.parent, durable=False)
         self._disk.put(path, content, durable=False)
 
 

@@ -250,7 +250,7 @@ def restore(
     from airgap.audit import load_ring
     from airgap.audit.site import open_own_log
     from airgap.config import load_site
-    from airgap.host_setup import settle_restored
+    from airgap.host_setup import Places, settle_restored
     from airgap.install.backup import restore as bring_back
     from bundle.keys import read_passphrase
     from bundle.source import PlainFile
@@ -279,7 +279,7 @@ def restore(
             )
     finally:
         plain.close()
-    left = settle_restored(folder, load_site(folder))
+    left = settle_restored(Places(folder, folder, system=True), load_site(folder))
     document = {
         "format": "airgap/restored/1",
         "root": str(folder),

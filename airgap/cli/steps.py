@@ -10,6 +10,7 @@ _BY_CODE = {
     "audit.key": "give the right verifier key (keys/audit.vkey of the tree that keeps the log)",
     "audit.order": "nothing changed; begin the request again",
     "audit.export": "refuse this medium; ask the host that made the export for it again",
+    "audit.owner": "airgap doctor --system compares owners; or run it as the owner (sudo -u)",
     "audit.payload": "airgap audit show --kind spill.purge; airgap audit open --help",
     "audit.people": "airgap trust show lists people and roles; airgap audit countersign",
     "audit.proof": "give the .tlog-proof file as `airgap run --receipt` wrote it",

@@ -6,13 +6,15 @@ import stat
 import pytest
 from enclave_harness import needs_root
 
-from airgap.config import parse_site
+from airgap.config import LOG_ACCOUNT, parse_site
 from airgap.host_setup import (
     Places,
     differences,
+    has_account,
     log_account,
     log_served,
     set_up,
+    settle_restored,
     stop_daemon,
     take_down,
     to_start,
@@ -50,6 +52,19 @@ def files(folder):
 
 def mode(path):
     return stat.S_IMODE(path.stat().st_mode)
+
+
+@needs_root
+def test_a_restored_tree_gets_owners_and_modes_and_no_account_is_guessed(places):
+    list(set_up(places, DAEMON, Told()))
+    (places.root / "audit").chmod(0o755)
+    assert settle_restored(places, PLAIN) == ""
+    assert differences(places, DAEMON) != []
+    assert settle_restored(places, DAEMON) == ""
+    assert differences(places, DAEMON) == []
+    if not has_account(LOG_ACCOUNT):
+        told = settle_restored(Places(places.root, places.root, system=True), DAEMON)
+        assert "install.sh --system" in told
 
 
 def test_what_is_set_up_is_as_it_must_be_and_a_second_time_nothing_changes(places):
