@@ -42,13 +42,17 @@ _PARTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The facts of a tokenizer that others check against; `special` maps text to id."""
+    """The facts of a tokenizer that others check against; `special` maps text to id.
+
+    `plain`: no step changes or drops text, every id but the unknown one stands for a piece of it.
+    """
 
     model: str
     size: int
     unk: str | None
     ids: dict[str, int]
     special: dict[str, int]
+    plain: bool = False
 
 
 def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer:
@@ -76,7 +80,21 @@ def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer
         unk = next((text for text, number in ids.items() if number == place), None)
     if unk is not None and (not isinstance(unk, str) or unk not in {**ids, **special}):
         raise _no(what, f"the unknown-token {unk!r:.60} is not in the vocabulary")
-    return Tokenizer(str(kind), max(numbers) + 1, unk, {**ids, **special}, special)
+    every = {**ids, **special}
+    return Tokenizer(str(kind), max(numbers) + 1, unk, every, special, _is_plain(value, str(kind)))
+
+
+def _is_plain(value: dict[str, Any], kind: str) -> bool:
+    model, split = value["model"], value.get("pre_tokenizer")
+    parts = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    kept = split is None or (split.get("type"), split.get("behavior")) == ("Split", "Isolated")
+    changed = any(value.get(part) for part in ("normalizer", "truncation"))
+    return (
+        kind in {"WordLevel", "BPE"}
+        and kept
+        and not changed
+        and not any(model.get(part) for part in parts)
+    )
 
 
 def _vocabulary(value: Any, what: str) -> dict[str, int]:

@@ -42,6 +42,7 @@ from bundle.staging.lineage import (
     registry_hints,
     silent_card,
 )
+from bundle.staging.prompts import require_speech
 from bundle.staging.provenance import (
     HubRecords,
     check_hub,
@@ -292,6 +293,8 @@ def _check_model(report: InspectReport) -> None:
     _require_weights(report)
     require_tensors(report.architecture, report.tensors)
     _require_vocabulary(report.architecture, report.tokenizer)
+    if report.tokenizer is not None:
+        require_speech(report.architecture, report.tokenizer)
 
 
 def _require_weights(report: InspectReport) -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from bundle.canonical import canonical_json
-from bundle.scan.strict import open_view, parse_object
+from bundle.scan.strict import parse_object
 from bundle.staging.convert import Made
+from bundle.staging.prompts import PROMPTS, STEPS, Prompt, load_prompts, require_prompts
 from bundle.staging.sealed import (
     RunSealed,
     SealedJob,
@@ -36,11 +37,7 @@ from bundle.vectors import Vector as VectorDocument
 from policy.errors import RefusedError
 
 TOLERANCE = Decimal("0.001")
-MIN_PROMPTS = 20
-STEPS = 64
-KINDS = frozenset(["molecule", "retrosynthesis", "binding-site", "pocket-ligand", "material"])
 PROGRAM = Path(__file__).with_name("parity_main.py")
-PROMPTS = Path(__file__).with_name("prompts.json")
 PLAN = "plan.json"
 SECONDS = 4 * 3600
 _LIMIT = 64 * 1024 * 1024
@@ -61,15 +58,6 @@ STOPS = {
     "binding-site": "<ProteinE>",
     "material": "<MaterialE>",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt of the packaged set: its kind, text and where it is from."""
-
-    kind: str
-    text: str
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,17 +197,6 @@ class Parity:
         )
 
 
-def load_prompts() -> tuple[tuple[Prompt, ...], list[dict[str, str]]]:
-    """Return the packaged prompts and the credits of their data."""
-    document = parse_object(
-        open_view(PROMPTS), code="parity.vectors", what="prompts.json", limit=1 << 20
-    )
-    prompts = tuple(
-        Prompt(item["kind"], item["prompt"], item["source"]) for item in document["prompts"]
-    )
-    return prompts, document["credits"]
-
-
 def prove_parity(
     source: Path,
     graphs: Path,
@@ -317,16 +294,9 @@ def judge(
         )
     if len({vector.prompt.text for vector in vectors}) != len(vectors):
         raise RefusedError("parity.failed", "the parity run reports one prompt twice")
-    missing = sorted(KINDS - {vector.prompt.kind for vector in vectors})
-    if len(vectors) < MIN_PROMPTS or missing:
-        reasons = sorted({reason for _, reason in skipped})
-        raise RefusedError(
-            "parity.vectors",
-            f"{len(vectors)} of {len(prompts)} prompts can be used, at least {MIN_PROMPTS} of all "
-            f"five kinds are needed; kinds without one: {', '.join(missing) or 'none'}; "
-            f"left out because: {'; '.join(reasons) or 'nothing'}",
-            hint="the model does not speak the grammar of the prompts, so they cannot prove it",
-        )
+    require_prompts(
+        [vector.prompt for vector in vectors], len(prompts), {reason for _, reason in skipped}
+    )
     others = [made for made in expected if made.precision != "fp32"]
     measured, completions = _judge_others(figures, prompts, others, vectors)
     return Parity(

@@ -24,8 +24,9 @@ from bundle.fields import has_hidden
 from bundle.manifest import Manifest
 from bundle.scan.roles import Role
 from bundle.staging.bootstrap import BuiltWheels
-from bundle.staging.parity import STEPS, Parity
+from bundle.staging.parity import Parity
 from bundle.staging.pipeline import Built, Resumed
+from bundle.staging.prompts import STEPS
 from bundle.staging.sign import Draft, Tally
 from policy.errors import RefusedError
 from policy.terms import Digest

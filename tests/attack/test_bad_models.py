@@ -87,6 +87,12 @@ def padded(folder):
     (folder / WEIGHTS).write_bytes(tiny_llama.safetensors(shapes))
 
 
+def lost_tag(folder):
+    """Give the id of `<MoleculeE>` to another word."""
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<MoleculeE>", "<MoleculeX>"))
+
+
 def lost_shard(folder):
     index = {"weight_map": dict.fromkeys(tiny_llama.shapes(), "model-2.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -131,6 +137,9 @@ BAD = {
     ),
     "rope base of nought": (config(rope_theta=0), "source.architecture"),
     "no end token": (no_end, "source.architecture"),
+    "no word for a task's stop tag": (lost_tag, "parity.vectors"),
+    "a context shorter than a proof": (config(max_position_embeddings=64), "parity.vectors"),
+    "a context too short for a task": (config(max_position_embeddings=90), "parity.vectors"),
     "an end token that is nobody": (config(eos_token_id=9999), "source.shape"),
     "an end token without a word": (padded, "source.shape"),
     "a start token in words": (config(bos_token_id="<bos>"), "source.architecture"),

@@ -24,7 +24,8 @@ from airgap.rules import load_rules
 from airgap.serve.session import describe, require_precision, running
 from bundle.graphs import parse_graphs
 from bundle.staging.convert import CPU, CUDA, Made
-from bundle.staging.parity import MAX_KL, STEPS, Completions, judge
+from bundle.staging.parity import MAX_KL, Completions, judge
+from bundle.staging.prompts import STEPS
 from policy.errors import FaultError, RefusedError, UsageError
 
 INT8 = Made(

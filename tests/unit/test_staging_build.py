@@ -24,8 +24,8 @@ from bundle.scan.payload import _require_agreement
 from bundle.scan.tokenizer import parse_tokenizer
 from bundle.staging.bom import require_schema
 from bundle.staging.inspect import inspect_source
-from bundle.staging.parity import MIN_PROMPTS
 from bundle.staging.pipeline import memory_of
+from bundle.staging.prompts import MIN_PROMPTS
 from bundle.staging.release import modalities_of, model_entry, stable_evidence
 from bundle.staging.sign import count, read_draft, sign
 from bundle.staging.views import (

@@ -14,15 +14,8 @@ from staging_runs import Result
 
 from bundle.manifest import Parity as ParityClaim
 from bundle.staging.convert import Made
-from bundle.staging.parity import (
-    KINDS,
-    MIN_PROMPTS,
-    STEPS,
-    judge,
-    load_prompts,
-    prove_parity,
-    statement,
-)
+from bundle.staging.parity import judge, prove_parity, statement
+from bundle.staging.prompts import KINDS, MIN_PROMPTS, STEPS, fewest_pieces, load_prompts
 from bundle.vectors import canonical_vectors, parse_vectors
 from policy.errors import AirgapError, FaultError, RefusedError
 
@@ -214,3 +207,12 @@ def test_a_full_disk_inside_the_seal_is_told_as_such(tmp_path):
     with pytest.raises(FaultError) as caught:
         prove(tmp_path, lambda _: full)
     assert caught.value.code == "host.space"
+
+
+@given(some.lists(some.sampled_from(["<MoleculeS>", "C", "Cl", "c1"]), max_size=12))
+def test_the_fewest_pieces_of_a_prompt_are_never_more_than_a_tokenizer_needs(words):
+    known = {"<MoleculeS>": 0, "C": 1, "Cl": 2, "c1": 3, "CC": 4}
+    fewest = fewest_pieces("".join(words), known)
+    assert fewest is not None
+    assert fewest <= len(words)
+    assert fewest_pieces("".join([*words, "N"]), known) is None
