@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections import Counter, defaultdict
 
+import audit_logs as logs
 import pytest
+from audit_exports import Case, export_of, go_verifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airgap.audit import Actor
-from airgap.service.budget import ACCOUNTS, BURST, PER_S, TOLD_S, Budget
-from policy.errors import RefusedError
+from airgap.audit.clock import Peer
+from airgap.service.budget import ACCOUNTS, BURST, PER_S, TOLD_S, Budget, Turned
+from airgap.service.daemon import Daemon
+from airgap.service.keeper import Standing
+from policy.errors import FaultError, RefusedError
+
+__all__ = ["go_verifier"]  # a fixture
 
 ADA, BEN = 1001, 1002
 
@@ -183,3 +192,50 @@ def within(times, burst):
         for first in range(len(times))
         for last in range(first, len(times))
     )
+
+
+def test_three_verifiers_take_the_record(tmp_path, go_verifier):
+    turned = Turned(ADA, 9, 123_456, 1_000.0)
+    with logs.open_log(tmp_path) as log:
+        for actor in (Actor("ada", "researcher"), None):
+            event = turned.event(1_012.5, time.time_ns(), actor)
+            receipt = log.append(event, peer=Peer(turned.uid, turned.pid))
+    logs.keep(receipt, tmp_path / "anchors/r.tlog-proof")
+    export_of(tmp_path, tmp_path / "out")
+    case = Case(tmp_path)
+    assert (case.ours(), case.python(), case.go(go_verifier)) == (0, 0, 0)
+
+
+class Keeper:
+    """The keeper of a daemon that serves nothing."""
+
+    standing = Standing("ended", None, None)
+
+
+class Log:
+    """A log that gives no receipt while it is told so."""
+
+    def __init__(self):
+        self.broken, self.records, self.tried = True, [], threading.Event()
+
+    def append(self, event, *, peer):
+        self.tried.set()
+        if self.broken:
+            raise FaultError("audit.halted", "the disk")
+        self.records.append((peer, event.data["count"]))
+
+
+def test_a_log_that_takes_nothing_now_is_told_later_and_at_the_end():
+    clock, log = Clock(), Log()
+    daemon = Daemon(Keeper(), log, None)
+    daemon._budget = budget = budget_of(clock, burst=1)
+    assert [ask(budget, ADA, pid=9) for _ in range(3)] == [0, 1, 1]
+    clock.now += TOLD_S
+    thread = threading.Thread(target=daemon._tell_of_turned)
+    thread.start()
+    assert log.tried.wait(10)
+    log.broken = False
+    daemon._ended.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert log.records == [(Peer(ADA, 9), 2)]
