@@ -49,6 +49,8 @@ def find_release(source: Path, root: Path) -> InstalledBundle | None:
     try:
         return Store(root / "store").get(str(source))
     except RefusedError as error:
+        if error.code != "store.missing":
+            raise
         hint = "airgap list tells what is installed; name a snapshot by its folder: ./NAME"
         raise RefusedError(error.code, error.message, hint=hint) from error
 

@@ -362,7 +362,7 @@ def installed(tree: Path) -> dict[str, str]:
     try:
         return {
             str(each.digest): f"{each.manifest.name} {each.manifest.version}"
-            for each in Store(tree / "store").list()
+            for each in Store(tree / "store").survey()[0]
         }
     except AirgapError:
         return {}

@@ -17,6 +17,7 @@ from airgap.audit import load_ring, verify_log
 from airgap.audit.layout import read_lines
 from airgap.cli.install import bundle_document
 from airgap.cli.install import list_view as releases_view
+from airgap.cli.report import installed as names_of_installed
 from airgap.cli.revoke import list_view
 from airgap.install import Store, verify_installed
 from airgap.install.standing import find_bar, require_clock, require_standing
@@ -271,6 +272,9 @@ def test_a_damaged_release_is_told_and_hinders_no_other(lab, releases, call, cap
         with pytest.raises(RefusedError) as caught:
             store.get(name)
         assert caught.value.code == "start.digest", name
+    told = call("inspect", "tiny-line", "--root", lab)[1]
+    assert (told["code"], "install the bundle again" in told["hint"]) == ("start.digest", True)
+    assert set(names_of_installed(lab)) == {str(one), str(other)}
     elsewhere = shutil.copytree(store.installed / one.hex, lab / "aside" / one.hex)
     with pytest.raises(RefusedError):
         store.get(str(elsewhere))
