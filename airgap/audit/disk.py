@@ -161,8 +161,10 @@ def _require_same(found: os.stat_result, owner: int, path: Path) -> None:
         raise OSError(errno.EPERM, "not what was to be there, or of another owner", str(path))
 
 
-def require_owner(folder: Path, account: str = LOG_ACCOUNT) -> None:
+def require_owner(folder: Path, key: Path, account: str = LOG_ACCOUNT) -> None:
     """Return if root may write the log in `folder`: it is root's, or wholly that account's.
+
+    So are the files of its `key`, which a change of keys overwrites.
 
     Raises:
         RefusedError: `audit.owner`.
@@ -184,18 +186,25 @@ def require_owner(folder: Path, account: str = LOG_ACCOUNT) -> None:
             "service",
             hint="run the command as the account that the folder belongs to (sudo -u)",
         )
+    for path in key.parent.glob(f"{key.stem}.*"):
+        _require_plain(path.lstat(), owner, path, folder)
     for place, folders, files, descriptor in os.fwalk(folder, follow_symlinks=False):
         for name in (*folders, *files):
             found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-            plain = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
-            if found.st_uid != owner or not plain:
-                raise RefusedError(
-                    "audit.owner",
-                    f"{f'{place}/{name}'!r:.200} is a link, or belongs to uid {found.st_uid}; "
-                    f"expected a file of {account}",
-                    hint=f"look at it; is it the log's, chown -h --reference={folder} FILE gives "
-                    "it back; else move it out of the folder",
-                )
+            _require_plain(found, owner, Path(place, name), folder)
+
+
+def _require_plain(found: os.stat_result, owner: int, path: Path, folder: Path) -> None:
+    try:
+        _require_same(found, owner, path)
+    except OSError:
+        raise RefusedError(
+            "audit.owner",
+            f"{str(path)!r:.200} belongs to uid {found.st_uid}, or is a link or a pipe; "
+            f"expected a plain file of uid {owner}",
+            hint=f"look at it; is it the log's, chown -h --reference={folder} FILE gives it back; "
+            "else move it away",
+        ) from None
 
 
 def open_plain(path: Path, *, buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:

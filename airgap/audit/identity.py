@@ -56,7 +56,7 @@ def open_log(
         FaultError: `audit.key`; there is a log and no key.
 
     """
-    require_owner(root / "audit")
+    require_owner(root / "audit", _key(root))
     key = _key(root)
     if _moving(root).exists():
         raise RefusedError(
@@ -161,7 +161,7 @@ def begin_again(
     origin = parse_act(envelope.payload).origin
     act, first, second = require_two(envelope, ACT, origin, trust, now)
     evidence = f"sha256:{hashlib.sha256(envelope_bytes).hexdigest()}"
-    require_owner(root / "audit")
+    require_owner(root / "audit", _key(root))
     moving, aside = _moving(root), hashlib.sha256(envelope.payload).hexdigest()[:12]
     if moving.exists() and _read(moving) != envelope_bytes:
         raise RefusedError("audit.history", "another act has begun a new log here; finish that one")

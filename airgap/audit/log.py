@@ -164,7 +164,7 @@ class AuditLog:
         layout, clock, disk = Layout(folder.absolute()), clock or Clock(), disk or Disk()
         if not create and not layout.log.is_dir():
             raise RefusedError("audit.absent", f"no audit log in {folder}")
-        require_owner(layout.folder, account)
+        require_owner(layout.folder, key, account)
         disk.make_folder(layout.folder)
         lock = Lock(layout.lock, disk, clock)
         try:

@@ -88,14 +88,16 @@ def test_a_folder_of_another_account_is_refused_untouched(tree):
     assert not list((tree / "audit").iterdir())
 
 
-@pytest.mark.parametrize("what", ["roots", "link", "pipe", "linked folder"])
+@pytest.mark.parametrize("what", ["roots", "link", "pipe", "linked folder", "key"])
 def test_what_is_not_the_accounts_own_is_refused(tree, what):
     with open_log_of(tree, disk=logs.QuickDisk()) as log:
         logs.infer(log)
     outside = tree / "outside"
     outside.mkdir()
     place = tree / "audit" / "log" / "checkpoint.tmp"
-    if what == "roots":
+    if what == "key":
+        place = tree / "keys" / "audit.next.pem"
+    if what in {"roots", "key"}:
         place.touch()
     elif what == "pipe":
         os.mkfifo(place)
@@ -110,7 +112,7 @@ def test_what_is_not_the_accounts_own_is_refused(tree, what):
     with pytest.raises(RefusedError, match=place.name) as refused:
         open_log_of(tree)
     assert refused.value.code == "audit.owner"
-    if what != "linked folder":  # and one put there later
+    if what not in {"linked folder", "key"}:  # and one put there later
         with pytest.raises(OSError, match=place.name):
             Disk().put(place.with_name("checkpoint"), b"more")
     assert not list(outside.iterdir())
