@@ -29,6 +29,7 @@ from airgap.audit.payloads import PayloadKey
 from airgap.audit.people import parse_act, require_two
 from airgap.audit.previous import UNKNOWN_ORIGIN, Previous
 from airgap.audit.record import parse_line, printable
+from airgap.config import LOG_ACCOUNT
 from bundle.envelope import Envelope, parse_envelope
 from bundle.root import RootDocument
 from policy.errors import FaultError, RefusedError
@@ -146,6 +147,7 @@ def begin_again(
     capacity: Capacity | None = None,
     clock: Clock | None = None,
     disk: Disk | None = None,
+    account: str = LOG_ACCOUNT,
 ) -> NewLog:
     """Put what is left of a log aside and begin another, in the name of two people.
 
@@ -154,14 +156,15 @@ def begin_again(
 
     Raises:
         RefusedError: `audit.people`; `audit.locked`, a process holds the old log; `audit.history`,
-            the old log has more records than they signed for, or the act was carried out before.
+            the old log has more records than they signed for, or the act was carried out before;
+            `audit.owner`.
 
     """
     disk, clock, envelope_bytes = disk or Disk(), clock or Clock(), envelope.to_bytes()
     origin = parse_act(envelope.payload).origin
     act, first, second = require_two(envelope, ACT, origin, trust, now)
     evidence = f"sha256:{hashlib.sha256(envelope_bytes).hexdigest()}"
-    require_owner(root / "audit", _key(root))
+    require_owner(root / "audit", _key(root), account)
     moving, aside = _moving(root), hashlib.sha256(envelope.payload).hexdigest()[:12]
     if moving.exists() and _read(moving) != envelope_bytes:
         raise RefusedError("audit.history", "another act has begun a new log here; finish that one")
@@ -198,7 +201,7 @@ def begin_again(
     }  # fmt: skip
     with AuditLog.open(
         root / "audit", key=key, clock=clock, disk=disk, capacity=capacity,
-        beginning=Beginning(data, envelope_bytes),
+        beginning=Beginning(data, envelope_bytes), account=account,
     ) as log:  # fmt: skip
         vkey, new_origin = log.vkey, log.origin
     _note_begun(root)

@@ -1,6 +1,7 @@
 """After a disaster: two people begin a new log that names the old one, and verifiers say so."""
 
 import json
+import os
 import shutil
 from datetime import UTC, datetime, timedelta
 
@@ -19,6 +20,7 @@ from airgap.audit.layout import Layout, last_checkpoint
 from airgap.audit.people import Act
 from airgap.audit.previous import Previous
 from airgap.audit.query import read_records
+from airgap.config import LOG_ACCOUNT
 from airgap.demo import site_toml
 from policy.errors import AirgapError, FaultError, RefusedError
 
@@ -53,13 +55,16 @@ def act_for(known, **changes):
     return Act(**(fields | changes))
 
 
-def begin(tree, people, known=None, *, signed=("ada", "bob"), disk=QUICK, **changes):
+def begin(
+    tree, people, known=None, *, signed=("ada", "bob"), disk=QUICK, account=LOG_ACCOUNT, **changes
+):
     trust, signers = people
     act = act_for(last_known(tree) if known is None else known, **changes)
     envelope = logs.signed_act(act, *(signers[name] for name in signed))
     return begin_again(
-        tree, envelope, site="lab.example", trust=trust, now=NOW, disk=disk, clock=logs.FixedClock()
-    )
+        tree, envelope, site="lab.example", trust=trust, now=NOW, disk=disk,
+        clock=logs.FixedClock(), account=account,
+    )  # fmt: skip
 
 
 def lose_log(tree):
@@ -78,6 +83,20 @@ def lose_keys(tree):
 def lose_all(tree):
     lose_log(tree)
     lose_keys(tree)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away")
+def test_a_new_log_that_root_begins_belongs_to_whom_the_old_one_did(tree, people):
+    for folder in (tree / "audit", tree / "keys"):
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, 65534, 65534)
+    with pytest.raises(RefusedError) as refused:
+        begin(tree, people)
+    assert refused.value.code == "audit.owner"
+    begin(tree, people, account="nobody")
+    found = [path for path in tree.rglob("*") if path.lstat().st_uid != 65534]
+    assert found == []
+    assert len(list(tree.glob("audit*"))) == 2
 
 
 def tear(tree):
