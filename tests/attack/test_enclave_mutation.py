@@ -588,7 +588,7 @@ PROBED = {
                 "landlock.restrict([('/tmp', landlock.WRITE), *((path, _RIGHTS[kind]) for path, kind in wanted[\"rules\"])], abi)",
             )
         ],
-        {"probe"},
+        {"probe", "landlock"},  # the proof of Landlock tries a script below the opened folder
     ),
 }
 RUNNER = """
