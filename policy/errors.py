@@ -260,7 +260,7 @@ CODES: dict[str, str] = {
     "model.tags": "a tag is missing, clashes or is not special in the tokenizer",
     "model.tokenizer": "the tokenizer does not load or contradicts graphs.json",
     "model.valence": "the filter `valence` is not installed, not loaded or not possible here",
-    "request.busy": "every place for a request is taken",
+    "request.busy": "every place for a request is taken, or an account was refused too often",
     "request.cancelled": "a request was cancelled by the person who sent it",
     "request.limit": "a request to the worker exceeds a limit",
     "request.malformed": "a request to the worker cannot be understood",

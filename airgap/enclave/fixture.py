@@ -270,6 +270,7 @@ class Outside:
         self.own_network = own_network
         self.folder = folder
         self._uid = uid
+        self._probe = os.getpid()
         self._tokens: dict[str, str] = {}
         self._got: list[str] = []
         self._lock = threading.Lock()
@@ -495,7 +496,7 @@ class Outside:
         self._receivers.append(receive)
 
     def _become_worker(self) -> None:
-        """Take the worker's uid and no other layer."""
+        """Take the worker's uid and no other layer; end with the probe."""
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         if self._uid is not None and os.geteuid() == 0:
             os.setgroups([])
@@ -503,6 +504,10 @@ class Outside:
             os.setresuid(self._uid, self._uid, self._uid)
             linux.prctl(linux.PR_SET_DUMPABLE, 1)
             linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        # A probe that was killed before that sends no signal: its pipes would stay open for ever,
+        # and with them whoever reads the probe's report.
+        if os.getppid() != self._probe:
+            os._exit(1)
 
     def _fork_control(self) -> None:
         """Fork the control; it waits for a sign, so that the receivers run before it sends."""

@@ -675,12 +675,18 @@ def test_wheels_that_may_not_enter_are_refused_before_pip_starts(ground, house, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_installer_that_is_interrupted_takes_back_what_it_began(ground, number):
-    argv = ["sh", ground.media / "install.sh", "--python", sys.executable]
+    # A shell cannot trap what it inherits as ignored, as under nohup.
+    argv = ["env", "--default-signal", "sh", ground.media / "install.sh"]
+    argv += ["--python", sys.executable]
     argv += ["--bundle", ground.media / "good.agb", "--fingerprint", PRINT]
     argv += ["--prefix", ground.host / "deep" / "p", "--root", ground.host / "t"]
     before = state(ground.folder)
     with subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        argv,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as child:
         wheels = ground.host / "deep" / "p" / "runtimes"
         while child.poll() is None and not list(wheels.glob("*/bin")):
