@@ -5,10 +5,11 @@ logit differs by more than the tolerance, in a full pass and with the cache, and
 are the same. A figure that is missing, or is not a number, fails.
 
 Another precision than fp32 is described by figures and not forbidden by them, but must be what it
-says: within `MAX_KL` of a model that holds the same weights and computes in fp32, which is the
-published one for 16 bits, and for codes the one that they stand for. Of that one the logits may not
-be further than `MAX_PART` of their own spread: the rounding of activations to 8 bits is 1 to 2 % of
-it, two matrices in each other's place are 90 % and more.
+says. 16 bits stay within `MAX_KL` of the published weights. Codes are held against a model that
+holds the weights that they stand for and computes in fp32: on no prompt do the logits lie further
+from it, in the root mean square, than `MAX_PART` of the spread that they have. The rounding of
+activations to 8 bits is 1 to 2 % of it, and 11 % in a deep model with random weights, which damps
+no rounding; two matrices in each other's place are 90 % and more.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ TOLERANCES = {
     "fp16": Decimal("0.05"),
     "bf16": Decimal("0.5"),
 }
-MAX_KL = Decimal("0.01")  # nats; a graph with the same weights that differs more is another model
-MAX_PART = Decimal("0.1")
+MAX_KL = Decimal("0.01")  # nats; a graph in 16 bits that differs more is another model
+MAX_PART = Decimal("0.25")
 STOPS = {
     "molecule": "<MoleculeE>",
     "pocket-ligand": "<MoleculeE>",
@@ -346,18 +347,18 @@ def _measured(
     if made.codes:
         codes_kl = _rounded(sum((row.codes_kl for row in rows), Decimal(0)) / positions)
         codes_part = max(row.codes_part for row in rows)
-    held = kl if codes_kl is None else codes_kl
-    if held > MAX_KL or (codes_part or 0) > MAX_PART:
+    if codes_part is not None and codes_part > MAX_PART:
         raise RefusedError(
             "parity.failed",
-            f"{made.precision}: the mean divergence from "
-            + ("what the codes stand for" if made.codes else "the published weights")
-            + f" is {held} nats, at most {MAX_KL} are taken"
-            + (
-                f"; the logits are {codes_part} of their spread apart, at most {MAX_PART}"
-                if made.codes
-                else ""
-            ),
+            f"{made.precision}: the logits are {codes_part} of their spread from what the codes "
+            f"stand for, at most {MAX_PART} are taken",
+            hint=_HINT,
+        )
+    if codes_part is None and kl > MAX_KL:
+        raise RefusedError(
+            "parity.failed",
+            f"{made.precision}: the mean divergence from the published weights is {kl} nats, "
+            f"at most {MAX_KL} are taken",
             hint=_HINT,
         )
     return Measured(
