@@ -9,7 +9,7 @@ says. 16 bits stay within `MAX_KL` of the published weights. Codes are held agai
 holds the weights that they stand for and computes in fp32: on no prompt do the logits lie further
 from it, in the root mean square, than `MAX_PART` of the spread that they have. The rounding of
 activations to 8 bits is 1 to 2 % of it, and 11 % in a deep model with random weights, which damps
-no rounding; two matrices in each other's place are 90 % and more.
+no rounding; two matrices in each other's place are 29 % in a tiny random model, else over 90 %.
 """
 
 from __future__ import annotations
