@@ -105,7 +105,7 @@ def test_lab(work: Path, wheel: Path, demo: Path, bundle: Path) -> None:
     receipt = work / "answer.tlog-proof"
     answer = run(
         airgap,
-        *("run", "retrosynthesis", "--smiles", "CC(=O)Nc1ccc(O)cc1", "-n", "4"),
+        *("run", "retrosynthesis", "--smiles", "CC(=O)Nc1ccc(O)cc1", "-n", "4", "--seed", "1"),
         *("--project", "route-design", "--root", root, "--receipt", receipt),
         *("--html", work / "report.html"),
     )
@@ -139,7 +139,8 @@ def test_auditor(work: Path, wheel: Path, demo: Path, bundle: Path) -> None:
     assert verdict["verdict"] == "good"
     refused = run(
         airgap,
-        *("run", "molecule", "-n", "1", "--project", "route-design", "--root", demo / "lab"),
+        *("run", "molecule", "-n", "1", "--seed", "1", "--project", "route-design"),
+        *("--root", demo / "lab"),
         expect=3,
     )
     assert refused["code"] == "host.extra", refused

@@ -58,7 +58,7 @@ install() {
 }
 install
 airgap=/opt/airgap/bin/airgap
-$airgap run retrosynthesis --smiles 'CC(=O)Nc1ccc(O)cc1' -n 4 --project route-design \\
+$airgap run retrosynthesis --smiles 'CC(=O)Nc1ccc(O)cc1' -n 4 --seed 1 --project route-design \\
     --root /var/lib/airgap --receipt /tmp/answer.tlog-proof --html /tmp/answer.html --json \\
     > /tmp/answer.json
 grep -q '<svg' /tmp/answer.html

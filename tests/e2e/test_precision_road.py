@@ -21,7 +21,8 @@ from bundle.staging.sign import read_draft
 
 pytestmark = needs_namespaces
 NAME = "logos-ref-tiny"
-RUN = ("run", "molecule", "-n", "2", "--max-new-tokens", "4", "--project", "route-design")
+PROJECT = ("--project", "route-design")
+RUN = ("run", "molecule", "-n", "2", "--seed", "1", "--max-new-tokens", "4", *PROJECT)
 CITED = "Site instruction 12: four-bit codes were not evaluated here"
 FORBIDS = "{contains: [bundle.precisions, int4]}"
 

@@ -12,6 +12,7 @@ from conftest_road import SNAPSHOT, call
 PARACETAMOL = "CC(=O)Nc1ccc(O)cc1"
 LYSOZYME = "KVFERCELARTLKRLGMDGYRGISLANWMCLAKWESGYNTRATNYNAG"
 PROJECT = ("--project", "route-design")
+SEED = ("--seed", "1")  # what is drawn by chance is held by chance
 
 RUNS = {
     "retrosynthesis": ("--smiles", PARACETAMOL),
@@ -75,7 +76,7 @@ def test_binding_site_is_an_exact_copy(road, capsys):
 def test_a_table_is_printed_for_people(road, capsys):
     done = call(
         capsys,
-        *("run", "retrosynthesis", "--smiles", PARACETAMOL, "-n", "4", *PROJECT),
+        *("run", "retrosynthesis", "--smiles", PARACETAMOL, "-n", "4", *SEED, *PROJECT),
         *("--root", road.lab),
         as_json=False,
     )
@@ -87,7 +88,9 @@ def test_a_table_is_printed_for_people(road, capsys):
 def test_sdf_is_read_back_by_rdkit(road, capsys, tmp_path):
     rdkit = pytest.importorskip("rdkit.Chem")
     path = tmp_path / "m.sdf"
-    done = call(capsys, "run", "molecule", "-n", "6", *PROJECT, "--sdf", path, "--root", road.lab)
+    done = call(
+        capsys, "run", "molecule", "-n", "6", *SEED, *PROJECT, "--sdf", path, "--root", road.lab
+    )
     assert done.status == 0, done.text
     molecules = [m for m in rdkit.SDMolSupplier(str(path)) if m is not None]
     assert len(molecules) == len(done.document["rows"])
@@ -152,7 +155,7 @@ def test_wrong_input_has_a_code(road, capsys, argv, status, code):
 
 
 def test_a_denied_use_cites_its_rule_and_is_on_record(road, capsys):
-    permitted = call(capsys, "run", "molecule", "-n", "1", *PROJECT, "--root", road.lab)
+    permitted = call(capsys, "run", "molecule", "-n", "1", *SEED, *PROJECT, "--root", road.lab)
     assert permitted.status == 0
     denied = call(
         capsys, "run", "molecule", "-n", "1", "--project", "sensor-coatings", "--root", road.lab
@@ -240,7 +243,9 @@ def test_the_decisions_of_the_log_come_out_the_same(road, capsys):
 def test_no_prompt_and_no_output_is_in_the_log(road, capsys):
     canary = "CC(=O)Oc1ccccc1C(=O)O"
     done = call(
-        capsys, "run", "retrosynthesis", "--smiles", canary, "-n", "2", *PROJECT, "--root", road.lab
+        capsys,
+        *("run", "retrosynthesis", "--smiles", canary, "-n", "2", *SEED, *PROJECT),
+        *("--root", road.lab),
     )
     assert done.status == 0, done.text
     wanted = [canary.encode()]
@@ -255,7 +260,7 @@ def test_no_prompt_and_no_output_is_in_the_log(road, capsys):
 def test_the_log_verifies_and_an_edit_does_not(road, capsys, tmp_path):
     run = call(
         capsys,
-        *("run", "molecule", "-n", "1", *PROJECT, "--root", road.lab),
+        *("run", "molecule", "-n", "1", *SEED, *PROJECT, "--root", road.lab),
         *("--receipt", tmp_path / "a.tlog-proof"),
     )
     assert run.status == 0
@@ -403,13 +408,13 @@ def test_standard_tools_read_the_bundle(road, tmp_path):
 def test_a_changed_installed_file_stops_the_start(road, capsys, tmp_path):
     lab = tmp_path / "lab"
     shutil.copytree(road.lab, lab, symlinks=True)
-    assert call(capsys, "run", "molecule", "-n", "1", *PROJECT, "--root", lab).status == 0
+    assert call(capsys, "run", "molecule", "-n", "1", *SEED, *PROJECT, "--root", lab).status == 0
     victim = next(lab.rglob("tokenizer.json"))
     victim.chmod(0o644)
     raw = bytearray(victim.read_bytes())
     raw[len(raw) // 2] ^= 1
     victim.write_bytes(raw)
-    done = call(capsys, "run", "molecule", "-n", "1", *PROJECT, "--root", lab)
+    done = call(capsys, "run", "molecule", "-n", "1", *SEED, *PROJECT, "--root", lab)
     assert (done.status, done.document["code"]) == (1, "start.digest")
 
 
