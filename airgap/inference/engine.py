@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from airgap.enclave.channel import ProgramError
 from airgap.inference import likelihoods
 from airgap.inference.constrain import Constraint
 from airgap.inference.draws import Draws
-from airgap.inference.fast import FastModel, Found
+from airgap.inference.fast import FastModel, Found, Head
 from airgap.inference.plan import Plan
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
 from airgap.inference.refusals import not_finite, out_of_memory, prompt_ids, stop_ids
@@ -185,14 +186,38 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting samples; while others decode, one prompt runs a round."""
         decoding = bool(self._batch.rows)
+        begun: dict[Job, tuple[Found, list[Row]]] = {}
         while (job := self._next_job()) is not None:
             fresh = job.prefix is None
-            if not self._batch.place(job, self._jobs.values()):
-                return
+            first = self._batch.place(job, self._jobs.values(), partial(self._first_head, job))
+            if first is None:
+                break
+            row, found = first
+            begun.setdefault(job, (found, []))[1].append(row)
             self._turn.remove(job)
             self._turn.append(job)
             if fresh and decoding:
-                return
+                break
+        for found, rows in begun.values():
+            self._begin(rows, found)
+
+    def _first_head(self, job: Job) -> Head:
+        """Return what is wanted of the last id of a prompt: the same for all samples of it."""
+        state = job.constraint.start() if job.constraint is not None else None
+        row = Row(job=job, index=0, state=state)
+        return self._draws.head(np.zeros(1, np.int64), [row], [state], seen=np.array([job.prompt]))
+
+    def _begin(self, rows: list[Row], found: Found) -> None:
+        """Draw the first id of new samples of one request from what its prompt gave."""
+        job, found = rows[0].job, found.repeat(len(rows))
+        job.most = max(job.most, job.live)
+        steps = np.zeros(len(rows), dtype=np.int64)
+        columns, refused = self._draws.choose(rows, [row.state for row in rows], found, steps=steps)
+        for place, row in enumerate(rows):
+            if self._take(row, found, place, int(columns[place]), float(refused[place])):
+                self._batch.seen[self._batch.rows.index(row), row.length - 1] = row.last
+        if any(row.ended for row in rows) or job.closed:
+            self._leave()
 
     def _next_job(self) -> Job | None:
         """Return whose sample comes next: the owner with the fewest rows, then its own fewest."""

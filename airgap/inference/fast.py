@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,17 @@ class Head:
         """How many ids of each position are punished; 0 without a penalty."""
         return 0 if self.seen is None or self.penalty is None else self.seen.shape[1]
 
+    def asks_as(self, other: Head) -> bool:
+        """Whether another head asks the same, wherever its positions lie."""
+        return self.top_k == other.top_k and all(
+            _equal(getattr(self, name), getattr(other, name))
+            for name in ("seen", "penalty", "legal", "target")
+        )
+
+
+def _equal(one: npt.NDArray[Any] | None, other: npt.NDArray[Any] | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -73,6 +84,10 @@ class Found:
     log_z: Floats
     legal_z: Floats
     target_raw: Floats
+
+    def repeat(self, count: int) -> Found:
+        """Return what one picked position got, for `count` samples that begin there."""
+        return Found(*(np.repeat(getattr(self, one), count, axis=0) for one in self.__slots__))
 
 
 _stamps = itertools.count()
@@ -243,12 +258,29 @@ class FastModel:
         """Return buffers of the type that this graph keeps keys and values in."""
         return Slots(self.facts, rows=rows, capacity=capacity, kind=self._kind)
 
-    def prefill(self, ids: list[int], slots: Slots, *, start: int = 0) -> None:
-        """Run a prompt from position `start`, a multiple of `PIECE`, through slot 0."""
+    def prefill(
+        self, ids: list[int], slots: Slots, *, start: int = 0, head: Head | None = None
+    ) -> Found:
+        """Run a prompt through slot 0; returns what the head gave for its last id.
+
+        Args:
+            ids: Of the whole prompt, more than `start`.
+            slots: Hold its first `start` positions.
+            start: A multiple of `PIECE`.
+            head: Of the last id; what it selects is not read.
+
+        Raises:
+            ProgramError: `model.run`.
+
+        """
         for place in range(start, len(ids), PIECE):
             part = np.array([ids[place : place + PIECE]], dtype=np.int64)
-            lengths = np.array([place + part.shape[1]], dtype=np.int32)
-            self.run(part, lengths, slots, Head(select=np.array([part.shape[1] - 1])))
+            size = part.shape[1]
+            last = Head(select=np.array([size - 1]))
+            if head is not None and place + size == len(ids):
+                last = replace(head, select=last.select)
+            found = self.run(part, np.array([place + size], dtype=np.int32), slots, last)
+        return found
 
     def probe(self, rows: int) -> npt.NDArray[Any]:
         """Run two ids in `rows` slots and return what the first slot got."""

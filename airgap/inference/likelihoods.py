@@ -23,7 +23,8 @@ def score(model: FastModel, plan: Plan, request: Score) -> Scores:
     longest = max(len(ids) for ids in rest)
     plan.require(len(prompt), longest)
     slots = model.slots(rows=1, capacity=len(prompt) + longest)
-    model.prefill(prompt[:-1], slots)
+    if prompt[:-1]:
+        model.prefill(prompt[:-1], slots)
     found = tuple((_log_likelihood(model, prompt, ids, slots), len(ids)) for ids in rest)
     return Scores(prompt_tokens=len(prompt), scores=found)
 

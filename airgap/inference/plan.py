@@ -34,6 +34,10 @@ class Plan:
         """Return what a prompt takes beside the rows: its buffer, the head of its last position."""
         return self.position * length + self.row(0)
 
+    def prefix(self, length: int) -> int:
+        """Return what a kept prompt takes: its buffer, and a mask of a byte for each entry."""
+        return self.position * length + self._facts.vocab_size
+
     def again(self, capacity: int) -> int:
         """Return what the authors' perplexity of one sample takes while the batch waits."""
         return self.position * (capacity + AGAIN) + SCORE_BYTES // 4

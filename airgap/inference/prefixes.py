@@ -3,7 +3,8 @@
 A request set is the requests of one person (docs/design/inference.md, 5): its name is drawn by the
 broker, means nothing here, and no entry is ever found under another one. A prompt runs in pieces of
 `PIECE` ids, so whole pieces of a common beginning have the same bits as if they were run again; a
-shorter beginning is not reused, since another shape of a piece may add up in another order.
+shorter beginning is not reused, since another shape of a piece may add up in another order. What
+the head gave for the last id is kept too: the same prompt under the same settings runs nothing.
 """
 
 from __future__ import annotations
@@ -11,15 +12,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from airgap.inference.fast import PIECE, Slots
+from airgap.inference.fast import PIECE, Found, Head, Slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """What one prompt left: its ids, their keys and values, and what its last id was followed by.
+
+    Attributes:
+        head: What was asked of the last id, and `found` what came of it.
+
+    """
+
+    ids: tuple[int, ...]
+    slots: Slots
+    head: Head
+    found: Found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Entry:
-    """What one prompt left: its ids, their keys and values, and how many bytes that takes."""
-
-    ids: tuple[int, ...]
-    slots: Slots
+    prefix: Prefix
     size: int
 
 
@@ -30,29 +43,32 @@ class Prefixes:
         self._entries: OrderedDict[tuple[str, tuple[int, ...]], _Entry] = OrderedDict()
         self.size = 0  # bytes
 
-    def find(self, request_set: str, ids: list[int]) -> tuple[Slots, int] | None:
-        """Return the buffers that share the most of `ids`, and how many positions they share.
+    def find(self, request_set: str, ids: list[int]) -> tuple[Prefix, int] | None:
+        """Return the prefix that shares the most of `ids`, and how many positions they share.
 
         The number is that of all ids, or a multiple of `PIECE`.
         """
         key, most = None, 0
         for (owner, held), entry in self._entries.items():
-            shared = _shared(entry.ids, ids) if owner == request_set else 0
+            shared = _shared(entry.prefix.ids, ids) if request_set and owner == request_set else 0
             if shared > most:
                 key, most = (owner, held), shared
         if key is None:
             return None
         self._entries.move_to_end(key)
-        return self._entries[key].slots, most
+        return self._entries[key].prefix, most
 
-    def keep(self, request_set: str, ids: list[int], slots: Slots, *, size: int, room: int) -> None:
-        """Keep the buffers of `ids` if `size` bytes fit into `room`; older entries make place."""
-        key = request_set, tuple(ids)
-        if not request_set or not ids or size > room or key in self._entries:
+    def keep(self, request_set: str, prefix: Prefix, *, size: int, room: int) -> None:
+        """Keep a prefix if `size` bytes fit into `room`; it replaces that of the same ids."""
+        if not request_set:
             return
-        self.shrink(room - size)
-        self._entries[key] = _Entry(key[1], slots, size)
-        self.size += size
+        key = request_set, prefix.ids
+        old = self._entries.pop(key, None)
+        self.size -= old.size if old is not None else 0
+        if size <= room:
+            self.shrink(room - size)
+            self._entries[key] = _Entry(prefix, size)
+            self.size += size
 
     def shrink(self, room: int) -> None:
         """Let go of entries until at most `room` bytes are kept."""

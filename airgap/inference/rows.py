@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from airgap.enclave.channel import ProgramError
 from airgap.inference.constrain import Constraint, State
-from airgap.inference.fast import FastModel, Found, Head, Slots
+from airgap.inference.fast import PIECE, FastModel, Found, Head, Slots
 from airgap.inference.plan import Plan
-from airgap.inference.prefixes import Prefixes
+from airgap.inference.prefixes import Prefix, Prefixes
 from airgap.inference.protocol import Done, Generate, Progress, Sample
 
 FIRST_GUESS = 16
@@ -40,7 +40,7 @@ class Job:
     finish: Finish
     started: float
     deadline: float | None
-    prefix: Slots | None = None
+    prefix: Prefix | None = None
     next: int = 0
     finished: int = 0
     live: int = 0
@@ -90,12 +90,17 @@ class Row:
     @property
     def last(self) -> int:
         """The id that runs next."""
-        return self.ids[-1] if self.ids else self.job.prompt[-1]
+        return self.ids[-1]
 
     @property
     def length(self) -> int:
         """Positions of prompt and text, the one that runs next included."""
         return len(self.job.prompt) + len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Positions that its slot holds: before its first id is drawn, those of the prompt."""
+        return len(self.job.prompt) + max(0, len(self.ids) - 1)
 
 
 class Batch:
@@ -126,30 +131,36 @@ class Batch:
         """Let go of the prefixes of a request set; returns how many there were."""
         return self._prefixes.forget(request_set)
 
-    def place(self, job: Job, jobs: Collection[Job]) -> bool:
-        """Start the next sample of `job`; False where no slot is free or can be made.
+    def place(
+        self, job: Job, jobs: Collection[Job], head: Callable[[], Head]
+    ) -> tuple[Row, Found] | None:
+        """Start the next sample of `job`; None where no slot is free or can be made.
 
         Args:
             job: Whose turn it is.
             jobs: All that are under way.
+            head: Says what is wanted of the last id of the prompt, if that runs now.
+
+        Returns:
+            The sample, and what the head gave: its first id is drawn from it.
+
+        Raises:
+            ProgramError: `model.run`.
 
         """
         if not self._make_room(job, jobs) or self._slots is None:
-            return False
-        if job.prefix is None:
-            job.prefix = self._prefill(job, jobs)
+            return None
+        prefix = job.prefix if job.prefix is not None else self._prefill(job, jobs, head())
         number = len(self.rows)
-        # The last id of the prompt runs with the row: its logits are the first to be drawn from.
-        self._slots.copy(job.prefix, len(job.prompt) - 1, to=number)
+        self._slots.copy(prefix.slots, len(job.prompt), to=number)
         state = job.constraint.start() if job.constraint is not None else None
         row = Row(job=job, index=job.next, state=state)
         job.next += 1
         job.live += 1
         self.rows.append(row)
         _note(self.seen[number], row)
-        if not job.waits:
-            job.prefix = None
-        return True
+        job.prefix = prefix if job.waits else None
+        return row, prefix.found
 
     def run(
         self,
@@ -183,7 +194,7 @@ class Batch:
                 continue
             last = self.rows.pop()
             if number < len(self.rows) and self._slots is not None:
-                self._slots.move(len(self.rows), last.length - 1, to=number)
+                self._slots.move(len(self.rows), last.held, to=number)
                 self.seen[number] = self.seen[len(self.rows)]
                 self.rows[number] = last
 
@@ -217,29 +228,29 @@ class Batch:
             self._slots = None  # before the new ones: two sets would not fit the plan
             self._slots = self._model.slots(rows=rows, capacity=capacity)
         else:
-            slots.resize(rows, capacity, [row.length - 1 for row in self.rows])
+            slots.resize(rows, capacity, [row.held for row in self.rows])
         self.seen = np.zeros((rows, capacity), dtype=np.int64)
         for number, row in enumerate(self.rows):
             _note(self.seen[number], row)
         return True
 
-    def _prefill(self, job: Job, jobs: Collection[Job]) -> Slots:
-        """Run the prompt but for its last id, from where another one of its set has come to."""
-        ids, request_set = job.prompt[:-1], job.request.request_set
-        found = self._prefixes.find(request_set, ids) if request_set else None
-        if found is not None and found[1] == len(ids):
-            return found[0]
+    def _prefill(self, job: Job, jobs: Collection[Job], head: Head) -> Prefix:
+        """Run the prompt, from where another one of its set has come to."""
+        ids, request_set = job.prompt, job.request.request_set
+        old, start = self._prefixes.find(request_set, ids) or (None, 0)
+        if old is not None and start == len(old.ids) == len(ids) and old.head.asks_as(head):
+            return old
         self._prefixes.shrink(self.for_prefixes(jobs))
-        prefix = self._model.slots(rows=1, capacity=len(job.prompt))
-        start = 0
-        if found is not None:
-            start = found[1]
-            prefix.copy(found[0], start, to=0)
+        slots = self._model.slots(rows=1, capacity=len(ids))
+        start = min(start, (len(ids) - 1) // PIECE * PIECE)  # its last id runs in any case
+        if old is not None:
+            slots.copy(old.slots, start, to=0)
         before = self._model.runs
-        self._model.prefill(ids, prefix, start=start)
+        found = self._model.prefill(ids, slots, start=start, head=head)
         job.runs += self._model.runs - before
-        size = self._plan.position * len(job.prompt)
-        self._prefixes.keep(request_set, ids, prefix, size=size, room=self.for_prefixes(jobs))
+        prefix = Prefix(tuple(ids), slots, head, found)
+        size = self._plan.prefix(len(ids))
+        self._prefixes.keep(request_set, prefix, size=size, room=self.for_prefixes(jobs))
         return prefix
 
 

@@ -165,11 +165,11 @@ class Program:
                 last = model.run(_row(found[-1:]), cache, len(prompt) + len(found) - 1)[0, -1]
             return found
         slots = model.slots(rows=1, capacity=len(prompt) + count)
-        model.prefill(prompt[:-1], slots)
+        found.append(int(model.prefill(prompt, slots).ids[0, 0]))
         while len(found) < count:
-            ids = _row([*prompt[-1:], *found][-1:])
             at = _length(len(prompt) + len(found))
-            found.append(int(model.run(ids, at, slots, Head(select=np.array([0]))).ids[0, 0]))
+            best = model.run(_row(found[-1:]), at, slots, Head(select=np.array([0])))
+            found.append(int(best.ids[0, 0]))
         return found
 
 

@@ -8,7 +8,7 @@ from test_inference_engine import ask, engine, fast, submit
 
 from airgap.inference.engine import Engine
 from airgap.inference.fast import PIECE
-from airgap.inference.prefixes import Prefixes
+from airgap.inference.prefixes import Prefix, Prefixes
 from airgap.inference.protocol import Forget, Forgotten, parse_reply, parse_request, segments_of
 
 LONG = f"<MoleculeS>{'C' * (PIECE + 40)}"
@@ -69,22 +69,59 @@ def test_what_is_kept_is_bounded_by_the_budget_and_gives_way_to_rows():
     small.cancel(99)
 
 
+def left(ids):
+    return Prefix(tuple(ids), None, None, None)
+
+
 def test_the_longest_common_beginning_wins_and_the_oldest_goes_first():
     kept = Prefixes()
     first, second = list(range(PIECE + 5)), list(range(2 * PIECE + 1))
     for ids in (first, second):
-        kept.keep("a", ids, object(), size=10, room=20)
+        kept.keep("a", left(ids), size=10, room=20)
     assert kept.find("a", list(range(3 * PIECE)))[1] == 2 * PIECE
     assert kept.find("a", first)[1] == len(first)
     assert kept.find("a", list(range(PIECE + 4)))[1] == PIECE
     assert kept.find("a", list(range(PIECE - 1))) is None
     assert kept.find("a", [9, *first]) is None
     assert kept.find("a", first)[1] == len(first)
-    kept.keep("a", [7], object(), size=10, room=20)  # the second was used least recently
+    kept.keep("a", left([7]), size=10, room=20)  # the second was used least recently
     assert kept.find("a", second)[1] == PIECE
-    kept.keep("a", [8], object(), size=21, room=20)
+    kept.keep("a", left([8]), size=21, room=20)
     assert kept.find("a", [8]) is None
     assert kept.size == 20
+    kept.keep("a", left([7]), size=12, room=30)  # in the place of what it was
+    assert kept.size == 22
+    kept.keep("", left([9]), size=1, room=30)
+    assert kept.find("", [9]) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"top_k": 3}, {"repetition_penalty": 1.3}, {"temperature": 0.0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_kept_prompt_under_other_settings_runs_its_last_piece_again(change):
+    other = replace(long_ask(), **change)
+    (alone,) = run(engine(), other)
+    target = engine()
+    run(target, long_ask(request_set="a"))
+    other = replace(other, request_set="a")
+    assert run(target, other) == [(alone[0], alone[1] - 1)]
+    assert run(target, other) == [(alone[0], alone[1] - 2)]
+
+
+def test_samples_of_one_token_take_no_run_beside_the_prompt():
+    for n in (1, 20):
+        ((samples, runs),) = run(engine(), ask(n=n, max_new_tokens=1))
+        assert (len(samples), runs) == (n, 1)
+
+
+def test_buffers_that_grow_before_the_first_token_lose_nothing():
+    short, long = ask(n=3, max_new_tokens=4), ask(LONG, n=3, max_new_tokens=30, seed=8)
+    alone = [run(engine(), one)[0][0] for one in (short, long)]
+    for together in ((short, long), (long, short)):
+        found = [samples for samples, _ in run(engine(), *together)]
+        assert found == (alone if together[0] is short else alone[::-1])
 
 
 def test_slots_go_to_the_set_that_has_the_fewest():
