@@ -8,10 +8,11 @@ Obeys docs/design/inference.md, 7:
 - the weights in the bundle have the digests that were published, or the benchmark fails;
 - install on this host, with the parity vectors in the sealed worker, and a text from that worker;
 - one sequence, fp32 and int8 (AIRGAP_BENCH_PRECISIONS): at least 90 % of the memory bound, which is
-  the time in which this machine reads as many bytes (two threads, torch), measured in turn;
+  the time in which this machine reads as many bytes (`memory_bound`), measured in turn;
 - where onnxruntime-genai has its environment: the time to load, and one sequence from its prompt.
 
-Everything that is measured for memory runs in a process of its own.
+Loading, and all that is measured for memory, runs in a process of its own with the variables of a
+sealed worker.
 """
 
 from __future__ import annotations
@@ -264,8 +265,11 @@ def launched(spec: Any) -> Any:
 
 def child(work: str, *arguments: object) -> dict[str, Any]:
     """Run one of the measurements below in a process of its own; return what it printed."""
+    from airgap.enclave.profiles import PROFILES
+
     words = [sys.executable, __file__, "--child", work, *map(str, arguments)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    variables = os.environ | dict(PROFILES["worker"].environment)
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=variables)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -297,26 +301,18 @@ def write(snapshot: str, out: str) -> dict[str, Any]:
 def decode(folder: str, precision: str, runs: str) -> dict[str, Any]:
     """Measure steps of one sequence, in turn with reading as many bytes."""
     import numpy as np
-    import torch
+    from memory_bound import MemoryBound
 
     from airgap.inference.fast import FastModel, Head
     from airgap.inference.model import load_model
 
-    torch.set_num_threads(THREADS)
     start = time.perf_counter()
     model = load_model(Path(folder), precision=precision, demand="cpu", threads=THREADS)
     loaded = time.perf_counter() - start
     if not isinstance(model, FastModel):
         raise TypeError("the bundle has no fast graph in this precision")
     size = step_bytes(model, Path(folder))
-    block = torch.ones(1 << 26)  # 256 MiB, far beyond every cache
-
-    def bound() -> float:
-        began, read = time.perf_counter(), 0
-        while read < size:
-            block.sum()
-            read += 4 * block.numel()
-        return (time.perf_counter() - began) * size / read
+    reader = MemoryBound(THREADS)
 
     def ours(rows: int = 1, steps: int = STEPS) -> float:
         slots = model.slots(rows=rows, capacity=64 + steps)
@@ -328,11 +324,11 @@ def decode(folder: str, precision: str, runs: str) -> dict[str, Any]:
             model.run(np.full((rows, 1), 5), lengths, slots, head)
         return (time.perf_counter() - began) / steps
 
-    bound(), ours()
+    ours()
     figures: dict[str, list[float]] = {"ours": [], "bound": [], "batch": []}
     for _ in range(int(runs)):
         figures["ours"].append(ours())
-        figures["bound"].append(bound())
+        figures["bound"].append(reader.seconds(size))
         figures["batch"].append(ours(32, 4))
     return {**figures, "load_s": round(loaded, 1), "bytes": size, "peak": peak()}
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import bench_decode
 from harness import Context, Paired, Result, SkipBenchmark, paired
+from memory_bound import MemoryBound
 from peers import FOLDER, Absent, Peer
 
 MODEL = os.environ.get("AIRGAP_BENCH_PEER_MODEL", "m103")
@@ -106,12 +107,10 @@ def of_bound(snapshot: Path, pair: Paired, runs: int) -> dict[str, float]:
     """Return which share of the memory bound both sides reach: no runner in fp32 can pass 1.
 
     A token of one sequence reads every matrix once. The bound is the time in which this machine
-    reads as many bytes with as many threads.
+    reads as many bytes with as many threads (`memory_bound`); the prompt counts as nothing.
     """
-    import torch
     from safetensors import safe_open
 
-    torch.set_num_threads(THREADS)
     size = 0
     for path in snapshot.glob("*.safetensors"):
         with safe_open(path, framework="pt") as stored:
@@ -122,16 +121,8 @@ def of_bound(snapshot: Path, pair: Paired, runs: int) -> dict[str, float]:
             for name, shape in shapes.items()
             if len(shape) > 1 and (tied or name != "model.embed_tokens.weight")
         )
-    block = torch.ones(1 << 26)  # 256 MiB, far beyond every cache
-
-    def reading() -> float:
-        began = time.perf_counter()
-        for _ in range(8):
-            block.sum()
-        return (time.perf_counter() - began) * size / (8 * 4 * block.numel())
-
-    reading()
-    bound = TOKENS * statistics.median(reading() for _ in range(runs))
+    reader = MemoryBound(THREADS)
+    bound = TOKENS * statistics.median(reader.seconds(size) for _ in range(2 * runs))
     return {
         "bound_s": round(bound, 3),
         "our_share_of_bound": round(bound / pair.ours, 3),

@@ -30,6 +30,7 @@ from airgap.enclave import (
     seal,
     twin,
 )
+from airgap.enclave.profiles import PROFILES
 from policy.errors import FaultError, RefusedError
 
 CAPS = Caps(memory_mb=512, stderr_bytes=4096, frame_bytes=1 << 20, reply_bytes=8 << 20)
@@ -119,7 +120,8 @@ def test_threads_errors_and_tracebacks_work_after_stage_2(shared):
 
 def test_the_environment_is_the_built_one_and_no_more(shared):
     found = json.loads(ask(shared, "environment"))
-    assert found == plan.built_environment(threads=CAPS.threads)
+    own = dict(PROFILES["worker"].environment)
+    assert found == plan.built_environment(threads=CAPS.threads) | own
     assert found["ORT_DISABLE_TELEMETRY"] == "1"
 
 

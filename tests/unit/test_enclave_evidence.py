@@ -45,7 +45,7 @@ GOOD = Facts(
         Mount("/dev/null", writable=True, kind="devtmpfs"),
     ),
     executable=PLAN["argv"][0],
-    environment={},
+    environment=dict(PLAN["env"]),
     limits=dict(PLAN["limits"]),
     links=("lo",),
     addresses=(),
