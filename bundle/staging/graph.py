@@ -23,7 +23,7 @@ without the device can measure what bf16 costs.
              past_key_values.<layer>.{key,value}  [rows, kv_heads, capacity, head_dim], of `compute`
     outputs  scores, ids, raw        [picked, top_k], best first: after penalty and grammar; raw
              log_z, legal_z          float32[picked], log of the sum of exp of the raw logits, over
-                                     all ids and over the legal ones
+                                     all ids and over the legal ones (NaN where none is legal)
              target_raw              float32[picked]
              present.<layer>.{key,value}  the same buffers
 """
@@ -258,9 +258,8 @@ class _Writer:
         logits = self.product(picked, name)
         if self.type != _FLOAT:
             logits = self.op("Cast", [logits], to=_FLOAT)
-        self.op(
-            "ReduceLogSumExp", [logits, self.integers("last_axis", [-1])], ["log_z"], keepdims=0
-        )
+        self.integers("last_axis", [-1])
+        self.log_sum(logits, "log_z")
         target = self.op("Reshape", ["target", "column"])
         wanted = self.op("GatherElements", [logits, target], axis=1)
         self.op("Reshape", [wanted, "flat"], ["target_raw"])
@@ -275,13 +274,22 @@ class _Writer:
             ],
         )
         punished = self.op("ScatterElements", [logits, "seen", worse], axis=1)
-        masked, kept = self.constrain(logits, punished)
-        self.op("Identity", [kept], ["legal_z"])
-        self.op("TopK", [masked, "top_k"], ["scores", "ids"], axis=-1, largest=1, sorted=1)
+        self.choose(logits, punished)
         self.op("GatherElements", [logits, "ids"], ["raw"], axis=1)
 
-    def constrain(self, logits: str, punished: str) -> tuple[str, str]:
-        """Apply the grammar where there is one; without, nothing is read and nothing computed."""
+    def log_sum(self, logits: str, name: str = "") -> str:
+        """Log of the sum of exp over a row: its maximum less the log-probability of that.
+
+        ReduceLogSumExp adds number by number: six times slower, and 2e-4 off where a vocabulary of
+        128 k gives 7e-6 here (onnxruntime 1.28). NaN and infinity come through as NaN.
+        """
+        best = self.op("ReduceMax", [logits, "last_axis"], keepdims=0)
+        share = self.op("LogSoftmax", [logits], axis=-1)
+        share = self.op("ReduceMax", [share, "last_axis"], keepdims=0)
+        return self.op("Sub", [best, share], [name] if name else None)
+
+    def choose(self, logits: str, punished: str) -> None:
+        """Take the best under the grammar; without one its mask is not read, and nothing copied."""
         from onnx import helper
 
         self.scalar("never", -math.inf, "FLOAT")
@@ -289,17 +297,16 @@ class _Writer:
         for name in ("then", "else"):
             outer, self.nodes = self.nodes, []
             if name == "then":
-                one = self.op("Where", ["legal", punished, "never"])
-                left = self.op("Where", ["legal", logits, "never"])
-                two = self.op("ReduceLogSumExp", [left, "last_axis"], keepdims=0)
+                legal = self.op("Where", ["legal", punished, "never"])
+                kept = self.log_sum(self.op("Where", ["legal", logits, "never"]))
             else:
-                one, two = self.op("Identity", [punished]), self.op("Identity", ["log_z"])
-            values = [helper.make_empty_tensor_value_info(value) for value in (one, two)]
+                legal, kept = punished, self.op("Identity", ["log_z"])
+            best = [self.fresh(), self.fresh()]
+            self.op("TopK", [legal, "top_k"], best, axis=-1, largest=1, sorted=1)
+            values = [helper.make_empty_tensor_value_info(value) for value in (*best, kept)]
             branches[f"{name}_branch"] = helper.make_graph(self.nodes, name, [], values)
             self.nodes = outer
-        masked, kept = self.fresh(), self.fresh()
-        self.op("If", ["constrained"], [masked, kept], **branches)
-        return masked, kept
+        self.op("If", ["constrained"], ["scores", "ids", "legal_z"], **branches)
 
     # Bricks
 

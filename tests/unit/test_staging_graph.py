@@ -3,7 +3,9 @@
 import hashlib
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 from random_models import (
     FAMILIES,
     VOCABULARY,
@@ -18,7 +20,7 @@ from random_models import (
 from bundle.scan.onnx import parse_onnx
 from bundle.scan.strict import open_view
 from bundle.staging.architecture import Rope
-from bundle.staging.graph import interface, write_graph
+from bundle.staging.graph import _Writer, interface, write_graph
 
 TOLERANCE = 1e-4  # logits here reach 7: what float32 sums in another order may differ by
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, (3, 40))
@@ -109,8 +111,52 @@ def test_a_row_with_nothing_legal_has_scores_of_minus_infinity(tmp_path):
     nothing = np.zeros((1, VOCABULARY), np.bool_)
     found = graph.run(IDS[:1, :3], [3], graph.cache(1, 3), [2], legal=nothing)
     assert np.isneginf(found["scores"]).all()
-    assert np.isneginf(found["legal_z"]).all()
+    assert np.isnan(found["legal_z"]).all()
     assert np.isfinite(found["log_z"]).all()
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0, 3000.0])
+def test_both_normalisers_are_exact_for_large_vocabularies(spread):
+    wide = 128_256
+    logits = np.random.default_rng(4).normal(size=(5, wide)).astype(np.float32) * spread
+    peak = logits.max(axis=1).astype(np.float64)
+    exact = peak + np.log(np.exp(logits - peak[:, None], dtype=np.float64).sum(axis=1))
+    run = normaliser()
+    together = run(logits)
+    np.testing.assert_allclose(together, exact, rtol=3e-7, atol=3e-5)
+    assert all(run(row[None])[0] == one for row, one in zip(logits, together, strict=True))
+    part = np.where(np.arange(wide) % 1000 == 0, logits, -np.inf)
+    peak = part.max(axis=1).astype(np.float64)
+    exact = peak + np.log(np.exp(part - peak[:, None], dtype=np.float64).sum(axis=1))
+    np.testing.assert_allclose(run(part.astype(np.float32)), exact, rtol=3e-7, atol=3e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("width", [4, 148, 1000, 24_000])
+def test_a_logit_that_is_no_number_leaves_no_finite_normaliser(value, width):
+    run, draw = normaliser(), np.random.default_rng(width)
+    for place in {0, 1, width - 1, *draw.integers(width, size=40).tolist()}:
+        logits = draw.normal(size=(3, width)).astype(np.float32)
+        assert np.isfinite(run(logits)).all()
+        logits[1, place] = value
+        assert np.isfinite(run(logits)).tolist() == [True, False, True]
+
+
+def normaliser():
+    """Return the part of the head that normalises, as a function of logits."""
+    writer = _Writer(shape=None, tensors={}, quantized={})
+    writer.integers("last_axis", [-1])
+    writer.log_sum("logits", "log_z")
+    values = [
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", "width"]),
+        helper.make_tensor_value_info("log_z", TensorProto.FLOAT, ["rows"]),
+    ]
+    graph = helper.make_graph(
+        writer.nodes, "part", values[:1], values[1:], list(writer.constants.values())
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda logits: session.run(None, {"logits": logits})[0]
 
 
 def test_the_graph_is_small_deterministic_and_points_into_the_published_file(tmp_path):
