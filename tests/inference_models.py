@@ -176,8 +176,10 @@ def vocabulary(
     return Vocabulary(raw, facts_of(raw, **facts))
 
 
-def byte_level() -> tuple[Vocabulary, bool]:
-    """Return a small byte-level BPE, as Llama and Qwen have.
+def byte_level(
+    change: Callable[[dict[str, Any]], None] = lambda _document: None,
+) -> tuple[Vocabulary, bool]:
+    """Return a small byte-level BPE, as Llama and Qwen have; `change` edits tokenizer.json.
 
     The second value tells whether a careless encoding takes a text for a tag.
     """
@@ -194,7 +196,9 @@ def byte_level() -> tuple[Vocabulary, bool]:
     )
     tokenizer.train_from_iterator(["MKVLAAGIVGLCAKAY CC(=O)Nc1ccccc1 MKMKMK"] * 50, trainer)
     careless = set(tokenizer.encode("CC<MoleculeE>").ids)
-    raw = tokenizer.to_str().encode()
+    document = json.loads(tokenizer.to_str())
+    change(document)
+    raw = json.dumps(document).encode()
     tags = {tag: tokenizer.token_to_id(tag) for tag in tiny_llama.TAGS}
     facts = facts_of(
         raw,

@@ -132,9 +132,6 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     """Write a random Qwen3 with this vocabulary as the worker meets it: 20 MB, two layers."""
     import torch
     import transformers
-    from random_models import write_fast
-
-    from bundle.staging.graph import interface
 
     config = transformers.Qwen3Config(
         vocab_size=SIZE,
@@ -151,10 +148,18 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(tokenizer_json())
+    return install_model(folder, facts(), tokenizer_json())
+
+
+def install_model(folder: Path, known: ModelFacts, tokenizer: bytes) -> Path:
+    """Put graph, tokenizer and `graphs.json` beside the weights in `folder`."""
+    from random_models import write_fast
+
+    from bundle.staging.graph import interface
+
+    (folder / "tokenizer.json").write_bytes(tokenizer)
     inputs, outputs = interface(write_fast(folder).layers)
     digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    known = facts()
     document = {
         "format": "airgap-graphs/1",
         **{

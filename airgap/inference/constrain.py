@@ -7,6 +7,7 @@ end tag. Masks work on the bytes that tokens write, so they hold for any segment
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,46 +18,73 @@ from airgap.enclave.channel import ProgramError
 from airgap.inference.graphs import ModelFacts
 from airgap.inference.protocol import TAG, Grammar, Segment
 from airgap.inference.valence import Valence, Writing, open_text
-from airgap.inference.vocabulary import Vocabulary
+from airgap.inference.vocabulary import Place, Vocabulary, place_after
 
-# What a SMILES may be written with (OpenSMILES, and `~` of its dialects); no `>`: a reaction has
-# its own tags here. Brackets and valence are not its business.
-_SMILES = r"SMILES: /[A-Za-z0-9@+\-\[\]()=#$%:.\/\\*~]+/"
-_RESIDUE = "residue: /[A-Z]/"
-_SITE = "site: residue | <PocketS> residue <PocketE>"
+# What a text is written with. A SMILES: OpenSMILES, and `~` of its dialects; no `>`, as a reaction
+# has its own tags here. Brackets and valence are not its business.
+_SMILES, _RESIDUES, _RESIDUE = r"[A-Za-z0-9@+\-\[\]()=#$%:.\/\\*~]+", "[A-Z]+", "[A-Z]"
+_LETTERS = {"SMILES": _SMILES, "RESIDUES": _RESIDUES, "RESIDUE": _RESIDUE}  # after a tag
 _MOLECULE = "molecule: <MoleculeS> SMILES <MoleculeE>"
 _METAL = "metal: <MetalS> SMILES <MetalE>"
+_POCKET = "pocket: <PocketS> RESIDUE <PocketE>"
+# By task: the start, where FIRST is the text that follows the prompt; its letters; further rules.
 _STRUCTURES = {
-    "retrosynthesis": ("molecule+", (_MOLECULE, _SMILES)),
-    "molecule": ("SMILES <MoleculeE>", (_SMILES,)),
-    "pocket-ligand": ("SMILES <MoleculeE>", (_SMILES,)),
-    "material": ("metal+ molecule+ <MaterialE>", (_METAL, _MOLECULE, _SMILES)),
-    "binding-site": ("site+ <ProteinE>", (_SITE, _RESIDUE)),
+    "retrosynthesis": ("molecule+", "", (_MOLECULE,)),
+    "molecule": ("FIRST <MoleculeE>", _SMILES, ()),
+    "pocket-ligand": ("FIRST <MoleculeE>", _SMILES, ()),
+    "material": ("metal+ molecule+ <MaterialE>", "", (_METAL, _MOLECULE)),
+    "binding-site": (
+        "(FIRST | pocket RESIDUES?) (pocket RESIDUES?)* <ProteinE>",
+        _RESIDUES,
+        (_POCKET,),
+    ),
 }
 # The parser's own words hold the text that it parsed: never into a log.
 _LIMITS = {"verbose_errors": False}
 _WORD_BITS = 32
 
 
-def lark_of(grammar: Grammar, *, continues: bool = False) -> str:
+def lark_of(
+    grammar: Grammar, *, continues: bool = False, opens: bool = False, blanks: bool = False
+) -> str:
     """Return the Lark text of a grammar that is not `none`.
 
     Args:
         grammar: The request's.
         continues: The prompt ends inside a SMILES that the user began: the rest may be empty.
+        opens: The tokenizer writes a blank of its own before the first text.
+        blanks: It does before each text that follows a tag. Such a blank may stand there and
+            nowhere else, since a model may have been taught without.
 
     """
     if grammar.mode == "copy":
-        rules = [
-            f'{_rule(letter)}: "{letter}" | <PocketS> "{letter}" <PocketE>'
-            for letter in sorted(set(grammar.sequence))
-        ]
-        body = " ".join(_rule(letter) for letter in grammar.sequence)
-        return "\n".join([f"start: {body} <ProteinE>", *rules, ""])
-    start, parts = _STRUCTURES[grammar.task]
-    if continues and start.startswith("SMILES "):
-        start = start.replace("SMILES", "SMILES?", 1)
-    return "\n".join([f"start: {start}", *parts, ""])
+        return _copy_lark(grammar.sequence, opens=opens, blanks=blanks)
+    start, letters, rules = _STRUCTURES[grammar.task]
+    if continues and start.startswith("FIRST <"):
+        start = start.replace("FIRST", "FIRST?", 1)
+    used = re.findall(r"\b[A-Z]+\b", " ".join((start, *rules)))
+    texts = {name: (one, blanks) for name, one in _LETTERS.items() if name in used}
+    if letters:
+        texts["FIRST"] = letters, opens
+    terminals = [f"{name}: /{' ?' if blank else ''}{one}/" for name, (one, blank) in texts.items()]
+    return "\n".join([f"start: {start}", *rules, *terminals, ""])
+
+
+def _copy_lark(sequence: str, *, opens: bool, blanks: bool) -> str:
+    """Return the text of an exact copy, with one rule a letter.
+
+    A blank after a pocket may also stand before the next tag, where it is no part of the text: to
+    forbid it there would take two rules a residue.
+    """
+    gap = "GAP? " if blanks else ""
+    rules = [
+        f'{_rule(letter)}: "{letter}" | <PocketS> {gap}"{letter}" <PocketE> {gap}'.rstrip()
+        for letter in sorted(set(sequence))
+    ]
+    body = " ".join(_rule(letter) for letter in sequence)
+    terminal = ['GAP: " "'] if blanks or opens else []
+    start = f"start: {'GAP? ' if opens else ''}{body} <ProteinE>"
+    return "\n".join([start, *rules, *terminal, ""])
 
 
 class Grammars:
@@ -95,8 +123,13 @@ class Grammars:
         """
         if grammar.mode == "none":
             return None
-        continues = bool(prompt) and not prompt[-1].tag
-        lark = lark_of(grammar, continues=continues)
+        place = place_after(prompt)
+        lark = lark_of(
+            grammar,
+            continues=place is Place.TEXT,
+            opens=self._vocabulary.blank(place),
+            blanks=self._vocabulary.blank(Place.TAG),
+        )
         missing = sorted(set(TAG.findall(lark)) - set(self._tags))
         if missing:
             raise ProgramError(
@@ -108,7 +141,7 @@ class Grammars:
         if matcher.is_error():
             raise ProgramError("model.grammar", "the grammar does not compile", "shorten the input")
         return Constraint(
-            matcher, self._legal, self._copy_of(grammar), self._writing_of(grammar, prompt)
+            matcher, self._legal, self._copy_of(grammar, place), self._writing_of(grammar, prompt)
         )
 
     def _writing_of(self, grammar: Grammar, prompt: Sequence[Segment]) -> Writing | None:
@@ -122,49 +155,66 @@ class Grammars:
             )
         return Writing(self._valence, self._tags, self._bytes, open_text(prompt))
 
-    def _copy_of(self, grammar: Grammar) -> Copy | None:
+    def _copy_of(self, grammar: Grammar, place: Place) -> Copy | None:
         if grammar.mode != "copy":
             return None
-        sizes = [len(one) for one in self._bytes]
-        return Copy(grammar.sequence, self._vocabulary.plain_ids, sizes=sizes, tags=self._tags)
+        return Copy(
+            grammar.sequence,
+            self._vocabulary.plain_ids,
+            letters=[len(one) - one.count(b" ") for one in self._bytes],
+            tags=self._tags,
+            place=place,
+        )
+
+
+_TEXT, _TAGGED, _OPENED, _FILLED = range(4)
 
 
 class Copy:
-    """Guesses how the exact copy of a sequence goes on: without a pocket, the likeliest way."""
+    """Guesses how the exact copy of a sequence goes on: without a pocket, the likeliest way.
+
+    A place in it is (residues written, where): inside a text, after a tag, after the tag that opens
+    a pocket, after the residue of a pocket.
+    """
 
     def __init__(
         self,
         sequence: str,
-        ids_of: Callable[[str], list[int]],
+        ids_of: Callable[[str, Place], list[int]],
         *,
-        sizes: Sequence[int],
+        letters: Sequence[int],
         tags: Mapping[str, int],
+        place: Place,
     ) -> None:
-        """Take the sequence, the tokenizer, the bytes that each id writes, and the tags."""
-        self._sequence, self._ids_of, self._sizes = sequence, ids_of, sizes
+        """Take the sequence, the tokenizer, the residues that each id writes, tags, the start."""
+        self._sequence, self._ids_of, self._letters = sequence, ids_of, letters
         self._opens, self._closes = tags["<PocketS>"], tags["<PocketE>"]
         self._ends = tags["<ProteinE>"]
+        self.start = (0, _TEXT if place is Place.TEXT else _TAGGED)
 
     def advance(self, place: tuple[int, int], token: int) -> tuple[int, int]:
-        """Return (residues written, 0 outside a pocket, 1 after its tag, 2 after its residue)."""
-        done, pocket = place
+        """Return the place after `token`."""
+        done, where = place
         if token == self._opens:
-            return done, 1
+            return done, _OPENED
         if token in (self._closes, self._ends):
-            return done, 0
-        return done + self._sizes[token], 2 if pocket else 0
+            return done, _TAGGED
+        if not self._letters[token]:
+            return place  # a blank of the tokenizer's own
+        return done + self._letters[token], _FILLED if where == _OPENED else _TEXT
 
     def guess(self, place: tuple[int, int], limit: int) -> list[int]:
         """Return at most `limit` ids that may come next."""
-        done, pocket = place
+        done, where = place
         head: list[int] = []
-        if pocket == 1:
-            head = self._ids_of(self._sequence[done : done + 1])
-            done, pocket = done + 1, 2
-        if pocket == 2:  # noqa: PLR2004 -- after the residue of a pocket
+        if where == _OPENED:
+            head = self._ids_of(self._sequence[done : done + 1], Place.TAG)
+            done, where = done + 1, _FILLED
+        if where == _FILLED:
             head.append(self._closes)
+            where = _TAGGED
         rest = self._sequence[done : done + limit * 8]
-        tail = self._ids_of(rest)
+        tail = self._ids_of(rest, Place.TEXT if where == _TEXT else Place.TAG)
         if done + len(rest) == len(self._sequence):
             tail.append(self._ends)
         return (head + tail)[:limit]
@@ -240,7 +290,8 @@ class Constraint:
     def start(self) -> State:
         """Return the state of a completion of which nothing is written yet."""
         writing = None if self._writing is None else self._writing.copy()
-        return State(self._start.deep_copy(), self._copy, (0, 0), writing)
+        place = (0, 0) if self._copy is None else self._copy.start
+        return State(self._start.deep_copy(), self._copy, place, writing)
 
     @property
     def filters(self) -> bool:

@@ -251,7 +251,9 @@ class _Work:
         self._emit(
             Sample(
                 index=index,
-                text=self._vocabulary.decode(ids[:-1] if reason == "eos" else ids),
+                text=self._vocabulary.continuation(
+                    ids[:-1] if reason == "eos" else ids, self.request.prompt
+                ),
                 ids=tuple(ids),
                 finish_reason=reason,
                 logprob=logprob,

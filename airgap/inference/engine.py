@@ -356,7 +356,9 @@ class Engine:
         job.emit(
             Sample(
                 index=row.index,
-                text=model.vocabulary.decode(row.ids[:-1] if reason == "eos" else row.ids),
+                text=model.vocabulary.continuation(
+                    row.ids[:-1] if reason == "eos" else row.ids, job.request.prompt
+                ),
                 ids=tuple(row.ids),
                 finish_reason=reason,
                 logprob=row.logprob,

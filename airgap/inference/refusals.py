@@ -33,7 +33,7 @@ def completion_ids(request: Score, vocabulary: Vocabulary) -> list[list[int]]:
         ProgramError: `prompt.*`, or `request.malformed` for a completion without tokens.
 
     """
-    found = [vocabulary.encode(one) for one in request.completions]
+    found = [vocabulary.encode(one, after=request.prompt) for one in request.completions]
     if not all(found):
         raise _empty("a completion")
     return found

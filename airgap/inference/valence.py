@@ -79,7 +79,10 @@ class Writing:
             return True
         if token == self._tags[CLOSES]:
             return self._valence.is_whole(self.text)
-        return token in self._special or self._valence.may_begin(self.text + self._spell(token))
+        if token in self._special:
+            return True
+        more = self._spell(token)
+        return not more or self._valence.may_begin(self.text + more)
 
     def accept(self, token: int) -> None:
         """Go on by one id."""
@@ -89,7 +92,8 @@ class Writing:
             self.text += self._spell(token)
 
     def _spell(self, token: int) -> str:
-        return self._spelled[token].decode("latin-1")  # the grammar lets ASCII alone through
+        # The grammar lets ASCII alone through, and no blank but the tokenizer's own after a tag.
+        return self._spelled[token].decode("latin-1").replace(" ", "")
 
 
 def open_text(prompt: Sequence[Segment]) -> str | None:

@@ -25,6 +25,7 @@ from airgap.inference.protocol import (
     parse_reply,
     segments_of,
 )
+from airgap.inference.vocabulary import Place
 
 BUDGET = 64 << 20
 
@@ -204,8 +205,14 @@ def encoded(text):
 
 
 def test_a_copy_needs_far_fewer_runs_where_the_guess_is_right():
-    guess = Copy("MKVAA", lambda text: [ord(c) for c in text], sizes=[1] * 128, tags=TAGS)
-    place = (0, 0)
+    guess = Copy(
+        "MKVAA",
+        lambda text, _place: [ord(c) for c in text],
+        letters=[1] * 128,
+        tags=TAGS,
+        place=Place.TAG,
+    )
+    place = guess.start
     assert guess.guess(place, 9) == [77, 75, 86, 65, 65, TAGS["<ProteinE>"]]
     for token in (77, TAGS["<PocketS>"]):
         place = guess.advance(place, token)

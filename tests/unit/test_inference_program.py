@@ -164,7 +164,7 @@ def test_a_model_without_grammar_serves_free_requests_only(tmp_path):
     document["decoder"] = {
         "type": "Sequence",
         "decoders": [
-            {"type": "Replace", "pattern": {"String": "_"}, "content": " "},
+            {"type": "Replace", "pattern": {"Regex": "_"}, "content": " "},
             {"type": "Fuse"},
         ],
     }

@@ -52,9 +52,10 @@ def accepts(which, grammar, text):
     """Say whether a whole completion and the end of the text are legal, token by token."""
     vocabulary = which._vocabulary
     facts = vocabulary._facts
-    constraint = which.compile(grammar, [Segment("<MoleculeS>", tag=True)])
+    prompt = [Segment("<MoleculeS>", tag=True)]
+    constraint = which.compile(grammar, prompt)
     constraint.begin(1)
-    for token in [*vocabulary.encode(segments_of(text)), facts.eos_ids[0]]:
+    for token in [*vocabulary.encode(segments_of(text), after=prompt), facts.eos_ids[0]]:
         if not constraint.legal()[0, token]:
             return False
         constraint.accept(np.array([token]))
