@@ -43,7 +43,8 @@ _CONFIGS = frozenset(
     ["config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
 )
 _SIDE = re.compile(
-    r"\.gitattributes|\.gitignore|vocab\.(json|txt)|merges\.txt|added_tokens\.json|tokenizer\.model"
+    r"\.gitattributes|\.gitignore|vocab\.(json|txt)|merges\.txt|added_tokens\.json"
+    r"|tokenizer\.model(\.v[0-9][0-9a-z]*)?|tekken\.json"
     r"|run\.json|training_args\.json|trainer_state\.json|all_results\.json|train_results\.json"
     r"|eval_results\.json|unpickled\.json"
     # evidence of the publisher, which is given to `inspect` by its path

@@ -42,9 +42,17 @@ _PARTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """The facts of a tokenizer that others check against; `special` maps text to id.
+    """The facts of a tokenizer that others check against.
 
-    `plain`: no step changes or drops text, every id but the unknown one stands for a piece of it.
+    Attributes:
+        model: Its kind.
+        size: The largest id and one.
+        unk: The text of the unknown token, where it has one.
+        ids: Every token's id, added ones too.
+        special: Those of special tokens, which no text can write; other added tokens it can.
+        plain: No step changes or drops text, every id but the unknown one stands for a piece of it.
+        starts: What its template puts before a text; None where it has no template.
+
     """
 
     model: str
@@ -53,6 +61,7 @@ class Tokenizer:
     ids: dict[str, int]
     special: dict[str, int]
     plain: bool = False
+    starts: tuple[int, ...] | None = None
 
 
 def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer:
@@ -68,9 +77,10 @@ def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer
     if kind not in _MODELS:
         raise _no(what, f"the model is of the unknown type {kind!r:.40}")
     ids = _vocabulary(model.get("vocab"), what)
-    special = _added(value.get("added_tokens", []), ids, what)
-    numbers = {*ids.values(), *special.values()}
-    if len(numbers) != len({**ids, **special}):
+    added, special = _added(value.get("added_tokens", []), ids, what)
+    every = {**ids, **added}
+    numbers = set(every.values())
+    if len(numbers) != len(every):
         raise _no(what, "two tokens bear one id")
     if max(numbers) >= MAX_VOCABULARY:
         raise _no(what, f"an id is larger than {MAX_VOCABULARY - 1:,}")
@@ -78,10 +88,28 @@ def parse_tokenizer(data: memoryview, what: str = "tokenizer.json") -> Tokenizer
     if kind == "Unigram":
         place = model.get("unk_id")
         unk = next((text for text, number in ids.items() if number == place), None)
-    if unk is not None and (not isinstance(unk, str) or unk not in {**ids, **special}):
+    if unk is not None and (not isinstance(unk, str) or unk not in every):
         raise _no(what, f"the unknown-token {unk!r:.60} is not in the vocabulary")
-    every = {**ids, **special}
-    return Tokenizer(str(kind), max(numbers) + 1, unk, every, special, _is_plain(value, str(kind)))
+    plain, starts = _is_plain(value, str(kind)), _starts(value.get("post_processor"), what)
+    return Tokenizer(str(kind), max(numbers) + 1, unk, every, special, plain, starts)
+
+
+def _starts(part: Any, what: str) -> tuple[int, ...] | None:
+    """Return what the template of a post-processor puts before one text."""
+    below = (part or {}).get("processors", [])
+    found = [item for item in [part, *below] if item and item["type"] == "TemplateProcessing"]
+    if not found:
+        return None
+    starts: list[int] = []
+    try:
+        for piece in found[-1]["single"]:
+            if "SpecialToken" not in piece:
+                break
+            ids = found[-1]["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            starts += [number for number in ids if type(number) is int]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _no(what, "the template of the post_processor is malformed") from error
+    return tuple(starts)
 
 
 def _is_plain(value: dict[str, Any], kind: str) -> bool:
@@ -115,7 +143,8 @@ def _vocabulary(value: Any, what: str) -> dict[str, int]:
     return dict(value)
 
 
-def _added(value: Any, ids: dict[str, int], what: str) -> dict[str, int]:
+def _added(value: Any, ids: dict[str, int], what: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the added tokens, and those of them that are special."""
     if not isinstance(value, list) or len(value) > MAX_VOCABULARY:
         raise _no(what, "added_tokens is not a list")
     found: dict[str, int] = {}
@@ -133,7 +162,8 @@ def _added(value: Any, ids: dict[str, int], what: str) -> dict[str, int]:
         if text in found or ids.get(text, number) != number:
             raise _no(what, f"added token {text!r:.60} stands twice, or with two ids")
         found[text] = number
-    return found
+    special = {item["content"] for item in value if item.get("special") is True}
+    return found, {text: number for text, number in found.items() if text in special}
 
 
 def _check_part(value: Any, what: str, place: str) -> None:

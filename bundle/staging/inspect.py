@@ -42,7 +42,7 @@ from bundle.staging.lineage import (
     registry_hints,
     silent_card,
 )
-from bundle.staging.prompts import require_speech
+from bundle.staging.prompts import lacking_tags, require_speech
 from bundle.staging.provenance import (
     HubRecords,
     check_hub,
@@ -54,6 +54,7 @@ from bundle.staging.scanners import ScannerRun, refusals_of, run_scanners
 from bundle.staging.sealed import RunSealed
 from bundle.staging.source import Digests, Progress, SourceFile, commit_of, hash_file, read_head
 from bundle.staging.source import walk as walk_source
+from bundle.staging.tokens import require_tokens, start_token
 from bundle.staging.unpickle import RECORD, Unpickled, parse_unpickled, require_unpickled
 from bundle.staging.upstream import Upstream, source_of
 from policy.errors import RefusedError
@@ -65,6 +66,12 @@ _TITLE = re.compile(r"^# +(.{1,80})$", re.MULTILINE)
 _CARRIED = frozenset([Role.CONFIG, Role.TOKENIZER, Role.CARD, Role.LICENCE])
 _INDEX_LIMIT = 64 * 1024 * 1024
 _NEEDED = ("config.json", "tokenizer.json")
+_FINISH = "point at the folder that holds config.json, and let the download finish"
+_OTHER_TOKENIZER = re.compile(r"tokenizer\.model|tekken\.json")
+_CONVERT_TOKENIZER = (
+    "this release has its tokenizer in another format: let transformers write tokenizer.json "
+    "(AutoTokenizer.from_pretrained, then save_pretrained), add the file, pin and inspect again"
+)
 HASH_REFUSED = 1 << 30  # bytes up to which a file that its parser refused is still hashed
 
 
@@ -90,6 +97,7 @@ class InspectReport:
     card: dict[str, Any] = field(default_factory=dict)
     architecture: Architecture | None = None
     tokenizer: Tokenizer | None = None
+    start_id: int | None = None  # what the publisher's tokenizer puts before a text
     tensors: dict[str, Tensor] = field(default_factory=dict)
     holders: dict[str, str] = field(default_factory=dict)  # the weight file of each tensor
     licences: list[LicenceFound] = field(default_factory=list)
@@ -276,10 +284,11 @@ def _check_model(report: InspectReport) -> None:
     paths = {file.path: file for file in report.files}
     for path in _NEEDED:
         if path not in paths:
+            other = path == "tokenizer.json" and any(_OTHER_TOKENIZER.match(one) for one in paths)
             raise RefusedError(
                 "source.incomplete",
                 f"{path} is missing",
-                hint="point at the folder that holds config.json, and let the download finish",
+                hint=_CONVERT_TOKENIZER if other else _FINISH,
             )
     if any(r.code == CONFIG_CODE for r in report.refusals):
         return
@@ -292,9 +301,18 @@ def _check_model(report: InspectReport) -> None:
     report.architecture = parse_architecture(report.config, _json(generation) if generation else {})
     _require_weights(report)
     require_tensors(report.architecture, report.tensors)
-    _require_vocabulary(report.architecture, report.tokenizer)
-    if report.tokenizer is not None:
-        require_speech(report.architecture, report.tokenizer)
+    if report.tokenizer is None:
+        return
+    require_tokens(report.architecture, report.tokenizer, report.tags)
+    settings = paths.get("tokenizer_config.json")
+    report.start_id = start_token(
+        report.architecture, report.tokenizer, _json(settings) if settings else {}
+    )
+    require_speech(report.architecture, report.tokenizer)
+    report.findings += [
+        Finding("tokenizer.json", f"task {kind} will be refused: there is no {' '.join(tags)}")
+        for kind, tags in lacking_tags(report.tokenizer).items()
+    ]
 
 
 def _require_weights(report: InspectReport) -> None:
@@ -322,29 +340,6 @@ def _require_weights(report: InspectReport) -> None:
                 f"{path} and the weight files differ: {odd}",
                 hint="let the download finish, or download the missing shard again",
             )
-
-
-def _require_vocabulary(shape: Architecture, tokenizer: Tokenizer | None) -> None:
-    if tokenizer is None:
-        return
-    if tokenizer.size > shape.vocabulary:
-        raise RefusedError(
-            "source.shape",
-            f"tokenizer.json has ids up to {tokenizer.size - 1:,}, the weights "
-            f"{shape.vocabulary:,} rows",
-            hint="download the tokenizer that belongs to these weights",
-        )
-    ids = [shape.bos_id, shape.pad_id, *shape.eos_ids]
-    if any(number is not None and number >= shape.vocabulary for number in ids):
-        raise RefusedError("source.shape", "config.json names a token id outside the vocabulary")
-    known = {*tokenizer.ids.values(), *tokenizer.special.values()}
-    nameless = sorted(set(shape.eos_ids) - known)
-    if nameless:
-        raise RefusedError(
-            "source.shape",
-            f"end token {nameless[0]:,} has no entry in tokenizer.json",
-            hint="download tokenizer.json and generation_config.json of the same release",
-        )
 
 
 def _hash_all(report: InspectReport, tell: Progress) -> None:
@@ -512,7 +507,7 @@ def _control_tokens(report: InspectReport) -> set[str]:
     shape, tokenizer = report.architecture, report.tokenizer
     if shape is None or tokenizer is None:
         return set()
-    ids = {shape.bos_id, shape.pad_id, *shape.eos_ids}
+    ids = {shape.bos_id, shape.pad_id, *shape.eos_ids, *(tokenizer.starts or ())}
     return {text for text, number in tokenizer.special.items() if number in ids}
 
 

@@ -83,7 +83,7 @@ def lineage_hints(
         found += [
             Hint("derived_from", family, f"tokenizer.json holds {token}")
             for token, family in _TOKENS.items()
-            if token in tokenizer.special
+            if token in tokenizer.ids or token in tokenizer.special
         ]
     if source is not None and source.startswith("hf:") and "/" in source:
         found.append(Hint("distributed_by", source.partition("/")[0], "place of the download"))

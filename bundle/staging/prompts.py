@@ -6,6 +6,7 @@ certain is refused: the tokenizer itself runs sealed, and later.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,18 @@ def require_speech(shape: Architecture, tokenizer: Tokenizer) -> None:
         else:
             used.append(prompt)
     require_prompts(used, len(prompts), reasons)
+
+
+def lacking_tags(tokenizer: Tokenizer) -> dict[str, tuple[str, ...]]:
+    """Return by kind of prompt the tags that the tokenizer lacks; that kind is of no use."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind in sorted(KINDS):
+        texts = [prompt.text for prompt in load_prompts()[0] if prompt.kind == kind]
+        needed = dict.fromkeys(re.findall(r"<[A-Za-z]+>", "".join(texts)))
+        lost = tuple(tag for tag in needed if tag not in tokenizer.special)
+        if lost:
+            found[kind] = lost
+    return found
 
 
 def fewest_pieces(text: str, known: Mapping[str, int]) -> int | None:

@@ -350,7 +350,7 @@ def _graphs(
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         max_context=shape.context,
-        bos_id=shape.bos_id,
+        bos_id=report.start_id,
         eos_ids=shape.eos_ids,
         pad_id=shape.pad_id,
         unk_id=None if tokenizer.unk is None else tokenizer.ids[tokenizer.unk],

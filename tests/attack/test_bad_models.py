@@ -17,6 +17,7 @@ from lab_trees import make_staging, run
 from staging_runs import build_tiny, run_inline
 
 from airgap.demo import site_toml
+from airgap.inference.vocabulary import _byte_level
 from bundle.scan.safetensors import parse_safetensors
 from policy.errors import RefusedError
 
@@ -87,10 +88,77 @@ def padded(folder):
     (folder / WEIGHTS).write_bytes(tiny_llama.safetensors(shapes))
 
 
-def lost_tag(folder):
-    """Give the id of `<MoleculeE>` to another word."""
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace("<MoleculeE>", "<MoleculeX>"))
+def renamed(tag, other):
+    """Give the id of a tag to another word."""
+
+    def change(folder):
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text().replace(tag, other))
+
+    return change
+
+
+def tokenizer(alter):
+    """Change the parts of `tokenizer.json`."""
+
+    def change(folder):
+        value = json.loads((folder / "tokenizer.json").read_text())
+        alter(value)
+        tiny_llama.write_json(folder / "tokenizer.json", value)
+
+    return change
+
+
+def in_bytes(*lost):
+    """Spell texts in bytes, so that nothing is ever unknown, and leave out some tags."""
+
+    def change(folder):
+        control = ["<pad>", "[spare]", "<bos>", "<eos>"]
+        special = [*control, *(tag for tag in tiny_llama.TAGS if tag not in lost)]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+        value = {
+            **tiny_llama.tokenizer(),
+            "added_tokens": [
+                {"id": number, "content": token, **flags, "special": True}
+                for number, token in enumerate(special)
+            ],
+            "pre_tokenizer": {**step, "use_regex": True},
+            "decoder": {**step, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "vocab": {text: n for n, text in enumerate([*special, *_byte_level()])},
+                "merges": [],
+            },
+        }
+        tiny_llama.write_json(folder / "tokenizer.json", value)
+        rows = len(control) + len(tiny_llama.TAGS) + 256
+        config(vocab_size=rows, max_position_embeddings=1024)(folder)
+        shapes = {**tiny_llama.shapes(), "model.embed_tokens.weight": (rows, 32)}
+        (folder / WEIGHTS).write_bytes(tiny_llama.safetensors(shapes))
+
+    return change
+
+
+def not_special(value):
+    next(t for t in value["added_tokens"] if t["content"] == "<MaterialE>")["special"] = False
+
+
+def only_a_word(value):
+    value["added_tokens"] = [t for t in value["added_tokens"] if t["content"] != "<Search>"]
+
+
+def two_starts(value):
+    value["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<bos>", "type_id": 0}},
+            {"SpecialToken": {"id": "<bos>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+    }
 
 
 def lost_shard(folder):
@@ -137,7 +205,15 @@ BAD = {
     ),
     "rope base of nought": (config(rope_theta=0), "source.architecture"),
     "no end token": (no_end, "source.architecture"),
-    "no word for a task's stop tag": (lost_tag, "parity.vectors"),
+    "no word for a task's stop tag": (renamed("<MoleculeE>", "<MoleculeX>"), "model.tags"),
+    "no stop tag among bytes": (in_bytes("<MaterialE>"), "model.tags"),
+    "a tag that closes what none opens": (in_bytes("<PocketS>"), "model.tags"),
+    "no tag of a whole task": (renamed("<Material", "<Matter"), "parity.vectors"),
+    "a stop tag that a text can write": (tokenizer(not_special), "model.tags"),
+    "a tag that is a word": (tokenizer(only_a_word), "model.tags"),
+    "a tag that ends texts": (config(eos_token_id=[3, 9]), "model.tags"),
+    "an end token that is a letter": (config(eos_token_id=20), "source.shape"),
+    "two start tokens": (tokenizer(two_starts), "source.shape"),
     "a context shorter than a proof": (config(max_position_embeddings=64), "parity.vectors"),
     "a context too short for a task": (config(max_position_embeddings=90), "parity.vectors"),
     "an end token that is nobody": (config(eos_token_id=9999), "source.shape"),
@@ -180,6 +256,26 @@ def build(folder, run_sealed):
 
 def test_the_untouched_model_builds(tmp_path):
     assert build(tiny_llama.write_snapshot(tmp_path / "tiny"), run_inline).path.exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ((), []),
+        (
+            ("<MaterialS>", "<MaterialE>"),
+            ["task material will be refused: there is no <MaterialS>"],
+        ),
+    ],
+    ids=["all tags", "no materials"],
+)
+def test_a_model_in_bytes_may_lack_a_task_and_says_so(tmp_path, lost, told):
+    folder = tiny_llama.write_snapshot(tmp_path / "tiny")
+    in_bytes(*lost)(folder)
+    built = build(folder, run_inline)
+    findings = [one.text for one in built.report.findings if one.path == "tokenizer.json"]
+    assert findings == told
+    assert set(built.report.tags) == set(tiny_llama.TAGS) - set(lost)
 
 
 @pytest.mark.parametrize(("change", "code"), BAD.values(), ids=BAD)

@@ -273,6 +273,40 @@ def test_facts_of_a_tokenizer():
         len(tiny_llama.vocabulary()),
     )
     assert found.special["<MoleculeS>"] == found.ids["<MoleculeS>"] == 8
+    assert found.starts is None
+
+
+def template(*single, ids=(2,)):
+    table = {"<bos>": {"id": "<bos>", "ids": list(ids), "tokens": ["<bos>"]}}
+    return {"type": "TemplateProcessing", "single": list(single), "special_tokens": table}
+
+
+BOS = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("part", "starts"),
+    [
+        (None, None),
+        ({"type": "ByteLevel"}, None),
+        (template(BOS, TEXT), (2,)),
+        (template(TEXT, BOS), ()),
+        (template(BOS, BOS, TEXT), (2, 2)),
+        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template(BOS, TEXT)]}, (2,)),
+    ],
+)
+def test_what_a_template_puts_before_a_text(part, starts):
+    assert parse_tokenizer(changed(post_processor=part)).starts == starts
+
+
+def test_an_added_token_may_be_a_word_of_texts():
+    value = deepcopy(tiny_llama.tokenizer())
+    token = {**value["added_tokens"][0], "content": "<think>", "special": False, "id": 200}
+    found = parse_tokenizer(memoryview(dump({**value, "added_tokens": [SPECIAL, token]})))
+    assert found.ids["<think>"] == 200
+    assert found.size == 201
+    assert set(found.special) == {"<pad>"}
 
 
 def test_tokenizers_of_other_kinds():
@@ -302,6 +336,11 @@ BAD_TOKENIZERS = {
     "added token twice": changed(added_tokens=[SPECIAL, SPECIAL]),
     "added token with another id": changed(added_tokens=[{**SPECIAL, "id": 40}]),
     "added token takes an id": changed(added_tokens=[{**SPECIAL, "content": "<new>", "id": 30}]),
+    "a template without its text": changed(post_processor={"type": "TemplateProcessing"}),
+    "a template of numbers": changed(post_processor=template(1)),
+    "a template that names nobody": changed(
+        post_processor=template({"SpecialToken": {"id": "<x>", "type_id": 0}})
+    ),
     "unknown step": changed(pre_tokenizer={"type": "Exec"}),
     "step without type": changed(normalizer={}),
     "step a text": changed(decoder="Fuse"),
@@ -436,6 +475,10 @@ ROLES = {
     "docs/notes.md": Role.DOCUMENT,
     ".gitattributes": Role.SIDE,
     "merges.txt": Role.SIDE,
+    "tokenizer.model": Role.SIDE,
+    "tokenizer.model.v3": Role.SIDE,
+    "tokenizer.model.v7m1": Role.SIDE,
+    "tekken.json": Role.SIDE,
     ".cache/huggingface/download/config.json.metadata": Role.HUB,
     ".cache/huggingface/.gitignore": Role.HUB,
 }
@@ -462,6 +505,7 @@ def test_roles_by_name(path):
         ("tool", b"#!/bin/sh", "scan.role"),
         ("weights.h5", b"\x89HDF", "scan.role"),
         ("unknown.json", b"{}", "scan.role"),
+        ("tokenizer.model.vx", b"\n", "scan.role"),
         ("sub/config.json", b"{}", "scan.role"),
         ("original/consolidated.00.pth", b"", "scan.pickle"),
     ],
