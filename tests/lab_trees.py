@@ -1,6 +1,8 @@
 """Trees of a staging host and of a lab, made with the commands themselves, and their releases."""
 
+import contextlib
 import shutil
+import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -76,3 +78,12 @@ def make_sealed(staging: Path, path: Path, *, epoch: int = 1, line: str = "tiny-
     chain = trust.chain_document(trust.load_trust(staging / "trust"))
     write_archive(path, release, members, trust_chain=chain, seal=seal)
     return path
+
+
+@contextlib.contextmanager
+def short_folder():
+    """Yield a folder whose path leaves room for the names of sockets."""
+    with tempfile.TemporaryDirectory(
+        prefix="lab-", dir="/var/tmp", ignore_cleanup_errors=True
+    ) as it:
+        yield Path(it)

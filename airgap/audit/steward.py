@@ -3,12 +3,14 @@
 Exporting, pruning, purging and taking cosignatures read and change files of the log, so whoever
 does that is the owner's account. The records of it are written by whoever holds the lock: this
 process, or the service, which knows its own account by the kernel's word and takes these records
-from nobody else. One such act at a time.
+from nobody else. One such act at a time. Root acts as that account (`as_owner`).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -17,7 +19,7 @@ from airgap.audit.capacity import LastExport
 from airgap.audit.checkpoint import Ring, Vkey, parse_ring
 from airgap.audit.receipt import Receipt
 from airgap.audit.record import Actor, Event
-from airgap.audit.service import RemoteLog
+from airgap.audit.service import DEADLINE_S, RemoteLog
 from policy.errors import FaultError, RefusedError
 
 
@@ -143,12 +145,37 @@ class OwnersLog(RemoteLog):
         return self._ask({"op": "standing"})
 
 
-def held_by_service(path: Path | None, folder: Path) -> OwnersLog | None:
+@contextmanager
+def as_owner(folder: Path) -> Iterator[None]:
+    """Let root act with the account of `folder` alone while the block runs; anybody else as she is.
+
+    What that account may not touch, root then does not touch for it either: a link that it put in
+    the way of a file to be overwritten leads nowhere else.
+    """
+    owner = folder.lstat()
+    if os.geteuid() or not owner.st_uid:
+        yield
+        return
+    groups, group = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(owner.st_gid)
+    os.seteuid(owner.st_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(group)
+        os.setgroups(groups)
+
+
+def held_by_service(
+    path: Path | None, folder: Path, *, deadline_s: float = DEADLINE_S
+) -> OwnersLog | None:
     """Return the log in `folder` behind the socket of its service; None where none is running."""
     if path is None or not path.is_socket():
         return None
     try:
-        found = OwnersLog(path)
+        found = OwnersLog(path, deadline_s=deadline_s)
     except FaultError:
         return None  # A dead socket; the lock of the log says whether anybody holds it.
     if found.folder.resolve() == folder.resolve():

@@ -20,8 +20,13 @@ from policy.wording import counted
 
 if TYPE_CHECKING:
     from airgap.audit import Actor, AuditLog
+    from airgap.audit.service import Log
+    from airgap.config import Site
     from airgap.install.lifecycle import Switched
     from bundle.envelope import Envelope
+
+NICE = 10
+PATIENT_S = 30.0  # for the log's service to take the list of files of a backup
 
 
 def register(app: typer.Typer) -> None:
@@ -173,12 +178,10 @@ def backup(
 ) -> None:
     """Write log, keys, rules and releases of this tree to one encrypted file; on record.
 
-    Stop what writes to the tree first. Keep the head that is printed apart from the file: a
+    A daemon goes on serving meanwhile. Keep the head that is printed apart from the file: a
     restored log must hold it.
     """
-    from airgap.audit.site import open_own_log
     from airgap.install.backup import back_up
-    from airgap.service.presence import require_none
     from bundle.keys import read_limited
     from bundle.transit import KEY_LIMIT, parse_transit_key
 
@@ -193,14 +196,13 @@ def backup(
         for path in to
     ]
     folder = root_folder(root)
-    require_none(folder)
     site, actor = _acting(folder)
     with bar("backup") as progress:
         done = back_up(
             folder,
             out.absolute(),
             recipients,
-            open_log=lambda tree: open_own_log(tree, site),
+            open_log=lambda tree: _served_or_own_log(tree, site),
             actor=actor,
             now=datetime.now(UTC),
             releases=releases,
@@ -251,7 +253,7 @@ def restore(
     from airgap.audit.site import open_own_log
     from airgap.config import load_site
     from airgap.host_setup import Places, settle_restored
-    from airgap.install.backup import restore as bring_back
+    from airgap.install.restore import restore as bring_back
     from bundle.keys import read_passphrase
     from bundle.source import PlainFile
     from bundle.transit import TransitFile, load_identity
@@ -420,6 +422,20 @@ def _acting(folder: Path) -> tuple[Any, Actor | None]:
     site = load_site(folder)
     person = find_submitter(site, os.getuid(), account_name())
     return site, None if person is None else actor_of(person)
+
+
+def _served_or_own_log(folder: Path, site: Site) -> Log:
+    """Return the log of the service that holds it, where one runs; else open it here."""
+    from airgap.audit.site import find_log_socket, open_own_log
+    from airgap.audit.steward import held_by_service
+
+    served = held_by_service(
+        find_log_socket(folder, site.audit), folder / "audit", deadline_s=PATIENT_S
+    )
+    if served is None:
+        return open_own_log(folder, site)
+    os.nice(NICE)  # people wait for answers on the same machine; nobody waits for a backup
+    return served
 
 
 def _recorder(folder: Path) -> tuple[Any, Any]:

@@ -1,26 +1,36 @@
 """Backup and restore: what comes back is what was there, and the log goes on and can show it."""
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
 import socket
+import threading
+import time
 from datetime import UTC, datetime
+from pathlib import Path
 
+import audit_logs as logs
+import disks
 import kills
 import lab_trees
 import pytest
 from lab_trees import run
 
-from airgap.audit import load_ring, verify_log
-from airgap.audit.layout import Layout, read_lines
-from airgap.audit.site import open_own_log
+from airgap.audit import Actor, Event, load_ring, new_ulid, parse_receipt, verify_log
+from airgap.audit.layout import Layout, last_checkpoint, read_lines
+from airgap.audit.service import Service
+from airgap.audit.site import OWNER_SOCKET, open_own_log
+from airgap.audit.steward import OwnersLog
 from airgap.config import load_site
-from airgap.install import Store, backup, verify_installed
+from airgap.install import Store, backup, backup_format, restore, verify_installed
 from bundle.canonical import canonical_json
-from bundle.source import PlainFile
+from bundle.durable import write_beside
+from bundle.source import PlainFile, read_exactly
 from bundle.tar import Layout as TarLayout
 from bundle.transit import (
     TransitFile,
@@ -168,42 +178,160 @@ def test_a_name_that_no_restore_takes_is_told_by_the_backup(name, place, tmp_pat
     assert (status, refused["code"]) == (1, "backup.tree")
 
 
-def test_a_file_that_changes_between_its_digest_and_its_copy_is_told(place, tmp_path):
-    """As long as before, but another one: the backup would be refused when it is needed."""
-    root = tmp_path / "tree"
-    shutil.copytree(place / "lab", root, symlinks=True)
-    site = root / "site.toml"
-    content = site.read_bytes()
+class Meddled:
+    """The log of a tree; `meddle` is called when it has taken a record."""
+
+    def __init__(self, log, meddle):
+        self.log, self.meddle, self.folder = log, meddle, log.folder
+
+    def put_object(self, content):
+        return self.log.put_object(content)
+
+    def append(self, event):
+        receipt = self.log.append(event)
+        self.meddle()
+        return receipt
+
+
+def back_up(place, root, out, *, meddle=None, **more):
+    """Back up in this process, with something that happens after each record."""
     key = parse_transit_key((place / "holder.transit.pub.json").read_bytes())
 
-    def open_log(folder):
-        site.write_bytes(content.replace(b"a", b"b", 1))
-        return open_own_log(folder, load_site(folder))
+    @contextlib.contextmanager
+    def opened(folder):
+        with open_own_log(folder, load_site(folder)) as log:
+            yield log if meddle is None else Meddled(log, meddle)
+
+    return backup.back_up(
+        root, out, [key], open_log=opened, actor=None, now=datetime.now(UTC), **more
+    )
+
+
+def times(count, act):
+    """Return what does `act` so many times, and then no more."""
+    left = iter(range(count))
+    return lambda: act() if next(left, None) is not None else None
+
+
+def restored(place, file, root, call):
+    status, done = call(*words_of(place, file), "--root", root)
+    assert status == 0, done
+    return done
+
+
+def test_what_comes_and_changes_before_the_head_is_in_the_backup(place, tmp_path, lab_copy, call):
+    """The record names what was there at its head; as long as that is another thing, again."""
+    site, held = lab_copy / "site.toml", lab_copy / "restricted" / "late.json"
+    content = site.read_bytes()
+
+    def change():
+        site.write_bytes(site.read_bytes() + b"# more\n")
+        write_beside(held, b"held")
+
+    done = back_up(place, lab_copy, tmp_path / "x", meddle=times(3, change))
+    begun = [
+        r for r in records(lab_copy) if r["kind"] == "admin.backup" and "result" not in r["data"]
+    ]
+    assert len(begun) == 1 + 1 + 3  # of the place, and one for each time that something changed
+    assert begun[-1]["data"]["object"] == str(done.inventory)
+    root = tmp_path / "tree"
+    assert restored(place, tmp_path / "x", root, call)["records"] == done.records
+    assert (root / "site.toml").read_bytes() == content + b"# more\n" * 3
+    assert (root / "restricted" / "late.json").read_bytes() == b"held"
+
+
+def test_a_tree_that_changes_all_the_time_makes_no_backup(place, tmp_path, lab_copy):
+    site = lab_copy / "site.toml"
+
+    def change():
+        site.write_bytes(site.read_bytes() + b"#\n")
 
     with pytest.raises(FaultError) as caught:
-        backup.back_up(
-            root, tmp_path / "x", [key], open_log=open_log, actor=None, now=datetime.now(UTC)
-        )
+        back_up(place, lab_copy, tmp_path / "x", meddle=change)
+    assert (caught.value.code, caught.value.exit_status) == ("host.io", 3)
+    assert not list(tmp_path.glob("*x*"))
+    assert records(lab_copy)[-2]["data"]["result"] == "failed"  # before the shutdown
+    assert back_up(place, lab_copy, tmp_path / "x").files
+
+
+@pytest.fixture
+def large(lab_copy):
+    """A tree whose last file is larger than what is read ahead of the copy."""
+    path = lab_copy / "zz" / "large"
+    path.parent.mkdir()
+    with path.open("wb") as stream:
+        stream.truncate(96 << 20)
+    return lab_copy
+
+
+def at_the_copy(act):
+    """Return a progress that acts once, when the copy has begun."""
+    once = times(1, act)
+    return lambda done, total: once() if done > total // 2 else None
+
+
+def test_what_goes_or_is_replaced_during_the_copy_is_in_the_backup_as_it_was(
+    place, tmp_path, large, call
+):
+    path, other = large / "zz" / "large", large / "restricted" / "record.json"
+
+    def meddle():
+        write_beside(path, b"another")
+        other.unlink()
+        shutil.rmtree(large / "policy", ignore_errors=True)
+
+    done = back_up(place, large, tmp_path / "x", progress=at_the_copy(meddle))
+    assert path.read_bytes() == b"another"
+    assert not other.exists()
+    root = tmp_path / "tree"
+    assert restored(place, tmp_path / "x", root, call)["files"] == done.files
+    assert (root / "zz" / "large").stat().st_size == 96 << 20
+    assert (root / "restricted" / "record.json").read_text() == "{}"
+
+
+def test_a_file_that_changes_between_its_digest_and_its_copy_is_told(place, tmp_path, large):
+    """As long as before, but another one: the backup would be refused when it is needed."""
+
+    def meddle():
+        with (large / "zz" / "large").open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"x")
+
+    with pytest.raises(FaultError) as caught:
+        back_up(place, large, tmp_path / "x", progress=at_the_copy(meddle))
     assert caught.value.code == "host.io"
     assert "changed while it was backed up" in caught.value.message
-    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob("*x*"))
+    assert records(large)[-2]["data"]["result"] == "failed"
+    assert back_up(place, large, tmp_path / "x").files
 
 
-def test_more_files_than_a_restore_takes_make_no_backup(place, tmp_path):
-    root = tmp_path / "tree"
-    shutil.copytree(place / "lab", root, symlinks=True)
-    key = parse_transit_key((place / "holder.transit.pub.json").read_bytes())
-
-    def open_log(folder):
-        return open_own_log(folder, load_site(folder))
-
-    words = {"open_log": open_log, "actor": None, "now": datetime.now(UTC)}
+def test_more_files_than_a_restore_takes_make_no_backup(place, tmp_path, lab_copy):
+    before = len([r for r in records(lab_copy) if r["kind"] == "admin.backup"])
     with pytest.raises(RefusedError) as caught:
-        backup.back_up(root, tmp_path / "x", [key], limit=1_000, **words)
+        back_up(place, lab_copy, tmp_path / "x", limit=1_000)
     assert caught.value.code == "backup.tree"
-    assert not (tmp_path / "x").exists()
-    assert records(root)[-1]["kind"] != "admin.backup" or records(root)[-1]["data"]["result"]
-    assert backup.back_up(root, tmp_path / "x", [key], **words).files
+    assert not list(tmp_path.glob("*x*"))
+    assert len([r for r in records(lab_copy) if r["kind"] == "admin.backup"]) == before
+    assert back_up(place, lab_copy, tmp_path / "x").files
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_nothing(place, tmp_path, large):
+    with disks.mounted(tmp_path / "disk", 160 << 20) as disk:
+        out, other = disk / "lab.backup", disk / "other"
+        with pytest.raises(FaultError) as caught:
+            back_up(place, large, out, progress=at_the_copy(lambda: disks.fill(other, 1 << 20)))
+        assert caught.value.code == "host.space"
+        assert os.listdir(disk) == ["other"]  # noqa: PTH208 - hidden names too
+        assert records(large)[-2]["data"]["result"] == "failed"
+        with pytest.raises(FaultError) as caught:  # and beforehand
+            back_up(place, large, out)
+        assert caught.value.code == "host.space"
+        other.unlink()
+        assert back_up(place, large, out).size < out.stat().st_size
+    assert (
+        verify_log(large / "audit", vkey=load_ring(place / "audit.vkey")).code != "audit.tampered"
+    )
 
 
 def test_a_socket_is_left_out(place, tmp_path, call):
@@ -283,117 +411,178 @@ def test_a_log_that_has_gone_on_is_told_by_a_newer_head(place, tmp_path, call):
     assert not root.exists()
 
 
-def forged(place, out, change):
-    """Write the backup again after `change(head, files)`, as somebody with the public key can."""
-    identity = load_identity(place / "holder.transit.pem")
-    source = TransitFile(PlainFile(place / "lab.backup"), [identity])
-    head, inventory = backup._read_heads(source)
-    layout = head.layout()
-    files = {}
-    for index, (name, size) in enumerate(layout.files[2:], start=2):
-        buffer = bytearray(size)
-        source.read_into(layout.offsets[index], memoryview(buffer))
-        files[name] = bytes(buffer)
-    document, listed = head.model_dump(mode="json"), inventory.model_dump(mode="json")
-    change(document, listed, files)
-    raw = canonical_json(listed)
-    document |= {"inventory": str(Digest.of(raw)), "inventory_size": len(raw)}
-    parts = [(backup.HEAD, canonical_json(document)), (backup.INVENTORY, raw), *files.items()]
-    fresh = TarLayout([(name, len(content)) for name, content in parts])
+def parts_of(place, file=None):
+    """Return the files of a backup by name, in their order."""
+    source = TransitFile(
+        PlainFile(file or place / "lab.backup"), [load_identity(place / "holder.transit.pem")]
+    )
+    proven = restore._prove(source, load_ring(place / "audit.vkey"))
+    size, parts, end = len(proven.inventory.to_bytes()), {}, proven.start
+    head = restore.read_document(source, 0, backup_format.HEAD, backup_format.HEAD_LIMIT)
+    parts[backup_format.HEAD] = head
+    parts[backup_format.INVENTORY] = read_exactly(source, end - size, size)
+    for item in proven.inventory.files:
+        start = restore._require_header(source, end, f"files/{item.path}", item.size)
+        end = start + item.size
+        parts[f"files/{item.path}"] = read_exactly(source, start, item.size)
+    for name, start, size in restore._log_files(source, end):
+        parts[name] = read_exactly(source, start, size)
+    return parts
+
+
+def tarred(parts):
+    layout = TarLayout([(name, len(content)) for name, content in parts])
     plain = bytearray()
     for index, (_, content) in enumerate(parts):
-        plain += fresh.gap(index) + content
-    plain += fresh.gap(len(parts))
+        plain += layout.gap(index) + content
+    return plain + layout.gap(len(parts))
+
+
+def sealed(place, out, plain):
+    """Encrypt bytes for the holder, as whoever has the public key can."""
     (out.parent / "plain").write_bytes(plain)
     recipient = parse_transit_key((place / "holder.transit.pub.json").read_bytes())
     encrypt_file(PlainFile(out.parent / "plain"), out, [recipient])
+    (out.parent / "plain").unlink()
     return out
 
 
-def untouched(document, listed, files):
-    del document, listed, files
+def untouched(parts, place):
+    del parts, place
 
 
-def other_content(document, listed, files):
-    del document, listed
-    files["files/site.toml"] = files["files/site.toml"].replace(b"a", b"b")
+def other_content(parts, place):
+    del place
+    parts["files/site.toml"] = parts["files/site.toml"].replace(b"a", b"b")
 
 
-def other_content_listed(document, listed, files):
-    import hashlib
+def head_of(parts, **changes):
+    head = json.loads(parts[backup_format.HEAD]) | changes
+    parts[backup_format.HEAD] = canonical_json(head)
 
-    other_content(document, listed, files)
+
+def other_content_listed(parts, place):
+    other_content(parts, place)
+    listed = json.loads(parts[backup_format.INVENTORY])
     for item in listed["files"]:
         if item["path"] == "site.toml":
-            item["sha256"] = hashlib.sha256(files["files/site.toml"]).hexdigest()
+            item["sha256"] = hashlib.sha256(parts["files/site.toml"]).hexdigest()
+    parts[backup_format.INVENTORY] = canonical_json(listed)
+    return str(Digest.of(parts[backup_format.INVENTORY]))
 
 
-def a_record_changed(document, listed, files):
-    del document, listed
-    name = next(name for name in files if name.startswith("audit/log/seg/"))
-    files[name] = files[name].replace(b'"admin.install"', b'"admin.approve"'[:15], 1)
+def other_content_recorded(parts, place):
+    named = other_content_listed(parts, place)
+    record = json.loads(json.loads(parts[backup_format.HEAD])["record"])
+    record["data"]["object"] = named
+    head_of(parts, record=json.dumps(record, sort_keys=True, separators=(",", ":")))
 
 
-def out_of_the_tree(document, listed, files):
-    for entry in (*document["files"], *listed["files"]):
-        if entry["path"] == "site.toml":
-            entry["path"] = "../site.toml"
-    files["files/../site.toml"] = files.pop("files/site.toml")
+def nothing_like_json(parts, place):
+    """Bytes that no parser should see: nobody vouches for them."""
+    del place
+    parts[backup_format.INVENTORY] = b"[" * backup_format.INVENTORY_LIMIT
+    head_of(parts, inventory_size=backup_format.INVENTORY_LIMIT)
 
 
-def into_the_log(document, listed, files):
-    for entry in (*document["files"], *listed["files"]):
-        if entry["path"] == "site.toml":
-            entry["path"] = "audit/site.toml"
-    files["files/audit/site.toml"] = files.pop("files/site.toml")
+def larger_than_any_inventory(parts, place):
+    del place
+    head_of(parts, inventory_size=backup_format.INVENTORY_LIMIT + 1)
 
 
-def a_link_out(document, listed, files):
-    del document, files
-    listed["links"] = {"store/current": "../../../etc"}
+def proof_of(parts, place, wanted):
+    """Let the head speak of another record of the log, with its true proof."""
+    out = place / "proof.tlog-proof"
+    (seq,) = [r["seq"] for r in records(place / "lab") if wanted(r)][:1]
+    assert run("audit", "prove", seq, "-o", out, "--root", place / "lab") == 0
+    line = list(read_lines(Layout(place / "lab" / "audit").segment(0)))[seq][:-1]
+    head_of(parts, record=line.decode(), proof=out.read_text())
+    out.unlink()
 
 
-def a_link_with_a_null(document, listed, files):
-    del document, files
-    listed["links"] = {"store/current": "installed/\0"}
+def a_record_of_another_act(parts, place):
+    proof_of(parts, place, lambda record: record["kind"] == "boot")
 
 
-def a_link_to_nothing(document, listed, files):
-    del document, files
-    listed["links"] = {"store/current": ""}
+def the_record_of_its_end(parts, place):
+    proof_of(parts, place, lambda record: record["data"].get("result") == "complete"
+             and record["kind"] == "admin.backup")  # fmt: skip
 
 
-def a_link_for_the_log(document, listed, files):
-    del document, files
-    listed["links"] = {"audit/log": "installed"}
+def a_record_changed(parts, place):
+    del place
+    name = next(name for name in parts if name.startswith("audit/log/seg/"))
+    parts[name] = parts[name].replace(b'"admin.install"', b'"admin.approve"', 1)
 
 
-def one_more_file(document, listed, files):
-    del listed
-    document["files"].append({"path": "extra", "size": 1, "mode": 0o644})
-    files["files/extra"] = b"x"
+def a_log_that_ends_before(parts, place):
+    """An older log, whole and signed, with the files of this backup."""
+    del place
+    lines = parts["audit/log/seg/00000000.jsonl"].splitlines(keepends=True)[:-1]
+    heads = parts["audit/log/checkpoints.jsonl"].splitlines(keepends=True)
+    while f"\n{len(lines)}\n" not in json.loads(heads[-1])["note"]:
+        heads.pop()
+    parts["audit/log/seg/00000000.jsonl"] = b"".join(lines)
+    parts["audit/log/checkpoints.jsonl"] = b"".join(heads)
+    parts["audit/log/checkpoint"] = json.loads(heads[-1])["note"].encode()
+
+
+def a_log_that_went_on(parts, place):
+    """The newer log of the same tree, with the older files of this backup."""
+    for name in ("log/seg/00000000.jsonl", "log/checkpoints.jsonl", "log/checkpoint"):
+        parts[f"audit/{name}"] = (place / "lab" / "audit" / name).read_bytes()
+
+
+def one_more_file(parts, place):
+    del place
+    parts["files/extra"] = b"x"
+
+
+def added(name):
+    def add(parts, place):
+        del place
+        parts[name] = b"x"
+
+    add.__name__ = f"added {name}"
+    return add
+
+
+def a_file_in_place_of_a_folder(parts, place):
+    del place
+    log = {name: parts.pop(name) for name in list(parts) if name.startswith("audit/")}
+    parts |= {"audit/log/seg": b"x", **log}
 
 
 ATTACKS = {
     untouched: "",
     other_content: "backup.digest",
     other_content_listed: "backup.digest",
+    other_content_recorded: "backup.log",
+    nothing_like_json: "backup.digest",
+    larger_than_any_inventory: "backup.format",
+    a_record_of_another_act: "backup.log",
+    the_record_of_its_end: "backup.log",
     a_record_changed: "backup.log",
-    out_of_the_tree: "backup.format",
-    into_the_log: "backup.format",
-    a_link_out: "backup.format",
-    a_link_with_a_null: "backup.format",
-    a_link_to_nothing: "backup.format",
-    a_link_for_the_log: "backup.format",
+    a_log_that_ends_before: "backup.log",
+    a_log_that_went_on: "backup.log",
     one_more_file: "backup.format",
+    a_file_in_place_of_a_folder: "backup.format",
+    added("audit/../site.toml"): "backup.format",
+    added("audit/log/../../x"): "backup.format",
+    added("audit/.lock"): "backup.format",
+    added("audit//x"): "backup.format",
+    added("/x"): "backup.format",
+    added("audit/log/\u00e4"): "backup.format",
+    added("audit/" + "n" * 120): "backup.format",
 }
 
 
 @pytest.mark.parametrize("change", ATTACKS, ids=lambda change: change.__name__)
 def test_a_backup_that_was_put_together_by_somebody_else(change, place, tmp_path, call):
     """The public key of the recipient is public: whoever has it can encrypt anything."""
-    out = forged(place, tmp_path / "forged", change)
-    root = tmp_path / "tree"
+    parts = parts_of(place)
+    change(parts, place)
+    out, root = sealed(place, tmp_path / "forged", tarred(list(parts.items()))), tmp_path / "tree"
     status, answer = call(*words_of(place, out), "--root", root)
     assert answer.get("code", "") == ATTACKS[change]
     assert status == (1 if ATTACKS[change] else 0)
@@ -401,17 +590,126 @@ def test_a_backup_that_was_put_together_by_somebody_else(change, place, tmp_path
     assert not (tmp_path / ".tree.restoring").exists()
 
 
-def open_to_all(document, listed, files):
-    del listed, files
-    for entry in document["log"]:
-        entry["mode"] = 0o777
+@pytest.mark.parametrize("what", ["nothing", "twice", "longer", "shorter", "not zero", "mode"])
+def test_a_container_that_the_writer_would_not_write(what, place, tmp_path, call):
+    parts = list(parts_of(place).items())
+    plain = tarred([*parts, parts[-1]] if what == "twice" else parts)
+    if what == "longer":
+        plain += bytes(4096)
+    elif what == "shorter":
+        del plain[-4096:]
+    elif what == "not zero":
+        plain[-1] = 1
+    elif what == "mode":
+        at = plain.rindex(b"0000444\0")
+        plain[at : at + 7] = b"0000777"
+    out, root = sealed(place, tmp_path / "forged", plain), tmp_path / "tree"
+    status, answer = call(*words_of(place, out), "--root", root)
+    assert (status, root.exists()) == ((0, True) if what == "nothing" else (1, False)), answer
+    assert what == "nothing" or answer["code"] in {"backup.format", "archive.truncated"}
 
 
-def test_files_of_the_log_are_written_by_their_owner_alone(place, tmp_path, call):
-    out = forged(place, tmp_path / "forged", open_to_all)
-    assert call(*words_of(place, out), "--root", tmp_path / "tree")[0] == 0
-    modes = {p.stat().st_mode & 0o022 for p in (tmp_path / "tree/audit").rglob("*") if p.is_file()}
-    assert modes == {0}
+class Counted:
+    """A source that counts the bytes that were read of it; beyond its own it has zeros."""
+
+    def __init__(self, content, size=0):
+        self.content, self.size, self.read = bytes(content), size or len(content), 0
+        self.path = Path("counted")
+
+    def read_into(self, offset, buffer):
+        self.read += len(buffer)
+        found = self.content[offset : offset + len(buffer)]
+        buffer[:] = found.ljust(len(buffer), b"\0")
+
+
+def test_a_huge_first_document_is_refused_before_it_is_read(place, tmp_path):
+    ring = load_ring(place / "audit.vkey")
+    good = Counted(tarred(list(parts_of(place).items())))
+    assert restore._prove(good, ring).inventory.files
+    size = 256 << 20
+    huge = Counted(TarLayout([(backup_format.HEAD, size)]).gap(0) + b"[" * 4096, size + 8192)
+    with pytest.raises(RefusedError) as caught:
+        restore.restore(huge, tmp_path / "tree", ring=ring, open_log=None, actor=None)
+    assert caught.value.code == "backup.format"
+    assert huge.read < 8192
+    assert not list(tmp_path.iterdir())
+
+
+# -- what the host itself could have signed -----------------------------------------------------
+
+
+def out_of_the_tree(listed):
+    for entry in listed["files"]:
+        if entry["path"] == "site.toml":
+            entry["path"] = "../site.toml"
+
+
+def into_the_log(listed):
+    for entry in listed["files"]:
+        if entry["path"] == "site.toml":
+            entry["path"] = "audit/site.toml"
+
+
+def linked(links):
+    def change(listed):
+        listed["links"] = links
+
+    change.__name__ = f"link {links}"
+    return change
+
+
+def as_it_is(listed):
+    del listed
+
+
+HOST_ATTACKS = {
+    as_it_is: "",
+    out_of_the_tree: "backup.format",
+    into_the_log: "backup.format",
+    linked({"store/current": "../../../etc"}): "backup.format",
+    linked({"store/current": "installed/\0"}): "backup.format",
+    linked({"store/current": ""}): "backup.format",
+    linked({"audit/log": "installed"}): "backup.format",
+}
+
+
+@pytest.mark.parametrize("change", HOST_ATTACKS, ids=lambda change: change.__name__)
+def test_an_inventory_that_the_log_vouches_for_leads_nowhere_else(
+    change, place, tmp_path, lab_copy, call
+):
+    """Whoever has the log's key signs any inventory: its names are judged all the same."""
+    parts = parts_of(place)
+    listed = json.loads(parts[backup_format.INVENTORY])
+    change(listed)
+    raw = canonical_json(listed)
+    with open_own_log(lab_copy, load_site(lab_copy)) as log:
+        evidence = str(log.put_object(raw))
+        data = {"object": str(Digest.of(raw)), "evidence": evidence}
+        event = Event(backup_format.KIND, req=new_ulid(), actor=Actor("host"), data=data)
+        cut = backup._Cut.at(Layout(lab_copy / "audit"), log.append(event))
+        changed = [(backup_format.HEAD, b""), (backup_format.INVENTORY, raw)]
+        for item in listed["files"]:
+            old = "site.toml" if item["path"].endswith("/site.toml") else item["path"]
+            changed.append((f"files/{item['path']}", parts[f"files/{old}"]))
+        for part in cut.parts:
+            content = bytearray(part.length)
+            part.read_into(0, memoryview(content))
+            changed.append((part.name, bytes(content)))
+    head = backup_format.Head(
+        record=cut.line.decode(), proof=cut.receipt.as_proof(), inventory_size=len(raw)
+    )
+    changed[0] = (backup_format.HEAD, head.to_bytes())
+    out, root = sealed(place, tmp_path / "forged", tarred(changed)), tmp_path / "tree"
+    status, answer = call(*words_of(place, out), "--root", root)
+    assert answer.get("code", "") == HOST_ATTACKS[change], answer
+    assert status == (1 if HOST_ATTACKS[change] else 0)
+    assert root.exists() == (not HOST_ATTACKS[change])
+
+
+def test_files_of_the_log_are_their_owners_alone(place, tmp_path, call):
+    restored(place, None, tmp_path / "tree", call)
+    modes = {p.stat().st_mode & 0o777 for p in (tmp_path / "tree/audit").rglob("*") if p.is_file()}
+    assert modes == {0o600}
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 10_000, b"\0" * 65_536])
@@ -473,3 +771,163 @@ def lab_copy(place, tmp_path):
     root = tmp_path / "lab"
     shutil.copytree(place / "lab", root, symlinks=True)
     return root
+
+
+# -- while a service writes the log -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def served(root):
+    """Yield the open log of a tree that a thread of this process serves."""
+    with open_own_log(root, load_site(root), mode="service") as log:
+        (root / OWNER_SOCKET).parent.mkdir(mode=0o700, exist_ok=True)
+        service, ready = Service(log, root / OWNER_SOCKET), threading.Event()
+        thread = threading.Thread(target=service.run, args=(ready.set,), daemon=True)
+        thread.start()
+        assert ready.wait(10)
+        try:
+            yield log
+        finally:
+            service.stop()
+            thread.join(10)
+
+
+@contextlib.contextmanager
+def at_work(root, log):
+    """Let people use a tree: requests, and holds that are written before their record."""
+    stop, failed, receipts = threading.Event(), [], []
+    (root / "holds").mkdir(exist_ok=True)
+
+    def ask():
+        while not stop.is_set():
+            receipts.append(logs.infer(log))
+
+    def hold():
+        for number in range(100_000):
+            if stop.wait(0.03):
+                return
+            write_beside(root / "holds" / f"{number:06}.json", b"held")
+            log.append(Event("denial", actor=Actor("ada"), err="policy.held", req=new_ulid(),
+                             data={"task": f"hold {number:06}"}))  # fmt: skip
+
+    def guarded(act):
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(act,)) for act in (ask, ask, ask, hold)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield receipts
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+        assert not failed, failed
+
+
+@pytest.fixture
+def short(place):
+    """A lab with a path that is short enough for sockets."""
+    with lab_trees.short_folder() as folder:
+        yield shutil.copytree(place / "lab", folder / "lab", symlinks=True)
+
+
+def test_a_backup_of_a_log_in_use_is_of_one_moment_and_both_go_on(place, short, tmp_path, call):
+    ring, taken = load_ring(place / "audit.vkey"), []
+    with served(short) as log:
+        with at_work(short, log) as receipts:
+            for number in range(4):
+                first = (
+                    logs.keep(receipts[-1], tmp_path / f"{number}.tlog-proof") if receipts else None
+                )
+                out = tmp_path / f"{number}.backup"
+                status, done = call("backup", "-o", out, *to(place), "--root", short)
+                assert status == 0, done
+                taken.append((out, done, first, log.size))
+                time.sleep(0.2)
+        late = logs.keep(logs.infer(log), tmp_path / "late.tlog-proof")
+        assert log.state.value == "running"
+    heads = []
+    for number, (out, done, first, after) in enumerate(taken):
+        head = tmp_path / f"{number}.head"
+        head.write_text(done["head"])
+        heads.append(head)
+        assert done["records"] < after  # it went on meanwhile
+        root = tmp_path / f"tree-{number}"
+        anchors = ("--anchors", head, *(("--anchors", first) if first else ()))
+        status, found = call(*words_of(place, out), *anchors, "--root", root)
+        assert (status, found["records"]) == (0, done["records"]), found
+        assert found["verdict"]["verdict"] == "good"
+        named = {
+            r["data"]["task"].removeprefix("hold ")
+            for r in records(root)[: done["records"]]
+            if r["kind"] == "denial" and r["data"].get("task", "").startswith("hold ")
+        }
+        there = {path.stem for path in (root / "holds").glob("*.json")}
+        assert named <= there
+        assert len(there - named) <= 1  # one was written, and its record was on its way
+        with open_own_log(root, load_site(root)) as again:
+            logs.infer(again)
+        assert verify_log(root / "audit", vkey=ring, anchors=[head]).verdict == "good"
+        gone_on = (*words_of(place, out), "--anchors", late, "--root", tmp_path / "none")
+        assert call(*gone_on)[1]["code"] == "backup.log"
+    verdict = verify_log(short / "audit", vkey=ring, anchors=[*heads, late])
+    assert verdict.verdict == "good", verdict.findings
+    assert verdict.anchors == len(heads) + 1
+
+
+def test_an_act_that_takes_from_the_log_begins_the_backup_anew(place, short, tmp_path, call):
+    """A payload that was purged since the head would be missing in a log that does not say so."""
+    layout = Layout(short / "audit")
+    with served(short) as log, OwnersLog(short / OWNER_SOCKET) as held:
+        receipt = log.append(Event(backup_format.KIND, req=new_ulid(), actor=Actor("ada"), data={}))
+        assert not backup._Cut.at(layout, receipt).was_changed()
+        logs.infer(log)
+        assert not backup._Cut.at(layout, receipt).was_changed()
+        act = Event("spill.purge", "intent", req=new_ulid(), actor=Actor("ada"), data={})
+        held.append(act)
+        cut = backup._Cut.at(layout, receipt)
+        assert cut.was_changed()
+        held.append(Event("spill.purge", "outcome", req=act.req, actor=Actor("ada"),
+                          data={"result": "complete"}))  # fmt: skip
+        assert call("backup", "-o", tmp_path / "x", *to(place), "--root", short)[0] == 0
+    restored(place, tmp_path / "x", tmp_path / "tree", call)
+
+
+def test_an_anchor_that_came_after_the_head_stays_behind(short):
+    with served(short) as log:
+        receipt = log.append(Event(backup_format.KIND, req=new_ulid(), actor=Actor("ada"), data={}))
+        later = logs.infer(log)
+        layout = Layout(short / "audit")
+        (layout.anchors / "early.tlog-proof").write_text(receipt.as_proof())
+        (layout.anchors / "late.tlog-proof").write_text(later.as_proof())
+        names = {part.name for part in backup._Cut.at(layout, receipt).parts}
+    assert "audit/log/anchors/early.tlog-proof" in names
+    assert "audit/log/anchors/late.tlog-proof" not in names
+
+
+def test_the_cut_of_a_log_is_exact_at_every_size(tmp_path):
+    """Segments, heads and tiles up to a head verify alone, wherever the head is."""
+    folder = tmp_path / "tree"
+    with logs.open_log(folder, disk=logs.QuickDisk()) as log:
+        receipts = [logs.infer(log) for _ in range(6)]
+        logs.fill(log, 700)
+        receipts += [logs.infer(log)]
+        layout = Layout(folder / "audit")
+        for receipt in receipts:
+            target = tmp_path / f"cut-{receipt.size}"
+            for part in backup._Cut.at(layout, receipt).parts:
+                content = bytearray(part.length)
+                part.read_into(0, memoryview(content))
+                path = target / part.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            verdict = verify_log(target / "audit", vkey=logs.vkey())
+            assert verdict.code == "audit.unknown", verdict.findings  # no anchor, and nothing else
+            assert (verdict.size, verdict.records) == (receipt.size, receipt.size)
+            newest = last_checkpoint(Layout(target / "audit").journal)
+            assert newest[0].size == receipt.size
+            assert parse_receipt(receipt.as_proof().encode()).note == newest[0].note

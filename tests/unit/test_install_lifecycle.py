@@ -456,14 +456,12 @@ def test_remove_all_keeps_what_an_auditor_needs(lab, staging, call):
     new_transit_key(lab.parent, "h")
     daemon = Presence(lab)
     daemon.tell({"serves": "tiny-line"})
-    for words in (
-        ("remove", "--all", "--keep-audit"),
-        ("backup", "-o", lab.parent / "b", "--to", lab.parent / "h.transit.pub.json"),
-    ):
-        status, refused = call(*words, "--root", lab)
-        assert (status, refused["code"]) == (1, "service.locked")
-        assert str(os.getpid()) in refused["error"]
-        assert refused["hint"].startswith("stop it first")
+    status, refused = call("remove", "--all", "--keep-audit", "--root", lab)
+    assert (status, refused["code"]) == (1, "service.locked")
+    assert str(os.getpid()) in refused["error"]
+    assert refused["hint"].startswith("stop it first")
+    words = ("-o", lab.parent / "b", "--to", lab.parent / "h.transit.pub.json")
+    assert call("backup", *words, "--root", lab)[0] == 0  # which takes nothing away
     daemon.close()
     assert Store(lab / "store").current() is not None
     status, done = call("remove", "--all", "--keep-audit", "--root", lab)
