@@ -416,7 +416,7 @@ def _key_id(name: str, public: bytes, kind: int) -> bytes:
 def write_new(path: Path, content: bytes, mode: int, *, shared: bool = False) -> None:
     """Write a key file durably; RefusedError `audit.key` when it exists.
 
-    A log's own key is `shared`: root writes it for the account that the folder belongs to.
+    A key of the log's owner is `shared`: root writes it for the account that the folder belongs to.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:

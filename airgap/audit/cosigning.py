@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from airgap.audit.checkpoint import MAX_NOTE, parse_checkpoint, verify_checkpoint
 from airgap.audit.disk import Disk, open_plain
 from airgap.audit.layout import Layout
-from airgap.audit.quorum import MAX_POLICY, Cosignature, load_policy
+from airgap.audit.quorum import Cosignature, load_policy, parse_policy
 from airgap.audit.record import Event
 from airgap.audit.steward import OwnLog
 from airgap.audit.tree import StoredTree
@@ -27,13 +26,13 @@ class Imported:
     quorum: bool
 
 
-def import_cosigned(log: OwnLog, content: bytes, policy_file: Path | None) -> Imported:
+def import_cosigned(log: OwnLog, content: bytes, policy_text: bytes | None) -> Imported:
     """Keep a cosigned head of this log as an anchor and put each cosignature on record.
 
     Args:
         log: Open, of this host.
         content: The note that a witness wrote.
-        policy_file: The site's trust policy, kept in `log/policy.tlog`; None for the kept one.
+        policy_text: The site's trust policy, kept in `log/policy.tlog`; None for the kept one.
 
     Raises:
         RefusedError: `audit.note`, the head is none of this log; `audit.witness`, no witness of the
@@ -41,7 +40,7 @@ def import_cosigned(log: OwnLog, content: bytes, policy_file: Path | None) -> Im
 
     """
     layout, disk = Layout(log.folder), Disk()
-    policy = load_policy(policy_file or layout.policy)
+    policy = load_policy(layout.policy) if policy_text is None else parse_policy(policy_text)
     checkpoint = parse_checkpoint(content)
     head = verify_checkpoint(checkpoint, log.ring)
     cosigners = policy.cosigners(checkpoint)
@@ -57,9 +56,8 @@ def import_cosigned(log: OwnLog, content: bytes, policy_file: Path | None) -> Im
             f"this log has another root at size {head.size} than the cosigned head",
             hint="keep both as evidence, run `airgap audit verify`, tell the security officer",
         )
-    if policy_file is not None:
-        with open_plain(policy_file) as file:
-            disk.put(layout.policy, file.read(MAX_POLICY))
+    if policy_text is not None:
+        disk.put(layout.policy, policy_text)
     path = layout.anchors / f"{head.size:012d}.note"
     note = checkpoint.note
     if path.is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -264,14 +265,15 @@ def prune(
     tree = root_folder(root)
     profile = retention(_site(tree).audit)
     now = datetime.now(UTC)
-    with own_log(tree) as log:
-        if statement is None:
+    if statement is None:
+        with own_log(tree, changes=False) as log:
             found = plan(log, profile, now)
-        else:
+    else:
+        envelope, trust = read_act(statement), load_trust(tree / "trust").standing
+        with owners_log(tree) as log:
             found = prune_log(
-                log, read_act(statement), trust=load_trust(tree / "trust").standing,
-                profile=profile, now=now, actor=Actor(account_name()),
-            )  # fmt: skip
+                log, envelope, trust=trust, profile=profile, now=now, actor=Actor(account_name())
+            )
     count = found.last + 1 - found.first
     document = {
         "first": found.first, "last": found.last, "records": count, "profile": profile.name,
@@ -295,11 +297,11 @@ def purge(
     from bundle.trust import load_trust
 
     tree = root_folder(root)
-    with own_log(tree) as log:
+    envelope, trust = read_act(statement), load_trust(tree / "trust").standing
+    with owners_log(tree) as log:
         done = purge_payload(
-            log, read_act(statement), trust=load_trust(tree / "trust").standing,
-            now=datetime.now(UTC), actor=Actor(account_name()),
-        )  # fmt: skip
+            log, envelope, trust=trust, now=datetime.now(UTC), actor=Actor(account_name())
+        )
     text = f"{_act_words(done)}\ndone; exports made before may hold the payload still"
     show(_act_document(done, statement), text, json=json)
 
@@ -356,6 +358,7 @@ def serve(
     import pwd
 
     from airgap.audit.daily import Daily
+    from airgap.audit.restart import SettingsWatch
     from airgap.audit.service import Service
     from airgap.audit.site import open_own_log
     from airgap.systemd import tell_systemd
@@ -380,15 +383,18 @@ def serve(
     with open_own_log(tree, site, mode="service") as log:
         service = Service(log, path.absolute(), 0o660 if group else 0o600, number, brokers)
         daily = Daily(log)
+        settings = SettingsWatch(tree, site.audit, lambda line: tell_systemd(f"STATUS={line}"))
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: service.stop())
         daily.start()
+        settings.start()
 
         def ready() -> None:
             tell_systemd("READY=1")
             stderr.print(f"serving {log.origin} at {path}", markup=False, soft_wrap=True)
 
         service.run(ready)
+        settings.stop()
         daily.stop()
 
 
@@ -418,6 +424,24 @@ def own_log(tree: Path, *, changes: bool = True) -> OwnLog:
         capacity=capacity(settings) if settings else None,
         payload_key=payload_key(tree, settings) if settings else None,
     )
+
+
+@contextlib.contextmanager
+def owners_log(tree: Path) -> Iterator[OwnLog]:
+    """Yield the log of this tree for an act that changes its files, as the account that owns them.
+
+    Root does what the service's account may do, and no more; read what the account may not before.
+    """
+    from airgap.audit.site import find_log_socket
+    from airgap.audit.steward import as_owner, held_by_service
+
+    settings = _site(tree).audit if (tree / "site.toml").exists() else None
+    held = held_by_service(find_log_socket(tree, settings), tree / "audit")
+    with contextlib.ExitStack() as stack:
+        if held is not None:
+            held.close()
+            stack.enter_context(as_owner(tree / "audit"))
+        yield stack.enter_context(own_log(tree))
 
 
 def _site(tree: Path) -> Site:

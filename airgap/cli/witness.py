@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from airgap.cli.audit_acts import own_log
+from airgap.cli.audit_acts import owners_log
 from airgap.cli.common import Json, Root, root_folder, show, write_new
 from policy.errors import FaultError, RefusedError
 from policy.wording import counted
@@ -124,10 +124,13 @@ def import_head(
     """Take a cosigned head back: it becomes an anchor of your own log, on record."""
     from airgap.audit.checkpoint import MAX_NOTE
     from airgap.audit.cosigning import import_cosigned
+    from airgap.audit.quorum import MAX_POLICY
 
     tree = root_folder(root)
-    with own_log(tree) as log:
-        found = import_cosigned(log, _read(note, MAX_NOTE + 1), policy)
+    content = _read(note, MAX_NOTE + 1)
+    rules = None if policy is None else _read(policy, MAX_POLICY + 1)
+    with owners_log(tree) as log:
+        found = import_cosigned(log, content, rules)
     document = {"size": found.size, "witnesses": found.witnesses, "quorum": found.quorum}
     text = f"{counted(found.size, 'record')} cosigned by {', '.join(found.witnesses)}; " + (
         "the quorum of the policy is met" if found.quorum else "not yet a quorum of the policy"

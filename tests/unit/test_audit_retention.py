@@ -100,7 +100,7 @@ def act_of(**changes):
 
 def ready(log, tree):
     """Import the cosigned head and note an export, as they must come before a pruning."""
-    import_cosigned(log, (tree / "cosigned.note").read_bytes(), tree / "policy.tlog")
+    import_cosigned(log, (tree / "cosigned.note").read_bytes(), (tree / "policy.tlog").read_bytes())
     note_export(Layout(tree / "audit"), LastExport(1, SEGMENT + 200, 1), QUICK)
 
 

@@ -266,7 +266,7 @@ def test_a_cosigned_head_comes_back_as_an_anchor_and_on_record(tmp_path, tree, w
     note, other = witness.cosign(request(tree), NOW), second.cosign(request(tree), NOW + 5)
     size = head_of(tree).size
     with logs.open_log(tree) as log:
-        half = import_cosigned(log, note.encode(), policy)
+        half = import_cosigned(log, note.encode(), policy.read_bytes())
         assert (half.quorum, log.anchored) == (False, 0)
         whole = import_cosigned(log, other.encode(), None)  # the policy was kept
         assert (whole.quorum, whole.witnesses, log.anchored) == (True, ("w0", "w1"), size)
@@ -315,7 +315,7 @@ def test_a_head_that_nobody_cosigned_or_of_another_history_is_not_imported(tmp_p
             (witness.cosign(request(other), NOW), "audit.history"),
         ):
             with pytest.raises(RefusedError) as refused:
-                import_cosigned(log, content.encode(), policy)
+                import_cosigned(log, content.encode(), policy.read_bytes())
             assert refused.value.code == code
         assert log.anchored == 0
     assert not any((tree / "audit/log/anchors").iterdir())

@@ -86,8 +86,8 @@ class ExportKey:
         """Make the keys at `path` (0400) and the public ones beside it (`.pub`)."""
         key = cls(MLDSA87PrivateKey.generate(), Ed25519PrivateKey.generate())
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_new(path.with_suffix(".pub"), key.public.as_pem(), 0o444)
-        write_new(path, private_pems(key.lattice, key.classic), 0o400)
+        write_new(path.with_suffix(".pub"), key.public.as_pem(), 0o444, shared=True)
+        write_new(path, private_pems(key.lattice, key.classic), 0o400, shared=True)
         return key
 
     @classmethod
