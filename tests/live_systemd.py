@@ -76,6 +76,25 @@ START = "systemctl enable --now airgap-audit.service airgap.socket airgap.servic
 WHERE = f"--project route-design --socket {SOCKET}"
 NODES = "touch /tmp/seen-by-all; mknod /dev/tty9 c 4 9; mknod /dev/kmsg c 1 11"
 UNDER_WAY_S = 2.0  # from the connection to the worker, by far
+# Records of a year ago, so that there is a segment to prune: written by the log's own account.
+PAST = """
+import sys
+from pathlib import Path
+from airgap.audit import AuditLog, Clock, Event
+
+class Past(Clock):
+    def wall_ns(self):
+        return super().wall_ns() - 400 * 86_400 * 10**9
+
+tree, size = Path(sys.argv[1]), int(sys.argv[2])
+event = Event("denial", err="request.busy", data={"count": 1})
+with AuditLog.open(tree / "audit", key=tree / "keys" / "audit.pem", clock=Past()) as log:
+    while log.size < size:
+        for _ in range(500):
+            log._submit(event, None, None)
+        log.append(event)
+"""
+SEGMENT = 65_536
 PAPER_SETTINGS = """
 set -eu
 mount -t tmpfs paper /proc/sys
@@ -139,7 +158,7 @@ def main() -> int:
     try:
         for steps in (FIRST_DAY, AFTER_A_POWER_CUT):
             with booted(root, disc) as machine:
-                lab = Lab(machine, typed)
+                lab = Lab(machine, typed, options.demo.absolute() / "staging" / "keys")
                 for step in steps:
                     begun = time.monotonic()
                     step(lab)
@@ -156,8 +175,9 @@ def main() -> int:
 class Lab:
     """A booted machine, and what was typed there."""
 
-    def __init__(self, machine: Machine, typed: list[str]) -> None:
+    def __init__(self, machine: Machine, typed: list[str], keys: Path) -> None:
         self.machine, self.typed = machine, typed
+        self.keys = keys  # of the people of the staging host
 
     def type(self, line: str, *, user: str = "", status: int = 0, stdin: str = "") -> str:
         """Run a line of shell as a person would, and expect how it ends."""
@@ -381,6 +401,95 @@ def comes_back(lab: Lab) -> None:
     lab.verify("export-1")
 
 
+def backs_up(lab: Lab) -> None:
+    """A backup while people ask, by root; restored beside, it is the log up to its head."""
+    machine = lab.machine
+    lab.type(f"{AIRGAP} keys transit officer --root /root/officer")
+    before = [lab.main_pid(unit) for unit in SERVICES]
+    line = f"{AIRGAP} backup -o /root/lab.backup --to /root/officer/keys/officer.transit.pub.json"
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(lab.try_ask, "ada", 4) for _ in range(3)]
+        done = json.loads(lab.type(f"{line} --root {TREE} --json"))
+        answers = [each.result() for each in asked]
+    assert all("code" not in each for each in answers), answers
+    assert [lab.main_pid(unit) for unit in SERVICES] == before, "something was started again"
+    owned = machine.good("find", f"{TREE}/audit", "!", "-user", "airgap-audit")
+    assert owned == "", owned
+    machine.file("/root/head").write_text(done["head"])
+    line = f"{AIRGAP} restore /root/lab.backup --vkey {TREE}/keys/audit.vkey --anchors /root/head"
+    line += " --transit-key /root/officer/keys/officer.transit.pem --root /root/second --json"
+    found = json.loads(lab.type(line))
+    assert (found["records"], found["verdict"]["verdict"]) == (done["records"], "good"), found
+    owned = machine.good("find", "/root/second/audit", "!", "-user", "airgap-audit")
+    assert owned == "", owned
+    lab.type("rm -r /root/second /root/lab.backup")
+    lab.verify("export-4")
+
+
+def says_restart(lab: Lab) -> None:
+    """What a daemon reads once is told when it changes, with the step; the step mends it."""
+    machine = lab.machine
+    site = machine.file(f"{TREE}/site.toml")
+    lab.type(f"{AIRGAP} audit payload-key /root/holder/isso.pem")
+    lab.type(f"install -m 0644 /root/holder/isso.pub {TREE}/keys/payloads.pub")
+    text = site.read_text()
+    site.write_text(text.replace("[audit]\n", '[audit]\npayloads = "sealed"\n', 1))
+    lab.wait("the word of it", lambda: "RESTART" in machine.good(AIRGAP, "status", "--root", TREE))
+    said = lab.type(f"{AIRGAP} status --root {TREE}")
+    assert "[audit] payloads" in said, said
+    for unit in SERVICES:
+        lab.wait(
+            "the status", lambda u=unit: "payloads" in machine.show(u, "StatusText")["StatusText"]
+        )
+    lab.type("systemctl restart airgap-audit airgap")
+    assert "RESTART" not in lab.type(f"{AIRGAP} status --root {TREE}")
+
+
+def prunes_and_purges(lab: Lab) -> None:
+    """Root drops an old segment and one payload of the log that airgap-audit owns and serves."""
+    machine = lab.machine
+    lab.ask("ada")
+    shown = machine.good(AIRGAP, "audit", "show", "--kind", "inference", "--json", "--root", TREE)
+    records = [json.loads(line) for line in shown.splitlines()]
+    seq = [each["seq"] for each in records if "sealed" in each.get("in", {})][-1]
+    for name in ("isso", "compliance"):
+        shutil.copy(lab.keys / f"{name}.pem", machine.file(f"/root/{name}.pem"))
+        machine.file(f"/root/{name}.pem").chmod(0o600)
+
+    def act(out: str, words: str) -> None:
+        line = f"{AIRGAP} audit act {words} --reason 'in the test' --key /root/isso.pem"
+        lab.type(f"{line} -o {out} --root {TREE}")
+        lab.type(f"{AIRGAP} audit countersign {out} --key /root/compliance.pem --root {TREE}")
+
+    act("/root/purge", f"purge --record {seq} --side in")
+    lab.type(f"{AIRGAP} audit purge /root/purge --root {TREE}")
+
+    machine.good("systemctl", "stop", "airgap.socket", "airgap", "airgap-audit")
+    machine.file("/opt/past.py").write_text(PAST)
+    python = "$(ls /opt/airgap/runtimes/*/bin/python | head -1)"
+    fill = f"setpriv --reuid airgap-audit --regid airgap --clear-groups {python} -I /opt/past.py"
+    machine.good("sh", "-c", f"{fill} {TREE} {SEGMENT + 10}")
+    machine.good("systemctl", "start", "airgap-audit", "airgap.socket", "airgap")
+    lab.verify("export-5")
+    lab.type(f"{AIRGAP} audit witness init /root/w1 --name isso.example/w1")
+    lab.type(f"{AIRGAP} audit witness trust /root/w1 {TREE}/keys/audit.vkey")
+    lab.type(f"{AIRGAP} audit witness request -o /root/request --root {TREE}")
+    lab.type(f"{AIRGAP} audit witness cosign /root/w1 /root/request -o /root/note")
+    vkey = machine.good("cat", "/root/w1/witness.vkey").strip()
+    machine.file("/root/policy.tlog").write_text(f"witness w1 {vkey}\nquorum w1\n")
+    words = f"/root/note --policy /root/policy.tlog --root {TREE}"
+    lab.type(f"{AIRGAP} audit witness import {words}")
+    act("/root/prune", "prune")
+    said = lab.type(f"{AIRGAP} audit prune /root/prune --root {TREE}")
+    assert f"{SEGMENT:,} records pruned" in said, said
+    owned = machine.good("find", f"{TREE}/audit", f"{TREE}/keys", "!", "-user", "airgap-audit")
+    assert owned == f"{TREE}/keys/payloads.pub\n", owned  # root's, who decides to whom
+    lab.ask("ada")
+    for unit in SERVICES:
+        machine.good("systemctl", "restart", unit)
+    lab.verify("export-6")
+
+
 def tells(lab: Lab) -> None:
     """The journal holds what an operator needs and nothing that a person asked or was told."""
     said = lab.machine.good("journalctl", "--no-pager", "--output=cat")
@@ -442,6 +551,9 @@ FIRST_DAY: tuple[Callable[[Lab], None], ...] = (
     drains,
     comes_back,
     examines,
+    backs_up,
+    says_restart,
+    prunes_and_purges,
     tells,
 )
 AFTER_A_POWER_CUT: tuple[Callable[[Lab], None], ...] = (starts_by_itself, goes)

@@ -354,6 +354,9 @@ def status_view(document: dict[str, Any]) -> str:
     rows += [("ALARM", text) for text in document["alarms"]]
     if (service := document["service"]) is not None:
         rows.append(("service", presence_line(service)))
+        if service.get("waits"):
+            words = f"the daemon goes on without the change of {', '.join(service['waits'])}"
+            rows += [("RESTART", f"{words}: {service.get('next', '')}")]
     rows += [("unfinished", name) for name in document["unfinished"]]
     rows.append(("audit log", "kept" if document["audit"] else "none yet"))
     rows += program_rows(document["program"])

@@ -20,6 +20,7 @@ from typing import Any, Final
 import structlog
 
 from airgap.audit import Event, new_ulid
+from airgap.config import Site
 from airgap.enclave import Enclave
 from airgap.inference.protocol import Forget
 from airgap.serve.session import House, find_installed, screen_packs
@@ -96,9 +97,12 @@ class Keeper:
         log: KeptLog,
         patience: Patience,
         on_change: Callable[[], None] = lambda: None,
+        *,
+        on_look: Callable[[Site], None] = lambda _: None,
     ) -> None:
+        """`on_change` hears that `standing` is another, `on_look` at each look the site facts."""
         self._load, self._model, self._log = load, model, log
-        self._patience, self._on_change = patience, on_change
+        self._patience, self._on_change, self._on_look = patience, on_change, on_look
         self._house: House | None = None  # the release that is or shall be served
         self._now: Serving | None = None
         self._why: AirgapError = _ended()  # while nothing serves
@@ -215,6 +219,7 @@ class Keeper:
         if refusal is not None and sure and self._now is not None:
             self._end_serving(self._now, refusal)
         try:
+            self._on_look(house.tree.read().site)
             key = _wanted(house, self._model)
         except (AirgapError, OSError):
             key = None  # each request says why; nothing else can be taken over
