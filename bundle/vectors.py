@@ -1,17 +1,18 @@
-"""`META/vectors/*.json`, format `airgap-parity-vectors/1`: what a target must answer again.
+"""`META/vectors/*.json`, format `airgap-parity-vectors/1` or `/2`: what a target answers again.
 
 One file a precision; FORMAT.md, 12.2. Staging writes it out of the proof of parity; the secured
 side reads it and holds the installed graph against it (`airgap.install.parity`). It also carries
 what was measured of a precision that is not fp32, so that whoever chooses one can see its price.
+Codes are proven in `/2` alone; in `/1` they are readable, and told as not proven exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from bundle.canonical import canonical_json, parse_canonical
 from bundle.fields import Count, Document, Name, Text, Token
@@ -19,6 +20,7 @@ from bundle.manifest import Manifest, Parity, first_problem
 from policy.errors import RefusedError
 
 FORMAT: Literal["airgap-parity-vectors/1"] = "airgap-parity-vectors/1"
+FORMAT_CODED: Literal["airgap-parity-vectors/2"] = "airgap-parity-vectors/2"
 LIMIT = 16 * 1024 * 1024
 
 _Id = Annotated[int, Field(ge=0, le=1 << 24)]
@@ -49,6 +51,17 @@ class TaskFigure(Document):
     valid_fp32: Count
 
 
+class CodesFigures(Document):
+    """How near codes in the place of matrices are to what they stand for, computed in fp32.
+
+    `exact` is the furthest logit of the same graph without rounded activations. `part` is what the
+    rounding makes: the difference on a prompt, root mean square, as a part of the logits' spread.
+    """
+
+    exact: _Number
+    part: _Number
+
+
 class Figures(Document):
     """What a precision costs against the published weights in fp32.
 
@@ -64,6 +77,7 @@ class Figures(Document):
     measured_on: Text
     recipe: str = Field(max_length=1024)
     tasks: tuple[TaskFigure, ...] = Field(max_length=64)
+    codes: CodesFigures | None = None
 
     @property
     def text(self) -> str:
@@ -76,13 +90,20 @@ class Figures(Document):
             for each in self.tasks
         )
         found = f"mean KL to fp32 {Decimal(self.mean_kl):.1e}, {shares}"
+        if self.codes is not None:
+            found += (
+                f"; codes exact to {Decimal(self.codes.exact):.1e} in a logit, rounded activations "
+                f"{_percent(self.codes.part)} of the spread"
+            )
+        elif self.recipe:
+            found += "; its codes were not proven exactly, an older build"
         return f"{found}; {tasks or 'no task was assessed'}"
 
 
 class Vectors(Document):
     """The whole file."""
 
-    format: Literal["airgap-parity-vectors/1"] = FORMAT
+    format: Literal["airgap-parity-vectors/1", "airgap-parity-vectors/2"] = FORMAT
     model: Name
     precision: Token
     provider: Name
@@ -91,6 +112,16 @@ class Vectors(Document):
     credits: tuple[dict[str, Text], ...] = Field(max_length=64)
     measured: Figures | None = None
     vectors: tuple[Vector, ...] = Field(min_length=1, max_length=4096)
+
+    @model_validator(mode="after")
+    def _proves_codes(self) -> Self:
+        """Want the figures of codes in the format that is for them, and nowhere else."""
+        coded = self.measured is not None and self.measured.codes is not None
+        if coded != (self.format == FORMAT_CODED):
+            raise ValueError(
+                f"figures of codes {'do not ' if coded else ''}belong in {self.format}"
+            )
+        return self
 
 
 def canonical_vectors(vectors: Vectors) -> bytes:

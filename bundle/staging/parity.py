@@ -5,11 +5,15 @@ logit differs by more than the tolerance, in a full pass and with the cache, and
 are the same. A figure that is missing, or is not a number, fails.
 
 Another precision than fp32 is described by figures and not forbidden by them, but must be what it
-says. 16 bits stay within `MAX_KL` of the published weights. Codes are held against a model that
-holds the weights that they stand for and computes in fp32: on no prompt do the logits lie further
-from it, in the root mean square, than `MAX_PART` of the spread that they have. The rounding of
-activations to 8 bits is 1 to 2 % of it, and 11 % in a deep model with random weights, which damps
-no rounding; two matrices in each other's place are 29 % in a tiny random model, else over 90 %.
+says. 16 bits stay within `MAX_KL` of the published weights. Codes are proven in three steps:
+
+1. The file: each code is the nearest to its published weight, `MAX_STEP`, and each scale is that of
+   the recipe, `MAX_SCALE`.
+2. The graph: its exact twin, the same bytes but for the rounding of activations, differs by no more
+   than the tolerance in any logit from a model that holds what the codes stand for in fp32.
+3. The rounding: on no prompt do the logits of the graph itself lie further from that model, in the
+   root mean square, than `MAX_PART` of the spread that they have. It is 1 to 2 % of it, and 11 % in
+   a deep model with random weights, which damps no rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from bundle.staging.sealed import (
     require_success,
     take,
 )
-from bundle.vectors import Figures, TaskFigure, Vectors
+from bundle.vectors import FORMAT, FORMAT_CODED, CodesFigures, Figures, TaskFigure, Vectors
 from bundle.vectors import Vector as VectorDocument
 from policy.errors import RefusedError
 
@@ -52,7 +56,10 @@ TOLERANCES = {
     "bf16": Decimal("0.5"),
 }
 MAX_KL = Decimal("0.01")  # nats; a graph in 16 bits that differs more is another model
+MAX_STEP = Decimal("0.501")  # half a step, and what fp32 rounds
+MAX_SCALE = Decimal("0.000001")
 MAX_PART = Decimal("0.25")
+EXACT_PROMPTS = 3  # at least, for the exact twin
 STOPS = {
     "molecule": "<MoleculeE>",
     "pocket-ligand": "<MoleculeE>",
@@ -82,6 +89,26 @@ class Completions:
 
 
 @dataclass(frozen=True, slots=True)
+class Codes:
+    """The proof of matrices that are codes, held against what the codes stand for.
+
+    Attributes:
+        step: The furthest that a code is from its published weight, in steps.
+        scale: The furthest that a scale is from that of the recipe, relatively.
+        exact: The furthest that a logit of the exact twin is.
+        part: The furthest that a prompt is, root mean square, as a part of the logits' own spread.
+        kl: Mean divergence in nats.
+
+    """
+
+    step: Decimal
+    scale: Decimal
+    exact: Decimal
+    part: Decimal
+    kl: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A precision that is not fp32, held against the published weights.
 
@@ -90,8 +117,7 @@ class Measured:
         top1: Share of positions with the same best token.
         greedy: Share of the greedy tokens before the first that differs.
         delta: Largest difference of a logit.
-        codes_kl: Mean divergence from what the codes stand for; None where there are no codes.
-        codes_part: Difference from it, root mean square, as a part of the logits' own spread.
+        codes: The proof of its codes; None where there are none.
 
     """
 
@@ -103,8 +129,7 @@ class Measured:
     greedy: Decimal
     delta: Decimal
     positions: int
-    codes_kl: Decimal | None
-    codes_part: Decimal | None
+    codes: Codes | None
     completions: tuple[Completions, ...]
     made: Made
 
@@ -113,6 +138,9 @@ class Measured:
         on = self.made.provider
         if self.made.stand_in:
             on = "CPUExecutionProvider, in fp32 with each result rounded to bf16"
+        codes = None
+        if self.codes is not None:
+            codes = CodesFigures(exact=str(self.codes.exact), part=str(self.codes.part))
         return Figures(
             mean_kl=str(self.kl),
             top1=str(self.top1),
@@ -122,6 +150,7 @@ class Measured:
             measured_on=on,
             recipe=self.made.recipe,
             tasks=tuple(tasks),
+            codes=codes,
         )
 
 
@@ -177,6 +206,7 @@ class Parity:
         figures: Figures | None,
     ) -> Vectors:
         return Vectors(
+            format=FORMAT_CODED if figures and figures.codes else FORMAT,
             model=model,
             precision=precision,
             provider=provider,
@@ -343,18 +373,8 @@ def _measured(
         raise ValueError(f"{made.name} was not measured on the same prompts")
     positions = sum(row.positions for row in rows)
     kl = _rounded(sum((row.kl for row in rows), Decimal(0)) / positions)
-    codes_kl = codes_part = None
-    if made.codes:
-        codes_kl = _rounded(sum((row.codes_kl for row in rows), Decimal(0)) / positions)
-        codes_part = max(row.codes_part for row in rows)
-    if codes_part is not None and codes_part > MAX_PART:
-        raise RefusedError(
-            "parity.failed",
-            f"{made.precision}: the logits are {codes_part} of their spread from what the codes "
-            f"stand for, at most {MAX_PART} are taken",
-            hint=_HINT,
-        )
-    if codes_part is None and kl > MAX_KL:
+    codes = _codes(found["codes"], made, rows) if made.codes else None
+    if codes is None and kl > MAX_KL:
         raise RefusedError(
             "parity.failed",
             f"{made.precision}: the mean divergence from the published weights is {kl} nats, "
@@ -370,15 +390,43 @@ def _measured(
         greedy=_rounded(Decimal(sum(row.agree for row in rows)) / (STEPS * len(rows))),
         delta=max(row.delta for row in rows),
         positions=positions,
-        codes_kl=codes_kl,
-        codes_part=codes_part,
+        codes=codes,
         completions=_completions(found["samples"], prompts),
         made=made,
     )
 
 
+def _codes(found: Mapping[str, Any], made: Made, rows: Sequence[_Row]) -> Codes:
+    """Judge the codes in their file, the exact twin, and the rounding of activations."""
+    twin = f"{made.precision} without rounded activations"
+    step, scale = (_figure(found[name], made.precision) for name in ("step", "scale"))
+    proven = set(_ids(found["prompts"]))
+    if len(proven) < EXACT_PROMPTS or not proven <= {row.index for row in rows}:
+        raise ValueError(f"{twin}: fewer than {EXACT_PROMPTS} of the prompts")
+    exact = max(
+        _delta(found["full"], twin, "in a full pass"),
+        _delta(found["past"], twin, "with the cache"),
+    )
+    part = max(row.codes_part for row in rows)
+    for value, limit, what in (
+        (step, MAX_STEP, "the furthest code is {} steps from its published weight"),
+        (scale, MAX_SCALE, "the furthest scale is {} of itself from that of the recipe"),
+        (part, MAX_PART, "the logits are {} of their spread from what the codes stand for"),
+    ):
+        if not 0 <= value <= limit:
+            raise RefusedError(
+                "parity.failed",
+                f"{made.precision}: {what.format(value)}, at most {limit} is taken",
+                hint=_HINT,
+            )
+    total = sum((row.codes_kl for row in rows), Decimal(0))
+    kl = _rounded(total / sum(row.positions for row in rows))
+    return Codes(step, scale, exact, part, kl)
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
+    index: int
     vector: Vector
     kl: Decimal
     same: int
@@ -404,10 +452,11 @@ def _other_row(row: Mapping[str, Any], made: Made, prompts: Sequence[Prompt]) ->
     codes_kl = codes_part = Decimal(0)
     if made.codes:
         codes_kl, codes_part = (_figure(row["codes"][name], here) for name in ("kl", "part"))
-        if row["codes"]["positions"] != positions or codes_part < 0:
+        if row["codes"]["positions"] != positions:
             raise ValueError(f"{here}: figures of the codes do not fit")
     vector = Vector(prompt, _ids(row["ids"]), greedy, _top(row), Decimal(0), Decimal(0))
     return _Row(
+        row["index"],
         vector,
         max(Decimal(0), kl),
         same,
@@ -496,16 +545,25 @@ def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, 
 
 def _other_annotations(one: Measured) -> dict[str, Any]:
     """Return what the statement says of one precision that is not fp32."""
-    figures = one.figures().model_dump(mode="json", exclude={"tasks"})
+    figures = one.figures().model_dump(mode="json", exclude={"tasks", "codes"})
     return {
         "name": f"parity {one.precision}",
         "annotations": {
             "graph": one.name,
             "provider": one.made.provider,
             **figures,
-            **({} if one.codes_kl is None else {"codes_mean_kl": str(one.codes_kl)}),
-            **({} if one.codes_part is None else {"codes_part": str(one.codes_part)}),
+            **({} if one.codes is None else _codes_annotations(one.codes)),
         },
+    }
+
+
+def _codes_annotations(codes: Codes) -> dict[str, str]:
+    return {
+        "codes_steps_from_weights": str(codes.step),
+        "codes_scales_from_recipe": str(codes.scale),
+        "codes_exact_max_delta": str(codes.exact),
+        "codes_part": str(codes.part),
+        "codes_mean_kl": str(codes.kl),
     }
 
 

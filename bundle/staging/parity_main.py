@@ -13,8 +13,11 @@ it of different length in one batch; it gives its `FAST_TOP` largest logits and 
 sum of all, and those are compared.
 
 A graph in another precision is held against the published weights by figures (divergence, best
-token, greedy tokens, completions to be assessed); and one whose matrices are codes also against a
-source that holds what the codes stand for, where nothing but the rounding of activations is left.
+token, greedy tokens, completions to be assessed). Where its matrices are codes, three things more
+are measured, each alone: how far the codes in their file are from the published weights, in steps;
+how far the graph's exact twin, which rounds no activation and is otherwise the same bytes, is from
+a source that holds what the codes stand for; and how far the graph itself is from that source,
+where nothing but the rounding of activations is left.
 
 Numbers are written as decimal strings: the statement that carries them holds no floats.
 """
@@ -45,7 +48,12 @@ ROWS = 16  # prompts that are decoded at once
 PIECE = 32  # positions whose whole logits are taken at once
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TOP = 32, 96, 50  # completions of a task, drawn at temperature 1
 FEW, LARGE = 8, 1 << 29  # completions of a task, where the weights have more bytes than that
-ANSWERS = "answers.bin"
+TWINS = 3  # prompts of the exact twin: it widens its matrices at each run, so they run together
+ROUNDED, EXACT = 4, 1  # `accuracy_level` of the graph that travels, and of its twin
+PART = 1 << 22  # weights of a matrix at once
+TINY = 1e-30  # a block of smaller weights adds nothing to a sum in fp32
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+ANSWERS, CODED = "answers.bin", "coded.bin"
 
 
 def main(argv: list[str]) -> int:
@@ -91,7 +99,7 @@ def main(argv: list[str]) -> int:
         stops = {kind: words.number(tag) for kind, tag in plan["stops"].items()}
         tasks = [(used[at], stops.get(kind), count) for kind, at in sorted(sampled.items())]
         precisions = {
-            graph.name: measure(graph, source, words, used, theirs=theirs, tasks=tasks)
+            graph.name: measure(graph, source, words, used, theirs=theirs, tasks=tasks, out=out)
             for graph in others
         }
         if others and exact[0].fast:
@@ -181,29 +189,68 @@ class Source:
         with torch.inference_mode():
             return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
 
-    def take_codes(self, path: Path) -> None:
-        """Put what the codes of a file stand for in the place of the matrices."""
+    def take_codes(self, path: Path) -> dict[str, str]:
+        """Put what the codes of a file stand for in the place of the matrices.
+
+        Returns:
+            How far they are from them: the two figures of `misfit`, the largest of all blocks.
+
+        """
+        import numpy as np
         import torch
         from safetensors import safe_open
 
-        weights = dict(self.model.named_parameters())
+        weights, worst = dict(self.model.named_parameters()), np.zeros(2)
         with safe_open(path, framework="numpy") as stored, torch.no_grad():
             for name in (key.removesuffix(".codes") for key in stored.keys()):  # noqa: SIM118
-                if not name.endswith(".scales"):
-                    pair = stored.get_tensor(f"{name}.codes"), stored.get_tensor(f"{name}.scales")
-                    width = weights[name].shape[1]
-                    weights[name].copy_(torch.from_numpy(values_of(*pair)[:, :width]))
+                if name.endswith(".scales"):
+                    continue
+                codes, scales = (stored.get_slice(f"{name}.{kind}") for kind in ("codes", "scales"))
+                weight, width = weights[name], weights[name].shape[1]
+                many = max(1, PART // width)
+                for first in range(0, len(weight), many):
+                    place = slice(first, min(first + many, len(weight)))
+                    pair, part = (codes[place], scales[place]), weight[place].detach()
+                    worst = np.maximum(worst, misfit(part.numpy(), *pair))
+                    part.copy_(torch.from_numpy(values_of(*pair)[:, :width]))
+        return {"step": text(worst[0]), "scale": text(worst[1])}
 
 
-def values_of(codes: Any, scales: Any) -> Any:
-    """Return float32[rows, blocks * 32], what codes stand for; two of 4 bits a byte, low first."""
+def steps_of(codes: Any) -> tuple[Any, int]:
+    """Return float32[rows, blocks, 32], codes about their middle, and the middle.
+
+    Two of 4 bits lie in a byte, the low half first.
+    """
     import numpy as np
 
     middle = 128
     if codes.shape[2] == 16:  # noqa: PLR2004 - 32 codes of 4 bits
         codes = np.stack([codes & 15, codes >> 4], axis=3).reshape(*codes.shape[:2], 32)
         middle = 8
-    return ((codes.astype(np.float32) - middle) * scales[:, :, None]).reshape(len(codes), -1)
+    return codes.astype(np.float32) - middle, middle
+
+
+def values_of(codes: Any, scales: Any) -> Any:
+    """Return float32[rows, blocks * 32], what codes stand for."""
+    return (steps_of(codes)[0] * scales[:, :, None]).reshape(len(codes), -1)
+
+
+def misfit(weights: Any, codes: Any, scales: Any) -> tuple[float, float]:
+    """Return how far the codes of float32[rows, width] are from what the recipe makes of it.
+
+    First in steps: a code is the one that is nearest to its weight, so at most half a step off.
+    Then the scale of a block, relatively: its lowest code is its largest weight.
+    """
+    import numpy as np
+
+    steps, middle = steps_of(codes)
+    apart = np.zeros(steps.shape, np.float32)
+    apart.reshape(len(apart), -1)[:, : weights.shape[1]] = weights
+    largest = abs(apart).max(axis=2)
+    scale = abs(abs(scales) * middle - largest) / np.maximum(largest, np.float32(TINY))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        wanted = np.minimum(apart / scales[:, :, None], middle - 1)
+    return abs(wanted - steps)[largest > TINY].max(initial=0.0), scale.max()
 
 
 class Answers:
@@ -249,25 +296,91 @@ class Planned:
 
     def open(self) -> Any:
         """Load it."""
-        return Fast(self.path) if self.fast else Graph(self.path)
+        return Fast(open_session(self.path)) if self.fast else Graph(open_session(self.path))
+
+    def open_wide(self) -> Fast:
+        """Load it with its logits as one output more."""
+        return Fast(open_session(self.path, with_logits(self.path.read_bytes())))
+
+    def open_twin(self) -> Fast:
+        """Load its exact twin, which lies in no file, over the same weights and codes."""
+        return Fast(open_session(self.path, exact_twin(self.path.read_bytes())))
 
 
-def open_session(path: Path) -> Any:
-    """Open a graph on the CPU."""
+def with_logits(raw: bytes) -> bytes:
+    """Return the fast graph `raw` with one output more, the last: all logits.
+
+    To read them by `top_k` sorts the vocabulary: 31 ms a position where it has 128 k tokens, beside
+    53 ms of a 1 B model in int8. Without the output it must be the very bytes of `raw`.
+
+    Raises:
+        ValueError: It would not be.
+
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(raw)
+    (logits,) = (node.input[0] for node in model.graph.node if list(node.output) == ["raw"])
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info(logits, onnx.TensorProto.FLOAT, ["picked", "all"])
+    )
+    wide = model.SerializeToString(deterministic=True)
+    del model.graph.output[-1]
+    if model.SerializeToString(deterministic=True) != raw:
+        raise ValueError("the graph would differ in more than an output")
+    return bytes(wide)
+
+
+def exact_twin(raw: bytes) -> bytes:
+    """Return the coded graph `raw` without the rounding of activations: level 1 for level 4.
+
+    With the levels put back it must be the very bytes of `raw`. So nothing else is another: no
+    edge, no scale, no offset in a file.
+
+    Raises:
+        ValueError: There is nothing to change, or more than the levels would change.
+
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(raw)
+    levels = [
+        attribute
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+        for attribute in node.attribute
+        if attribute.name == "accuracy_level"
+    ]
+    found = []
+    for level in (ROUNDED, EXACT):
+        for attribute in levels:
+            attribute.i = level
+        found.append(model.SerializeToString(deterministic=True))
+    back, twin = found
+    if not levels or back != raw:
+        raise ValueError("the exact twin would differ from the graph in more than its levels")
+    return bytes(twin)
+
+
+def open_session(path: Path, content: bytes | None = None) -> Any:
+    """Open a graph on the CPU; `content` in the place of what the file at `path` holds."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    if content is not None:
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(path.parent))
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph = path if content is None else content
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 class Graph:
     """The reference graph in onnxruntime on the CPU."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = open_session(path)
+    def __init__(self, session: Any) -> None:
+        self.session = session
         self.provider = self.session.get_providers()[0]
         self.names = [value.name for value in self.session.get_inputs()]
         self.empty = {
@@ -324,8 +437,8 @@ class Graph:
 class Fast:
     """The fast graph in onnxruntime on the CPU: one buffer, the head inside."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = open_session(path)
+    def __init__(self, session: Any) -> None:
+        self.session = session
         self.provider = self.session.get_providers()[0]
         values = self.session.get_inputs()
         self.caches = {
@@ -383,16 +496,16 @@ class Fast:
         return float(np.max(worst)), apart(theirs[count - 1 :], answers)
 
     def logits(self, ids: list[int]) -> Any:
-        """Return float32[tokens, vocabulary] of one sequence."""
+        """Return float32[tokens, vocabulary] of one sequence; of a graph of `open_wide`."""
         import numpy as np
 
         self.reset(1, len(ids))
         whole = np.empty((len(ids), self.size), np.float32)
+        wanted = (self.session.get_outputs()[-1].name,)
         for start in range(0, len(ids), PIECE):
             part = ids[start : start + PIECE]
-            places = range(len(part))
-            order, raw, _ = self.run([part], [start + len(part)], places, top=self.size)
-            np.put_along_axis(whole[start : start + PIECE], order, raw, axis=1)
+            place, end = range(len(part)), start + len(part)
+            (whole[start:end],) = self.run([part], [end], place, wanted=wanted)
         return whole
 
     def reset(self, rows: int, capacity: int) -> None:
@@ -413,8 +526,9 @@ class Fast:
         *,
         top: int = FAST_TOP,
         first: int = 0,
+        wanted: tuple[str, ...] = ("ids", "raw", "log_z"),
     ) -> tuple[Any, ...]:
-        """Return (ids, raw logits, log of the sum of exp) at the picked places.
+        """Return (ids, raw logits, log of the sum of exp) at the picked places, or what is wanted.
 
         The rows are those from `first` on in the buffers.
         """
@@ -442,10 +556,10 @@ class Fast:
             other, place = name.replace("past_key_values.", "present."), array.ctypes.data
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, place)
             binding.bind_output(other, "cpu", 0, array.dtype, array.shape, place)
-        for name in ("ids", "raw", "log_z"):
+        for name in wanted:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return tuple(value.numpy() for value in binding.get_outputs()[-3:])
+        return tuple(value.numpy() for value in binding.get_outputs()[-len(wanted) :])
 
 
 def apart(theirs: Any, found: Any) -> float:
@@ -495,34 +609,78 @@ def compare(session: Any, ids: list[int], run: Any, theirs: Any) -> dict[str, An
 
 
 def measure(
-    graph: Planned, folder: Path, words: Words, used: Any, *, theirs: Answers, tasks: Any
+    graph: Planned,
+    folder: Path,
+    words: Words,
+    used: Any,
+    *,
+    theirs: Answers,
+    tasks: Any,
+    out: Path,
 ) -> dict[str, Any]:
-    """Hold a graph in another precision against the published weights."""
-    session = graph.open()
-    rows, runs = [], session.decode([ids for _, _, ids in used])
-    for at, (index, _, ids) in enumerate(used):
-        published, run = theirs[at], runs[at]
-        tokens = published[len(ids) - 1 :].argmax(axis=1).tolist()
-        equal = [ours == other for ours, other in zip(run[0], tokens, strict=True)]
-        mine = session.logits(ids + tokens[:-1])
-        rows.append(
-            {
+    """Hold a graph in another precision against the published weights, and codes against theirs."""
+    tokens = [
+        theirs[at][len(ids) - 1 :].argmax(axis=1).tolist() for at, (_, _, ids) in enumerate(used)
+    ]
+    contexts = [ids + chosen[:-1] for (_, _, ids), chosen in zip(used, tokens, strict=True)]
+    found: dict[str, Any] = {}
+    with Answers(out / CODED) as coded:
+        if graph.codes is not None:
+            source = Source(folder)
+            fit = source.take_codes(graph.codes)
+            for context in contexts:
+                coded.keep(source.full(context))
+            del source
+            found["codes"] = {**fit, **run_twin(graph.open_twin(), used, contexts, coded)}
+        session = graph.open()
+        greedy = [run[0] for run in session.decode([ids for _, _, ids in used])]
+        samples = [sample(session, words, *task) for task in tasks]
+        found["provider"] = session.provider
+        del session
+        session, rows = graph.open_wide(), []
+        for at, (index, _, ids) in enumerate(used):
+            mine = session.logits(contexts[at])
+            equal = [ours == other for ours, other in zip(greedy[at], tokens[at], strict=True)]
+            row = {
                 "index": index,
                 "ids": ids,
-                "greedy": run[0],
+                "greedy": greedy[at],
                 "agree": equal.index(False) if False in equal else len(equal),
-                "top": best(session.logits(ids)[-1]),
-                **divergence(published, mine),
+                "top": best(mine[len(ids) - 1]),
+                **divergence(theirs[at], mine),
             }
-        )
-    samples = [sample(session, words, *task) for task in tasks]
-    if graph.codes is not None:
-        source = Source(folder)
-        source.take_codes(graph.codes)
-        for row, (_, _, ids) in zip(rows, used, strict=True):
-            context = ids + row["greedy"][:-1]
-            row["codes"] = divergence(source.full(context), session.logits(context))
-    return {"provider": session.provider, "rows": rows, "samples": samples}
+            if graph.codes is not None:
+                row["codes"] = divergence(coded[at], mine)
+            rows.append(row)
+    return {"rows": rows, "samples": samples, **found}
+
+
+def run_twin(twin: Fast, used: Any, contexts: list[list[int]], coded: Answers) -> dict[str, Any]:
+    """Return how far every logit of an exact twin is from what the codes stand for.
+
+    The shortest prompts of `TWINS` kinds run at once, first whole and then one token with the
+    cache: each run costs as much as the widening of all matrices, however many rows it has.
+    """
+    import numpy as np
+
+    shortest: dict[str, int] = {}
+    for at in sorted(range(len(used)), key=lambda at: len(used[at][2])):
+        shortest.setdefault(used[at][1], at)
+    picked = list(shortest.values())[:TWINS]
+    lengths = [len(used[at][2]) for at in picked]
+    longest = max(lengths)
+    padded = [used[at][2] + used[at][2][:1] * (longest - len(used[at][2])) for at in picked]
+    places = [row * longest + place for row, end in enumerate(lengths) for place in range(end)]
+    answers = [coded[at][: end + 1] for at, end in zip(picked, lengths, strict=True)]
+    twin.reset(len(picked), longest + 1)
+    full = twin.run(padded, lengths, places, top=twin.size)
+    following = [[contexts[at][end]] for at, end in zip(picked, lengths, strict=True)]
+    past = twin.run(following, [end + 1 for end in lengths], range(len(picked)), top=twin.size)
+    return {
+        "prompts": [used[at][0] for at in picked],
+        "full": text(apart(np.concatenate([each[:-1] for each in answers]), full)),
+        "past": text(apart(np.stack([each[-1] for each in answers]), past)),
+    }
 
 
 def divergence(published: Any, found: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import bundles
+import coded_faults
 import numpy as np
 import onnx
 import pytest
@@ -23,6 +24,7 @@ from airgap.enclave import launch
 from airgap.install import install
 from airgap.install.parity import in_order, judge, prover
 from bundle.manifest import Parity as Claim
+from bundle.staging.parity import MAX_PART, TOLERANCE
 from bundle.staging.sign import read_draft, sign
 from bundle.trust import save_trust
 from bundle.vectors import Vector, Vectors, canonical_vectors, parse_vectors
@@ -152,6 +154,84 @@ def perturbing(change, when):
         return done or run_inline(job)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory):
+    return tiny_llama.write_snapshot(tmp_path_factory.mktemp("coded") / "tiny")
+
+
+@dataclass
+class Seeded:
+    """A runner whose parity run finds the files of a precision changed; keeps its figures."""
+
+    change: object
+    name: str
+    figures: dict | None = None
+
+    def __call__(self, job):
+        proof = any(Path(word).name == "parity_main.py" for word in job.argv)
+        if proof:
+            self.change(job.read_only[1] / self.name)
+        done = run_inline(job)
+        if proof:
+            found = json.loads((job.out / "parity.json").read_bytes())["precisions"]
+            (self.figures,) = found.values()
+        return done
+
+    @property
+    def rounding(self):
+        return max(Decimal(row["codes"]["part"]) for row in self.figures["rows"])
+
+    def exact(self, name):
+        return Decimal(self.figures["codes"][name])
+
+
+def build_coded(snapshot, out, precision, run):
+    return build_tiny(
+        snapshot, out, run_sealed=run, reference=False, precisions=("fp32", precision)
+    )
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_untouched_codes_pass_with_room(two_layers, tmp_path, precision):
+    run = Seeded(lambda _: None, "")
+    built = build_coded(two_layers, tmp_path / "x.agb", precision, run)
+    (found,) = built.parity.measured
+    assert found.codes.exact < TOLERANCE / 20
+    assert found.codes.step <= Decimal("0.5")
+    assert found.codes.scale == 0
+    assert found.codes.part < MAX_PART / 5
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("fault", coded_faults.IN_GRAPH.values(), ids=coded_faults.IN_GRAPH)
+def test_a_fine_fault_in_a_graph_of_codes_stops_the_whole_build(
+    two_layers, tmp_path, fault, precision
+):
+    run = Seeded(lambda path: coded_faults.seed_graph(path, fault), f"fast-{precision}.onnx")
+    with pytest.raises(RefusedError) as caught:
+        build_coded(two_layers, tmp_path / "x.agb", precision, run)
+    assert caught.value.code == "parity.failed"
+    assert "without rounded activations" in caught.value.message
+    assert run.rounding <= MAX_PART  # which alone would let it pass
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("fault", coded_faults.IN_FILE.values(), ids=coded_faults.IN_FILE)
+def test_a_fine_fault_in_the_file_of_codes_stops_the_whole_build(
+    two_layers, tmp_path, fault, precision
+):
+    run = Seeded(lambda path: coded_faults.seed_file(path, *fault), f"{precision}.safetensors")
+    with pytest.raises(RefusedError) as caught:
+        build_coded(two_layers, tmp_path / "x.agb", precision, run)
+    assert caught.value.code == "parity.failed"
+    assert "furthest" in caught.value.message
+    # The graph answers like its codes, whatever they are: only the weights tell.
+    assert max(run.exact("full"), run.exact("past")) <= TOLERANCE
+    assert run.rounding <= MAX_PART
+    assert not any(tmp_path.iterdir())
 
 
 # -- where it shall run ---------------------------------------------------------------------------

@@ -23,9 +23,11 @@ from airgap.install import InstalledBundle
 from airgap.rules import load_rules
 from airgap.serve.session import describe, require_precision, running
 from bundle.graphs import parse_graphs
+from bundle.manifest import Parity as Claim
 from bundle.staging.convert import CPU, CUDA, Made
-from bundle.staging.parity import MAX_KL, Completions, judge
+from bundle.staging.parity import MAX_KL, Completions, judge, statement
 from bundle.staging.prompts import STEPS
+from bundle.vectors import canonical_vectors, parse_vectors
 from policy.errors import FaultError, RefusedError, UsageError
 
 INT8 = Made(
@@ -35,8 +37,17 @@ FP16 = Made("fast-fp16", "shared", "x", (), frozenset(), None, precision="fp16")
 BF16 = replace(FP16, name="fast-bf16", precision="bf16", stand_in="s", provider=CUDA)
 
 
-def measured(made, **changes):
-    """Return figures of a run that also measured `made`."""
+CODES = {
+    "step": "5.000e-01",
+    "scale": "0.000e+00",
+    "prompts": [0, 6, 22],
+    "full": "1.200e-05",
+    "past": "1.300e-05",
+}
+
+
+def measured(made, proof=None, **changes):
+    """Return figures of a run that also measured `made`; `proof` is laid over those of codes."""
     rows = [
         {
             "index": index,
@@ -55,10 +66,11 @@ def measured(made, **changes):
     ]
     said = {"index": 0, "kind": "molecule"}
     samples = [{**said, "completions": [{"text": "CC", "finish": "eos", "tokens": 3}] * 4}]
-    return figures(
-        precisions={made.name: {"provider": CPU, "rows": rows, "samples": samples}},
-        samples=samples,
-    )
+    found = {"provider": CPU, "rows": rows, "samples": samples}
+    if made.codes:
+        codes = {**CODES, **(proof or {})}
+        found["codes"] = {name: value for name, value in codes.items() if value is not None}
+    return figures(precisions={made.name: found}, samples=samples)
 
 
 def proof(made, value):
@@ -80,6 +92,14 @@ def test_a_precision_is_described_by_its_figures(made):
     assert (task.samples, task.valid_fp32, task.valid) == (4, 3, 2)
     assert "molecule valid 2 of 4 (fp32 3)" in other.measured.text
     assert ("rounded to bf16" in other.measured.measured_on) == (made is BF16)
+    assert (one.codes is not None) == (made is INT8)
+    raw = canonical_vectors(other)
+    assert (b"airgap-parity-vectors/2" in raw) == (b'"exact"' in raw) == (made is INT8)
+    if made is INT8:
+        assert other.measured.codes.exact == "0.00001300"
+        assert "codes exact to 1.3e-5 in a logit" in other.measured.text
+        told = json.loads(statement(found, {}, {}))["predicate"]["configuration"][-1]
+        assert told["annotations"]["codes_exact_max_delta"] == "0.00001300"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +107,18 @@ def test_a_precision_is_described_by_its_figures(made):
     [
         {"codes": {"kl": "1e-3", "part": "0.2501", "positions": 65}},
         {"codes": {"kl": "1e-3", "part": "nan", "positions": 65}},
+        {"codes": {"kl": "1e-3", "part": "-1e-9", "positions": 65}},
+        *({"proof": {name: None}} for name in CODES),
+        *({"proof": {name: value}} for name in ("full", "past") for value in ("1.001e-03", "nan")),
+        {"proof": {"step": "5.011e-01"}},
+        {"proof": {"scale": "1.001e-06"}},
+        {"proof": {"step": "nan"}},
+        {"proof": {"scale": "-1e-9"}},
+        {"proof": {"prompts": []}},
+        {"proof": {"prompts": [0, 6, 6]}},
+        {"proof": {"prompts": [0, 6, 99]}},
+        {"proof": {"prompts": [0, 6, -1]}},
+        {"proof": {"prompts": 3}},
         {"codes": {"kl": "-inf", "part": "2e-2", "positions": 65}},
         {"codes": {"kl": "1e-3", "part": "2e-2", "positions": 64}},
         {"codes": {"kl": "1e-3", "positions": 65}},
@@ -122,7 +154,9 @@ def test_sixteen_bits_that_are_another_model_fail():
     assert "divergence" in caught.value.message
 
 
-@pytest.mark.parametrize("where", ["left out", "another", "one prompt less", "no samples"])
+@pytest.mark.parametrize(
+    "where", ["left out", "another", "one prompt less", "no codes", "no samples"]
+)
 def test_every_precision_is_covered_on_every_prompt(where):
     value = deepcopy(measured(INT8))
     if where == "left out":
@@ -131,11 +165,40 @@ def test_every_precision_is_covered_on_every_prompt(where):
         value["precisions"]["fast-int4"] = value["precisions"]["fast-int8"]
     elif where == "one prompt less":
         value["precisions"]["fast-int8"]["rows"].pop()
+    elif where == "no codes":
+        del value["precisions"]["fast-int8"]["codes"]
     else:
         del value["precisions"]["fast-int8"]["samples"]
     with pytest.raises(RefusedError) as caught:
         proof(INT8, value)
     assert caught.value.code == "parity.failed"
+
+
+def test_codes_of_an_older_build_are_read_and_told_and_no_format_is_mixed():
+    (_, document) = proof(INT8, measured(INT8)).vectors_documents("tiny")
+    now = json.loads(canonical_vectors(document))
+    claim = Claim(model="tiny", precision="int8", provider=CPU, tolerance="0.5", vectors="v")
+
+    def read(value):
+        return parse_vectors(
+            json.dumps(value, sort_keys=True, separators=(",", ":")).encode(), claim
+        )
+
+    assert read(now) == document
+    old = {**deepcopy(now), "format": "airgap-parity-vectors/1"}
+    del old["measured"]["codes"]
+    assert "not proven exactly" in read(old).measured.text
+    figures_of = [{"exact": "1e-5"}, {"exact": "x", "part": "1e-2"}]
+    wrong = [
+        {**old, "format": now["format"]},
+        {**now, "format": old["format"]},
+        {**now, "format": "airgap-parity-vectors/3"},
+        *({**now, "measured": {**now["measured"], "codes": codes}} for codes in figures_of),
+    ]
+    for value in wrong:
+        with pytest.raises(RefusedError) as caught:
+            read(value)
+        assert caught.value.code == "manifest.vectors"
 
 
 # -- a build --------------------------------------------------------------------------------------
