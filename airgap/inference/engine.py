@@ -216,7 +216,7 @@ class Engine:
         for place, row in enumerate(rows):
             if self._take(row, found, place, int(columns[place]), float(refused[place])):
                 self._batch.seen[self._batch.rows.index(row), row.length - 1] = row.last
-        if any(row.ended for row in rows) or job.closed:
+        if any(row.gone for row in rows):
             self._leave()
 
     def _next_job(self) -> Job | None:

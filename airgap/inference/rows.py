@@ -88,6 +88,11 @@ class Row:
     numbers_from: int = 0
 
     @property
+    def gone(self) -> bool:
+        """Whether it ended or its request did, so that its slot is free."""
+        return self.ended or self.job.closed
+
+    @property
     def last(self) -> int:
         """The id that runs next."""
         return self.ids[-1]
@@ -186,17 +191,17 @@ class Batch:
 
     def close_gaps(self) -> None:
         """Let rows leave that ended or whose request did; rows from the end take their slots."""
-        number = 0
-        while number < len(self.rows):
-            row = self.rows[number]
-            if not row.ended and not row.job.closed:
-                number += 1
+        rows, number = self.rows, 0
+        while number < len(rows):
+            if rows[-1].gone:  # nothing of it is moved
+                rows.pop()
                 continue
-            last = self.rows.pop()
-            if number < len(self.rows) and self._slots is not None:
-                self._slots.move(len(self.rows), last.held, to=number)
-                self.seen[number] = self.seen[len(self.rows)]
-                self.rows[number] = last
+            if rows[number].gone:
+                last = rows[number] = rows.pop()
+                if self._slots is not None:
+                    self._slots.move(len(rows), last.held, to=number)
+                self.seen[number] = self.seen[len(rows)]
+            number += 1
 
     def release(self) -> None:
         """Give the memory of the buffers back."""

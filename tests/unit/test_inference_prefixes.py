@@ -7,7 +7,7 @@ import pytest
 from test_inference_engine import ask, engine, fast, submit
 
 from airgap.inference.engine import Engine
-from airgap.inference.fast import PIECE
+from airgap.inference.fast import PIECE, Slots
 from airgap.inference.prefixes import Prefix, Prefixes
 from airgap.inference.protocol import Forget, Forgotten, parse_reply, parse_request, segments_of
 
@@ -114,6 +114,18 @@ def test_samples_of_one_token_take_no_run_beside_the_prompt():
     for n in (1, 20):
         ((samples, runs),) = run(engine(), ask(n=n, max_new_tokens=1))
         assert (len(samples), runs) == (n, 1)
+
+
+def test_rows_that_end_together_are_not_moved(monkeypatch):
+    moves = []
+    move = Slots.move
+    monkeypatch.setattr(Slots, "move", lambda *a, **k: (moves.append(a), move(*a, **k)))
+    ((samples, _),) = run(engine(), ask(n=6, max_new_tokens=5))
+    assert {len(ids) for ids, _ in samples.values()} == {5}
+    assert not moves
+    ((samples, _),) = run(engine(), ask(n=6, max_new_tokens=40))
+    assert len({len(ids) for ids, _ in samples.values()}) > 1
+    assert moves
 
 
 def test_buffers_that_grow_before_the_first_token_lose_nothing():
