@@ -298,7 +298,7 @@ def test_structure_allows_only_the_form_of_its_task(kind, task, prompt):
     constraint = grammars(kind).compile(Grammar("structure", task), before)
     rng = np.random.default_rng(1)
     ended = 0
-    for _ in range(20):
+    for _ in range(10):
         ids, reason = wander(constraint, vocabulary, rng)
         assert reason in ("eos", "length")
         if reason == "length":
@@ -310,7 +310,7 @@ def test_structure_allows_only_the_form_of_its_task(kind, task, prompt):
         assert re.sub("(^|>) ", r"\1", vocabulary.decode(ids[:-1])) == text
         again = vocabulary.encode(segments_of(text), after=before)
         assert accepted(kind, Grammar("structure", task), before, [*again, ids[-1]])
-    assert ended > 12
+    assert ended > 5
 
 
 @KINDS
