@@ -234,6 +234,7 @@ def prove_parity(
     out: Path,
     *,
     made: Sequence[Made],
+    start: int | None,
     run_sealed: RunSealed,
     memory_mb: int,
 ) -> Parity:
@@ -244,6 +245,7 @@ def prove_parity(
         graphs: The folder with the converted graphs.
         out: Must not exist; receives the figures.
         made: The graphs that must be covered.
+        start: The id that the publisher's tokenizer puts before each text (`tokens`).
         run_sealed: Runs the program without a network.
         memory_mb: Limit of the sealed process.
 
@@ -263,7 +265,7 @@ def prove_parity(
         }
         for each in made
     ]
-    (graphs / PLAN).write_bytes(canonical_json({"graphs": plan, "stops": STOPS}))
+    (graphs / PLAN).write_bytes(canonical_json({"graphs": plan, "start": start, "stops": STOPS}))
     done = run_sealed(
         SealedJob(
             argv=python(PROGRAM, source, graphs, PROMPTS, out),

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     source, folder, path, out = (Path(argument) for argument in argv)
     plan = json.loads((folder / "plan.json").read_bytes())
-    words = Words(source)
+    words = Words(source, plan["start"])
     prompts = json.loads(path.read_bytes())["prompts"]
     found = [
         (n, prompt["kind"], *words.encode(prompt["prompt"])) for n, prompt in enumerate(prompts)
@@ -128,13 +128,12 @@ def main(argv: list[str]) -> int:
 class Words:
     """The tokenizer, and what of the configuration bears on a prompt."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: int | None) -> None:
         from tokenizers import Tokenizer
 
+        self.start = start
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = json.loads((folder / "config.json").read_bytes())
-        bos = config.get("bos_token_id")
-        self.bos = bos[0] if isinstance(bos, list) else bos
         self.context = config["max_position_embeddings"]
         declared = json.loads((folder / "tokenizer.json").read_bytes())["model"].get("unk_token")
         self.unk = None if declared is None else self.tokenizer.token_to_id(declared)
@@ -146,8 +145,8 @@ class Words:
     def encode(self, prompt: str) -> tuple[list[int], str]:
         """Return the ids and no reason, or no ids and the reason why this prompt cannot be used."""
         ids = list(self.tokenizer.encode(prompt).ids)
-        if self.bos is not None and ids[:1] != [self.bos]:
-            ids.insert(0, self.bos)
+        if self.start is not None and ids[:1] != [self.start]:
+            ids.insert(0, self.start)
         if self.unk is not None and self.unk in ids:
             return [], "the tokenizer lacks a token"
         if len(ids) + STEPS > self.context:

@@ -181,6 +181,7 @@ def build(
             work / "graph",
             work / "parity",
             made=converted.graphs,
+            start=report.start_id,
             run_sealed=run_sealed,
             memory_mb=memory,
         )

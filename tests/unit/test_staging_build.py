@@ -543,6 +543,20 @@ def test_a_tokenizer_without_the_words_of_the_prompts_proves_nothing(tmp_path):
     assert error.code == "parity.vectors"
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_proof_reads_what_the_worker_will_read(silent, snapshot, tmp_path):
+    if silent:  # as Qwen: config.json names a start token that the tokenizer never writes
+        settings = {"add_bos_token": False, "bos_token": None}
+        (snapshot / "tokenizer_config.json").write_text(json.dumps(settings))
+    built = build_tiny(snapshot, tmp_path / "a.agb")
+    start = json.loads((snapshot / "config.json").read_text())["bos_token_id"]
+    (facts,) = (each for each in built.manifest.files if each.path.endswith("graphs.json"))
+    told = parse_graphs(member(tmp_path / "a.agb", facts.path)).bos_id
+    assert told == (None if silent else start)
+    firsts = {vector.prompt_ids[0] == start for each in built.vectors for vector in each.vectors}
+    assert firsts == {not silent}
+
+
 # -- signing ----------------------------------------------------------------------------------
 
 TRUST = bundles.make_trust()

@@ -54,7 +54,7 @@ def figures(**changes):
 
 def prove(folder, run):
     out = folder / "out"
-    return prove_parity(folder, folder, out, made=MADE, run_sealed=run, memory_mb=1)
+    return prove_parity(folder, folder, out, made=MADE, start=None, run_sealed=run, memory_mb=1)
 
 
 def refused(value) -> RefusedError:
