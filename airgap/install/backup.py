@@ -8,6 +8,7 @@ looked at last: where a file came, went or changed before that head was signed, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -54,6 +55,7 @@ _PART: Final = 4 << 20
 _BLOCK: Final = 1 << 20
 _SMALL: Final = 64 << 20  # what the log rewrites: notes of exports and prunings, anchors
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_ENTER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _BESIDE: Final = re.compile(r"\.[^/]+\.[0-9]+")  # being written, to be renamed
 _ONCE: Final = ("objects", "sealed")  # folders of the log whose files are written once
 _AFTER: Final = (b'"kind":"prune"', b'"kind":"spill.purge"', b'"kind":"export"')
@@ -206,7 +208,7 @@ def _at_one_moment(tree: _Tree, act: _Act, now: datetime, limit: int) -> tuple[_
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A file of the backup: its `content`, or the first `size` bytes of a file of the tree.
+    """A file of the backup: its `content`, or the first `size` bytes of a file of the tree `root`.
 
     `stamp` is what that file must look like while it is read, None where it may grow.
     """
@@ -214,6 +216,7 @@ class _Part:
     name: str
     size: int = 0
     content: bytes | None = None
+    root: Path = Path()
     path: Path = Path()
     descriptor: int = -1
     stamp: _Stamp | None = None
@@ -229,7 +232,7 @@ class _Part:
             buffer[:] = self.content[offset : offset + len(buffer)]
             return
         try:
-            descriptor = self.descriptor if self.descriptor >= 0 else os.open(self.path, _READ)
+            descriptor = self.descriptor if self.descriptor >= 0 else _open(self.root, self.path)
             try:
                 count = os.preadv(descriptor, [buffer], offset)
                 found = os.fstat(descriptor)
@@ -390,7 +393,7 @@ class _Tree:
         """
         path = self.root / name
         try:
-            descriptor = os.open(path, _READ)
+            descriptor = _open(self.root, path)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -457,6 +460,28 @@ def _unread(error: OSError) -> None:
             f"{error.filename} cannot be read: {error.strerror}",
             hint="run it as root, or as the account that owns the tree",
         ) from error
+
+
+def _open(root: Path, path: Path) -> int:
+    """Open a plain file of the tree by way of folders alone: no link is followed, not even to one.
+
+    Some folders belong to accounts that may put a link there at any moment, to a file that is not
+    theirs to read. Whoever backs up is root.
+    """
+    place = os.open(root, _ENTER)
+    try:
+        *folders, name = path.relative_to(root).parts
+        for folder in folders:
+            below = os.open(folder, _ENTER | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = below
+        found = os.open(name, _READ, dir_fd=place)
+    finally:
+        os.close(place)
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return found
 
 
 def _target(link: Path) -> str:
@@ -593,7 +618,10 @@ def _rewritten(layout: LogLayout, size: int) -> Iterator[_Part]:
         layout.policy,
         *_below(layout.anchors),
     ):
-        with suppress(FileNotFoundError), open_plain(path) as file:
+        with (
+            suppress(FileNotFoundError),
+            os.fdopen(_open(layout.folder.parent, path), "rb") as file,
+        ):
             content = file.read(_SMALL + 1)
             if len(content) > _SMALL:
                 raise RefusedError("backup.tree", f"{path} has more than {_SMALL:,} bytes")
@@ -644,4 +672,4 @@ def _part(
             f"{name!r:.160} in the folder of the log has a name that no log gives",
             hint="move it out of there",
         )
-    return _Part(f"audit/{name}", size, content, path, stamp=stamp)
+    return _Part(f"audit/{name}", size, content, layout.folder.parent, path, stamp=stamp)

@@ -162,6 +162,44 @@ def test_a_link_or_a_pipe_in_the_tree_is_named(kind, place, tmp_path, call):
     assert "policy/odd" in refused["error"]
 
 
+@pytest.mark.parametrize("name", ["verified.json", "torn", "log/sealed", "log/anchors"])
+def test_a_link_in_the_folder_of_the_log_brings_no_file_of_anybody_else(name, place, lab_copy):
+    """Its account owns the folder, and whoever backs up is root, who may read everything."""
+    assert back_up(place, lab_copy, lab_copy.parent / "x").files
+    away, link = lab_copy.parent / "away", lab_copy / "audit" / name
+    away.mkdir()
+    (away / "id").write_text("of root")
+    if link.suffix:
+        link.symlink_to(away / "id")
+    else:
+        shutil.rmtree(link, ignore_errors=True)
+        link.symlink_to(away)
+    with pytest.raises(FaultError) as caught:
+        back_up(place, lab_copy, lab_copy.parent / "y")
+    assert caught.value.code == "host.io"
+    assert not (lab_copy.parent / "y").exists()
+
+
+def test_a_folder_that_becomes_a_link_brings_no_file_of_anybody_else(place, large, monkeypatch):
+    """The daemon owns folders too, and goes on meanwhile: here it is quick, and wins each time."""
+    away, held = large.parent / "away", large / "restricted"
+    away.mkdir()
+    (away / "record.json").write_text("of root")
+    listed = backup._Tree._listed
+
+    def between(tree):
+        found = listed(tree)
+        held.rename(large.parent / "held")
+        held.symlink_to(away)
+        found[0]["restricted/record.json"] = (away / "record.json").lstat()
+        return found
+
+    monkeypatch.setattr(backup._Tree, "_listed", between)
+    with pytest.raises(FaultError) as caught:
+        back_up(place, large, large.parent / "y")
+    assert (caught.value.code, "restricted" in caught.value.message) == ("host.io", True)
+
+
 @pytest.mark.parametrize(
     "name", [b"a:b", b"con", b"dot.", b"a\nb", b"\xff", b"n" * 129, b"SITE.toml", b"link"]
 )
@@ -213,6 +251,11 @@ def times(count, act):
     return lambda: act() if next(left, None) is not None else None
 
 
+def begun_in(root):
+    acts = (r for r in records(root) if r["kind"] == "admin.backup")
+    return [r for r in acts if "result" not in r["data"]]
+
+
 def restored(place, file, root, call):
     status, done = call(*words_of(place, file), "--root", root)
     assert status == 0, done
@@ -228,11 +271,10 @@ def test_what_comes_and_changes_before_the_head_is_in_the_backup(place, tmp_path
         site.write_bytes(site.read_bytes() + b"# more\n")
         write_beside(held, b"held")
 
+    before = len(begun_in(lab_copy))
     done = back_up(place, lab_copy, tmp_path / "x", meddle=times(3, change))
-    begun = [
-        r for r in records(lab_copy) if r["kind"] == "admin.backup" and "result" not in r["data"]
-    ]
-    assert len(begun) == 1 + 1 + 3  # of the place, and one for each time that something changed
+    begun = begun_in(lab_copy)
+    assert len(begun) == before + 1 + 3  # one for each time that something changed
     assert begun[-1]["data"]["object"] == str(done.inventory)
     root = tmp_path / "tree"
     assert restored(place, tmp_path / "x", root, call)["records"] == done.records
