@@ -405,5 +405,5 @@ class Engine:
         """Forget a request; its rows leave now, or at the end of the round under way."""
         self._turn.remove(job)
         job.live, job.next, job.prefix, job.closed = 0, job.request.n, None, True
-        if leave and any(row.job is job for row in self._batch.rows):
+        if leave and (not self._jobs or any(row.job is job for row in self._batch.rows)):
             self._leave()

@@ -121,6 +121,25 @@ def test_a_cancelled_request_gets_no_answer_and_frees_its_slots():
     assert isinstance(second[0], Done)
 
 
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_the_last_request_gives_the_buffers_back_also_where_it_has_no_slot(how):
+    now = [0.0]
+    target = engine(clock=lambda: now[0])
+    submit(target, 1, ask())
+    submit(target, 2, ask(seed=2), deadline=5.0)
+    target.pause(2, paused=True)
+    while target.runnable:
+        target.step()
+    assert target._batch._slots is not None
+    if how == "cancel":
+        target.cancel(2)
+    else:
+        now[0] = 5.0
+        target.step()
+    assert not target.busy
+    assert target._batch._slots is None
+
+
 def test_a_small_request_does_not_wait_for_a_large_one():
     target = engine(most_rows=4)
     _, large = submit(target, 1, ask(n=200))
