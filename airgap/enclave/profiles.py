@@ -59,8 +59,11 @@ READS = (
 )
 # Weights that are widened and packed when a model is loaded are gigabytes of fresh memory: asked
 # for in large pages, where the host grants them, a load takes a third less. glibc reads here if
-# it may ask; one before 2.35 does not know the word and ignores it.
-HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
+# it may ask and how large they are; one before 2.35 does not know the word and ignores it. Beside
+# these two lie counters of all processes of the host, which are nobody's business inside.
+HUGE_PAGES = tuple(
+    f"/sys/kernel/mm/transparent_hugepage/{name}" for name in ("enabled", "hpage_pmd_size")
+)
 MEMORY = (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),)
 # onnxruntime and torch size their thread pools by these; the rest of /proc and /sys is absent.
 KERNEL = ("/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu")
@@ -85,7 +88,7 @@ PROFILES: dict[str, Profile] = {
             name="worker",
             purpose="inference on the CPU: the model and the user's request",
             rungs=("A", "U", "B", "C"),
-            kernel=(*KERNEL, HUGE_PAGES),
+            kernel=(*KERNEL, *HUGE_PAGES),
             nodes=NODES,
             writes="the channel and the error pipe",
             filters=("stage1", "stage2"),
@@ -115,7 +118,7 @@ PROFILES: dict[str, Profile] = {
             name="convert",
             purpose="conversion and parity on the staging side: files must open",
             rungs=("A", "U", "B"),
-            kernel=(*KERNEL, HUGE_PAGES),
+            kernel=(*KERNEL, *HUGE_PAGES),
             nodes=NODES,
             writes="one fresh folder for results and one for scratch, limited in size",
             filters=("stage1", "no_exec"),

@@ -34,6 +34,19 @@ def test_a_worker_has_nothing_to_write_to():
     assert made["limits"]["CORE"] == 0
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the kernel has none"
+)
+@pytest.mark.parametrize("profile", ["worker", "convert"])
+def test_of_large_pages_their_state_is_read_and_no_counter_of_the_host(profile):
+    found = {
+        Path(bind["path"]).name: bind["mode"]
+        for bind in make(profile=profile)["binds"]
+        if "hugepage" in bind["path"]
+    }
+    assert found == {"enabled": "read", "hpage_pmd_size": "read"}
+
+
 def test_our_packages_the_interpreter_and_nothing_of_the_home_are_bound():
     made = make()
     paths = [bind["path"] for bind in made["binds"]]
