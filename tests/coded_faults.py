@@ -79,12 +79,21 @@ def other_norm(model, folder):  # noqa: ARG001 - the shape of a fault
                 )
 
 
+def far_window(model, folder):  # noqa: ARG001 - the shape of a fault
+    """Have attention see the last 128 positions alone."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "local_window_size":
+                attribute.i = 128
+
+
 IN_GRAPH = {
     "one scale 2 % off": one_scale,
     "two columns of a block exchanged": two_columns,
     "another middle of one block": zero_point,
     "the norm of another layer": other_norm,
 }
+FAR = {"a window that only long prompts reach": far_window}  # short texts do not show it
 IN_FILE = {"one scale 2 % off": ("scales", off), "two columns exchanged": ("codes", exchanged)}
 
 

@@ -59,7 +59,7 @@ MAX_KL = Decimal("0.01")  # nats; a graph in 16 bits that differs more is anothe
 MAX_STEP = Decimal("0.501")  # half a step, and what fp32 rounds
 MAX_SCALE = Decimal("0.000001")
 MAX_PART = Decimal("0.25")
-EXACT_PROMPTS = 3  # at least, for the exact twin
+EXACT_PROMPTS = 3  # at least, for the exact twin, and the longest of all among them
 STOPS = {
     "molecule": "<MoleculeE>",
     "pocket-ligand": "<MoleculeE>",
@@ -403,8 +403,11 @@ def _codes(found: Mapping[str, Any], made: Made, rows: Sequence[_Row]) -> Codes:
     twin = f"{made.precision} without rounded activations"
     step, scale = (_figure(found[name], made.precision) for name in ("step", "scale"))
     proven = set(_ids(found["prompts"]))
-    if len(proven) < EXACT_PROMPTS or not proven <= {row.index for row in rows}:
+    lengths = {row.index: len(row.vector.ids) for row in rows}
+    if len(proven) < EXACT_PROMPTS or not proven <= lengths.keys():
         raise ValueError(f"{twin}: fewer than {EXACT_PROMPTS} of the prompts")
+    if max(lengths[index] for index in proven) < max(lengths.values()):
+        raise ValueError(f"{twin}: not the longest of the prompts")
     exact = max(
         _delta(found["full"], twin, "in a full pass"),
         _delta(found["past"], twin, "with the cache"),

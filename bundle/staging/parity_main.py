@@ -48,7 +48,7 @@ ROWS = 16  # prompts that are decoded at once
 PIECE = 32  # positions whose whole logits are taken at once
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TOP = 32, 96, 50  # completions of a task, drawn at temperature 1
 FEW, LARGE = 8, 1 << 29  # completions of a task, where the weights have more bytes than that
-TWINS = 3  # prompts of the exact twin: it widens its matrices at each run, so they run together
+TWINS = 3  # short prompts of the exact twin, beside the longest of all
 ROUNDED, EXACT = 4, 1  # `accuracy_level` of the graph that travels, and of its twin
 PART = 1 << 22  # weights of a matrix at once
 TINY = 1e-30  # a block of smaller weights adds nothing to a sum in fp32
@@ -657,27 +657,34 @@ def measure(
 def run_twin(twin: Fast, used: Any, contexts: list[list[int]], coded: Answers) -> dict[str, Any]:
     """Return how far every logit of an exact twin is from what the codes stand for.
 
-    The shortest prompts of `TWINS` kinds run at once, first whole and then one token with the
-    cache: each run costs as much as the widening of all matrices, however many rows it has.
+    The shortest prompts of `TWINS` kinds run at once, and the longest of all alone, whose last
+    `PIECE` places are looked at: a fault of far positions is seen there. Then each goes on by one
+    token with the cache. A run costs at least the widening of all matrices, so there are three.
     """
     import numpy as np
 
     shortest: dict[str, int] = {}
     for at in sorted(range(len(used)), key=lambda at: len(used[at][2])):
         shortest.setdefault(used[at][1], at)
-    picked = list(shortest.values())[:TWINS]
+    far = max(range(len(used)), key=lambda at: len(used[at][2]))
+    picked = [at for at in shortest.values() if at != far][:TWINS]
     lengths = [len(used[at][2]) for at in picked]
-    longest = max(lengths)
-    padded = [used[at][2] + used[at][2][:1] * (longest - len(used[at][2])) for at in picked]
-    places = [row * longest + place for row, end in enumerate(lengths) for place in range(end)]
-    answers = [coded[at][: end + 1] for at, end in zip(picked, lengths, strict=True)]
-    twin.reset(len(picked), longest + 1)
-    full = twin.run(padded, lengths, places, top=twin.size)
-    following = [[contexts[at][end]] for at, end in zip(picked, lengths, strict=True)]
-    past = twin.run(following, [end + 1 for end in lengths], range(len(picked)), top=twin.size)
+    width, end = max(lengths), len(used[far][2])
+    padded = [used[at][2] + used[at][2][:1] * (width - len(used[at][2])) for at in picked]
+    places = [row * width + place for row, last in enumerate(lengths) for place in range(last)]
+    twin.reset(len(picked) + 1, end + 1)
+    near = twin.run(padded, lengths, places, top=twin.size)
+    late = range(max(0, end - PIECE), end)
+    deep = twin.run([used[far][2]], [end], late, top=twin.size, first=len(picked))
+    every, ends = [*picked, far], [*lengths, end]
+    following = [[contexts[at][last]] for at, last in zip(every, ends, strict=True)]
+    past = twin.run(following, [last + 1 for last in ends], range(len(every)), top=twin.size)
+    answers = [coded[at][: last + 1] for at, last in zip(every, ends, strict=True)]
+    whole = [apart(np.concatenate([each[:-1] for each in answers[:-1]]), near)]
+    whole.append(apart(answers[-1][late.start : end], deep))
     return {
-        "prompts": [used[at][0] for at in picked],
-        "full": text(apart(np.concatenate([each[:-1] for each in answers]), full)),
+        "prompts": [used[at][0] for at in every],
+        "full": text(float(np.max(whole))),
         "past": text(apart(np.stack([each[-1] for each in answers]), past)),
     }
 

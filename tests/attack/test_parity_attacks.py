@@ -193,6 +193,9 @@ def build_coded(snapshot, out, precision, run):
     )
 
 
+CODED = {**coded_faults.IN_GRAPH, **coded_faults.FAR}
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_untouched_codes_pass_with_room(two_layers, tmp_path, precision):
     run = Seeded(lambda _: None, "")
@@ -205,7 +208,7 @@ def test_untouched_codes_pass_with_room(two_layers, tmp_path, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("fault", coded_faults.IN_GRAPH.values(), ids=coded_faults.IN_GRAPH)
+@pytest.mark.parametrize("fault", CODED.values(), ids=CODED)
 def test_a_fine_fault_in_a_graph_of_codes_stops_the_whole_build(
     two_layers, tmp_path, fault, precision
 ):

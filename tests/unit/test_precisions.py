@@ -146,6 +146,19 @@ def test_codes_that_are_not_what_they_stand_for_or_odd_figures_fail(change):
     assert caught.value.code == "parity.failed"
 
 
+def test_the_exact_twin_ran_the_longest_prompt_too():
+    for prompts, passes in (([0, 6, 22, 7], True), ([0, 6, 22], False)):
+        value = measured(INT8, {"prompts": prompts})
+        for rows in (value["rows"], value["precisions"][INT8.name]["rows"]):
+            rows[7]["ids"] = [2, 8, 9]
+        if passes:
+            assert proof(INT8, value)
+            continue
+        with pytest.raises(RefusedError) as caught:
+            proof(INT8, value)
+        assert "longest" in caught.value.message
+
+
 def test_sixteen_bits_that_are_another_model_fail():
     most = MAX_KL * 65
     assert proof(FP16, measured(FP16, kl=str(most)))
