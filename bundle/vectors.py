@@ -22,6 +22,7 @@ from policy.errors import RefusedError
 FORMAT: Literal["airgap-parity-vectors/1"] = "airgap-parity-vectors/1"
 FORMAT_CODED: Literal["airgap-parity-vectors/2"] = "airgap-parity-vectors/2"
 LIMIT = 16 * 1024 * 1024
+EXACT_LIMIT, PART_LIMIT = Decimal("0.001"), Decimal("0.25")  # of `CodesFigures`
 
 _Id = Annotated[int, Field(ge=0, le=1 << 24)]
 _Ids = Annotated[tuple[_Id, ...], Field(min_length=1, max_length=1 << 17)]
@@ -60,6 +61,14 @@ class CodesFigures(Document):
 
     exact: _Number
     part: _Number
+
+    @model_validator(mode="after")
+    def _holds(self) -> Self:
+        """Refuse what no build lets pass: the format alone is read as `proven exactly`."""
+        for name, limit in (("exact", EXACT_LIMIT), ("part", PART_LIMIT)):
+            if not 0 <= Decimal(getattr(self, name)) <= limit:
+                raise ValueError(f"{name} is {getattr(self, name)}, at most {limit} is a proof")
+        return self
 
 
 class Figures(Document):

@@ -37,11 +37,20 @@ from bundle.staging.sealed import (
     require_success,
     take,
 )
-from bundle.vectors import FORMAT, FORMAT_CODED, CodesFigures, Figures, TaskFigure, Vectors
+from bundle.vectors import (
+    EXACT_LIMIT,
+    FORMAT,
+    FORMAT_CODED,
+    PART_LIMIT,
+    CodesFigures,
+    Figures,
+    TaskFigure,
+    Vectors,
+)
 from bundle.vectors import Vector as VectorDocument
 from policy.errors import RefusedError
 
-TOLERANCE = Decimal("0.001")
+TOLERANCE = EXACT_LIMIT
 PROGRAM = Path(__file__).with_name("parity_main.py")
 PLAN = "plan.json"
 SECONDS = 4 * 3600
@@ -58,7 +67,7 @@ TOLERANCES = {
 MAX_KL = Decimal("0.01")  # nats; a graph in 16 bits that differs more is another model
 MAX_STEP = Decimal("0.501")  # half a step, and what fp32 rounds
 MAX_SCALE = Decimal("0.000001")
-MAX_PART = Decimal("0.25")
+MAX_PART = PART_LIMIT
 EXACT_PROMPTS = 3  # at least, for the exact twin, and the longest of all among them
 STOPS = {
     "molecule": "<MoleculeE>",

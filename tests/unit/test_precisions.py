@@ -201,7 +201,19 @@ def test_codes_of_an_older_build_are_read_and_told_and_no_format_is_mixed():
     old = {**deepcopy(now), "format": "airgap-parity-vectors/1"}
     del old["measured"]["codes"]
     assert "not proven exactly" in read(old).measured.text
-    figures_of = [{"exact": "1e-5"}, {"exact": "x", "part": "1e-2"}]
+    figures_of = [
+        {"exact": "1e-5"},
+        *(
+            {"exact": exact, "part": part}
+            for exact, part in (
+                ("x", "1e-2"),
+                ("0.0011", "1e-2"),
+                ("-1e-9", "1e-2"),
+                ("1e-5", "0.26"),
+                ("1e-5", "-0.1"),
+            )
+        ),
+    ]
     wrong = [
         {**old, "format": now["format"]},
         {**now, "format": old["format"]},
