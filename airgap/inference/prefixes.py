@@ -46,9 +46,11 @@ class Prefixes:
     def find(self, request_set: str, ids: list[int]) -> tuple[Prefix, int] | None:
         """Return the prefix that shares the most of `ids`, and how many positions they share.
 
-        The number is that of all ids, or a multiple of `PIECE`.
+        The number is that of all ids, or a multiple of `PIECE`. The very ids come before others
+        that share as many: what their head gave may do.
         """
-        key, most = None, 0
+        same = request_set, tuple(ids)
+        key, most = (same, len(ids)) if same in self._entries else (None, 0)
         for (owner, held), entry in self._entries.items():
             shared = _shared(entry.prefix.ids, ids) if request_set and owner == request_set else 0
             if shared > most:

@@ -95,6 +95,19 @@ def test_the_longest_common_beginning_wins_and_the_oldest_goes_first():
     assert kept.find("", [9]) is None
 
 
+def test_the_very_prompt_comes_before_a_longer_one_that_shares_whole_pieces():
+    kept = Prefixes()
+    short, longer = list(range(PIECE)), list(range(2 * PIECE))
+    for ids in (longer, short):
+        kept.keep("a", left(ids), size=1, room=9)
+    found, shared = kept.find("a", short)
+    assert (list(found.ids), shared) == (short, PIECE)
+    target, whole = engine(), ask("<MoleculeS>" + "C" * (PIECE - 2), request_set="a")
+    run(target, ask("<MoleculeS>" + "C" * (PIECE + 9), request_set="a"))
+    ((samples, runs),) = run(target, whole)
+    assert run(target, whole) == [(samples, runs - 1)]
+
+
 @pytest.mark.parametrize(
     "change",
     [{"top_k": 3}, {"repetition_penalty": 1.3}, {"temperature": 0.0}],
