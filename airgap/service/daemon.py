@@ -95,6 +95,7 @@ class Daemon:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _clients: set[Client] = field(default_factory=set)
     _running: Counter[int] = field(default_factory=Counter)
+    _places: Counter[int] = field(default_factory=Counter)  # of those, with more than a last word
     _large: Counter[int] = field(default_factory=Counter)
     _sets: dict[int, str] = field(default_factory=dict)  # of people who are connected
     _budget: Budget = field(init=False)
@@ -254,7 +255,7 @@ class Daemon:
                 ):
                     return _no_place()
                 self._large[uid] += 1
-            places.callback(self._give_back, uid)
+            places.callback(self._count, self._large, uid)
             return None
 
         return wire.receive(
@@ -264,10 +265,6 @@ class Daemon:
             outside=wire.OUTSIDE_LIMIT,
             admit=admit,
         )
-
-    def _give_back(self, uid: int) -> None:
-        with self._lock:
-            self._large[uid] -= 1
 
     def _leave(self, client: Client) -> None:
         with self._lock:
@@ -354,7 +351,11 @@ class Daemon:
         return [desk.row(hold) for hold in own_holds(holds, person)[-HOLDS_TOLD:]]
 
     @contextlib.contextmanager
-    def _place(self, caller: Caller, most: int) -> Iterator[None]:
+    def _place(self, caller: Caller, most: int) -> Iterator[Callable[[], None]]:
+        """Take a place for a request; yields what gives it back before the last word.
+
+        Who asks again at once then finds it free; the request itself ends with the block.
+        """
         with self._lock:
             if self._asked:
                 raise RefusedError(
@@ -362,18 +363,25 @@ class Daemon:
                     "the daemon is ending and takes no new request",
                     hint="send it again when the administrator has started it again",
                 )
-            if self._running[caller.uid] >= most:
+            if self._places[caller.uid] >= most:
                 raise RefusedError(
                     "request.busy",
                     f"{most} of your requests are under way, as many as one person may have",
                     hint="wait for one of them, or cancel it",
                 )
             self._running[caller.uid] += 1
+            self._places[caller.uid] += 1
+        place = contextlib.ExitStack()
+        place.callback(self._count, self._places, caller.uid)
         try:
-            yield
+            yield place.close
         finally:
-            with self._lock:
-                self._running[caller.uid] -= 1
+            place.close()
+            self._count(self._running, caller.uid)
+
+    def _count(self, counter: Counter[int], uid: int) -> None:
+        with self._lock:
+            counter[uid] -= 1
 
     @contextlib.contextmanager
     def _refusals(self, caller: Caller, log: PersonLog, task: str) -> Iterator[None]:
@@ -429,14 +437,16 @@ class Daemon:
             log = PersonLog(self.log, Peer(caller.uid, caller.pid), spend)
             with self._refusals(caller, log, task):
                 _, site = self._identify(caller, self._facts().site)
-                place.enter_context(self._place(caller, site.service.per_person))
+                leave = place.enter_context(self._place(caller, site.service.per_person))
             with contextlib.ExitStack() as at_pair:
                 with self._refusals(caller, log, task):
                     ticket = at_pair.enter_context(self.keeper.ticket())
                     broker, job = self._broker(ticket, make, caller, log)
                 answer = broker.infer(job, teller(connection, ticket))
                 pieces = packed(broker, job, answer, files)
-            send_answer(connection, pieces, self.limits.answer_s)
+            send_pieces(connection, pieces, self.limits.answer_s)
+            leave()
+            wire.send(connection, {"event": "done"})
 
     def _facts(self) -> Facts:
         return self._house().tree.read()
@@ -533,14 +543,13 @@ def packed(broker: Broker, job: Job, answer: Any, files: list[str]) -> str:
     )
 
 
-def send_answer(connection: socket.socket, text: str, within_s: float) -> None:
+def send_pieces(connection: socket.socket, text: str, within_s: float) -> None:
     """Send an answer in pieces; a client that takes it too slowly is cut off."""
     until = time.monotonic() + within_s
     for at in range(0, len(text), wire.PIECE):
         if time.monotonic() > until:
             raise TimeoutError("the client takes its answer too slowly")
         wire.send(connection, {"event": "piece", "text": text[at : at + wire.PIECE]})
-    wire.send(connection, {"event": "done"})
 
 
 def require_client(connection: socket.socket) -> None:

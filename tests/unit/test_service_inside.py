@@ -186,6 +186,23 @@ def test_what_the_tree_says_now_counts_and_its_disk_is_no_fault_of_the_client(pl
     assert place.ask()["rows"]
 
 
+def test_who_has_her_answer_has_her_place_again_and_a_last_word_is_waited_for(place, monkeypatch):
+    told, send, uid = [], wire.send, os.getuid()
+
+    def watched(connection, message):
+        if message.get("event") in {"piece", "done"}:
+            daemon = place.daemon
+            told.append((message["event"], daemon._places[uid], daemon._running[uid]))
+        send(connection, message)
+
+    monkeypatch.setattr(wire, "send", watched)
+    assert place.ask()["rows"]
+    assert told == [("piece", 1, 1)] * (len(told) - 1) + [("done", 0, 1)]
+    assert place.ask()["rows"]
+    assert client.status(place.socket)["running"] == 0
+    assert place.daemon._places.total() == 0
+
+
 @pytest.mark.parametrize(
     "place", [Limits(clients=3, per_person=3, idle_s=0.6, message_s=0.3)], indirect=True
 )

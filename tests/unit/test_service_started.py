@@ -22,6 +22,15 @@ CHANGES = {
 A, B = Digest.of(b"a"), Digest.of(b"b")
 
 
+@pytest.fixture(autouse=True)
+def every_level():
+    """The operator's log says all: a command in this process may have silenced it."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    yield
+    structlog.configure(**before)
+
+
 def site(more=""):
     return parse_site(f"{PLAIN}\n{more}".encode())
 
