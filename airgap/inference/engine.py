@@ -27,7 +27,13 @@ from airgap.inference.draws import Draws
 from airgap.inference.fast import FastModel, Found, Head
 from airgap.inference.plan import Plan
 from airgap.inference.protocol import Done, Generate, Progress, Sample, Score, Scores
-from airgap.inference.refusals import not_finite, out_of_memory, prompt_ids, stop_ids
+from airgap.inference.refusals import (
+    NOT_FINITE,
+    not_finite,
+    out_of_memory,
+    prompt_ids,
+    stop_ids,
+)
 from airgap.inference.rows import Batch, Emit, Finish, Job, Row
 
 _PROGRESS_S = 0.1
@@ -351,7 +357,13 @@ class Engine:
         if job.request.ppl_authors:
             before = model.runs
             whole = [*job.prompt, *row.ids]
-            perplexity = likelihoods.authors_perplexity(model, whole, capacity=job.capacity)
+            try:
+                perplexity = likelihoods.authors_perplexity(model, whole, capacity=job.capacity)
+            except ProgramError as error:
+                if error.code != NOT_FINITE:  # the graph failed: nobody's rows can be trusted
+                    raise
+                self._fail(job, error)
+                return
             job.runs += model.runs - before
         job.emit(
             Sample(

@@ -11,6 +11,8 @@ from airgap.inference.graphs import ModelFacts
 from airgap.inference.protocol import Generate, Score
 from airgap.inference.vocabulary import Vocabulary
 
+NOT_FINITE = "model.nan"
+
 
 def prompt_ids(request: Generate | Score, facts: ModelFacts, vocabulary: Vocabulary) -> list[int]:
     """Return the ids of the prompt; the start token comes once, where the model has one.
@@ -96,7 +98,7 @@ def out_of_memory() -> ProgramError:
 def not_finite(step: int) -> ProgramError:
     """Refuse logits from which nothing can be drawn."""
     return ProgramError(
-        "model.nan",
+        NOT_FINITE,
         f"the model gave logits that are not numbers (step {step})",
         "verify the installed bundle; ask its builder for the parity record",
     )

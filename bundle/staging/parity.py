@@ -169,7 +169,13 @@ Assess = Callable[[Completions], int | None]
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A proof that holds. Deltas are the largest over all vectors and graphs in fp32."""
+    """A proof that holds. Deltas are the largest over all vectors and graphs in fp32.
+
+    Attributes:
+        head: How far the heads of the fast graphs, in any precision, are from numpy's: penalty,
+            grammar mask, candidates, target and both normalisers; None where no graph has one.
+
+    """
 
     vectors: tuple[Vector, ...]
     skipped: tuple[tuple[Prompt, str], ...]
@@ -181,6 +187,7 @@ class Parity:
     seal: dict[str, object]
     measured: tuple[Measured, ...] = ()
     completions: tuple[Completions, ...] = ()
+    head: Decimal | None = None
 
     def vectors_documents(self, model: str, assess: Assess | None = None) -> tuple[Vectors, ...]:
         """Return META/vectors/*.json, one a precision: what a target must answer again."""
@@ -341,6 +348,7 @@ def judge(
     )
     others = [made for made in expected if made.precision != "fp32"]
     measured, completions = _judge_others(figures, prompts, others, vectors)
+    head = _judge_heads(figures, expected)
     return Parity(
         vectors,
         skipped,
@@ -352,7 +360,21 @@ def judge(
         seal or {},
         measured,
         completions,
+        head,
     )
+
+
+def _judge_heads(figures: Mapping[str, Any], expected: Sequence[Made]) -> Decimal | None:
+    """Judge what the fast graphs make of raw logits; each must be covered."""
+    found = figures.get("heads")
+    wanted = {made.name for made in expected if made.interface == "shared"}
+    if not isinstance(found, dict) or set(found) != wanted:
+        raise RefusedError("parity.failed", "the parity run did not cover each head")
+    try:
+        deltas = [_delta(found[name], f"the head of {name}", "beside numpy") for name in wanted]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise RefusedError("parity.failed", "the figures of a head are malformed") from error
+    return max(deltas, default=None)
 
 
 def _judge_others(
@@ -542,6 +564,11 @@ def statement(parity: Parity, subjects: Mapping[str, str], source: Mapping[str, 
                             "tolerance": str(TOLERANCE),
                             "max_delta_full": str(parity.full),
                             "max_delta_with_cache": str(parity.past),
+                            **(
+                                {}
+                                if parity.head is None
+                                else {"max_delta_of_head": str(parity.head)}
+                            ),
                             "greedy_tokens": STEPS,
                             "prompts": len(parity.vectors),
                             "versions": parity.versions,

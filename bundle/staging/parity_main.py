@@ -86,9 +86,13 @@ def main(argv: list[str]) -> int:
             for at, (n, _, ids) in enumerate(used)
         ]
         providers = set()
+        heads: dict[str, str] = {}
+        longest = max((ids for _, _, ids in used), key=len)
         for graph in exact:
             session = graph.open()
             providers.add(session.provider)
+            if isinstance(session, Fast):
+                heads[graph.name] = text(session.head(longest))
             for at, (_, _, ids) in enumerate(used):
                 run = kept[graph.name][at] if graph.name in kept else session.decode([ids])[0]
                 rows[at]["graphs"][graph.name] = compare(session, ids, run, theirs[at])
@@ -102,6 +106,7 @@ def main(argv: list[str]) -> int:
             graph.name: measure(graph, source, words, used, theirs=theirs, tasks=tasks, out=out)
             for graph in others
         }
+        heads |= {name: figures.pop("head") for name, figures in precisions.items()}
         if others and exact[0].fast:
             baseline = exact[0].open()
             samples = [sample(baseline, words, *task) for task in tasks]
@@ -115,6 +120,7 @@ def main(argv: list[str]) -> int:
                 "provider": " ".join(sorted(providers)),
                 "versions": versions(),
                 "rows": rows,
+                "heads": heads,
                 "skipped": [{"index": n, "reason": reason} for n, _, _, reason in found if reason],
                 "precisions": precisions,
                 "samples": samples,
@@ -507,6 +513,56 @@ class Fast:
             (whole[start:end],) = self.run([part], [end], place, wanted=wanted)
         return whole
 
+    def head(self, ids: list[int]) -> float:
+        """Return how far penalty, mask, target and normalisers are from numpy's, on raw logits.
+
+        Four places of one sequence, with a mask and without; what is asked is drawn from a fixed
+        seed. The raw logits of all ids come from the same graph, which `apart` holds to the source.
+        """
+        import numpy as np
+
+        count, size, draw = len(ids), self.size, np.random.default_rng(len(ids))
+        places = [0, count // 3, 2 * count // 3, count - 1]
+        lines = len(places)
+        self.reset(1, count)
+        every, raw = self.run([ids], [count], places, top=size, wanted=("ids", "raw"))
+        logits = np.full((lines, size), np.nan)
+        np.put_along_axis(logits, every, raw.astype(np.float64), axis=1)
+        seen, target = draw.integers(size, size=(lines, 32)), draw.integers(size, size=lines)
+        seen[:, 0], seen[:, 1] = target, every[:, 0]  # what is punished is also asked for
+        penalty = np.linspace(1.05, 2.0, lines, dtype=np.float32)[:, None]
+        mask = draw.random((lines, size)) < np.array([[0.5], [0.5], [0.05], [0.95]])
+        mask[:, 0] = True
+        old, punished = np.take_along_axis(logits, seen, axis=1), logits.copy()
+        worse = np.where(old < 0, old * penalty, old / penalty)
+        np.put_along_axis(punished, seen, worse, axis=1)
+        worst = []
+        for constrained in (True, False):
+            legal = mask if constrained else np.ones_like(mask)
+            asked = {
+                "seen": seen,
+                "penalty": penalty,
+                "legal": mask,
+                "constrained": np.array(constrained),
+                "target": target,
+            }
+            self.reset(1, count)
+            names = ("scores", "ids", "raw", "log_z", "legal_z", "target_raw")
+            scores, best, mine, log_z, legal_z, wanted = self.run(
+                [ids], [count], places, wanted=names, asked=asked
+            )
+            masked = np.where(legal, punished, -np.inf)
+            ranked = -np.sort(-masked, axis=1)[:, : scores.shape[1]]
+            worst += [
+                differs(ranked, scores),
+                differs(np.take_along_axis(masked, best, axis=1), scores),
+                differs(np.take_along_axis(logits, best, axis=1), mine),
+                differs(log_sums(logits), log_z),
+                differs(log_sums(np.where(legal, logits, -np.inf)), legal_z),
+                differs(np.take_along_axis(logits, target[:, None], axis=1)[:, 0], wanted),
+            ]
+        return float(np.max(worst))  # a NaN stays one
+
     def reset(self, rows: int, capacity: int) -> None:
         """Take empty buffers."""
         import numpy as np
@@ -526,6 +582,7 @@ class Fast:
         top: int = FAST_TOP,
         first: int = 0,
         wanted: tuple[str, ...] = ("ids", "raw", "log_z"),
+        asked: dict[str, Any] | None = None,
     ) -> tuple[Any, ...]:
         """Return (ids, raw logits, log of the sum of exp) at the picked places, or what is wanted.
 
@@ -546,7 +603,7 @@ class Fast:
             "constrained": np.array(False),
             "target": np.zeros(count, np.int64),
             "top_k": np.array([min(top, self.size)], np.int64),
-        }
+        } | (asked or {})
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
@@ -569,6 +626,14 @@ def apart(theirs: Any, found: Any) -> float:
     wide = theirs.astype(np.float64)
     logits = abs(np.take_along_axis(wide, ids, axis=1) - raw).max()
     return float(np.maximum(logits, abs(log_sums(wide) - log_z).max()))  # a NaN stays one
+
+
+def differs(expected: Any, found: Any) -> float:
+    """Return the largest difference; two that are both minus infinity do not differ."""
+    import numpy as np
+
+    equal = expected == found
+    return float(np.where(equal, 0.0, abs(np.where(equal, 0.0, expected) - found)).max())
 
 
 def log_sums(wide: Any) -> Any:
@@ -632,6 +697,7 @@ def measure(
             del source
             found["codes"] = {**fit, **run_twin(graph.open_twin(), used, contexts, coded)}
         session = graph.open()
+        found["head"] = text(session.head(max((ids for _, _, ids in used), key=len)))
         greedy = [run[0] for run in session.decode([ids for _, _, ids in used])]
         samples = [sample(session, words, *task) for task in tasks]
         found["provider"] = session.provider

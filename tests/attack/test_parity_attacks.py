@@ -93,11 +93,67 @@ def wrong_head(graph):
                 node.input[place] = name.replace(old, new) if name == f"{old}.cast" else name
 
 
+def branch(graph, name):
+    (choice,) = (node for node in graph.node if node.op_type == "If")
+    return next(part.g for part in choice.attribute if part.name == f"{name}_branch")
+
+
+def first(graph, kind):
+    return next(node for node in graph.node if node.op_type == kind)
+
+
+def invert_mask(graph):
+    node = first(branch(graph, "then"), "Where")
+    node.input[1], node.input[2] = node.input[2], node.input[1]
+
+
+def always_free(graph):
+    choice = first(graph, "If")
+    for part in choice.attribute:
+        if part.name == "then_branch":
+            part.g.CopyFrom(branch(graph, "else"))
+            for node in part.g.node:  # names within a graph are once only
+                for place, name in enumerate(node.output):
+                    new = f"other.{name}"
+                    for value in part.g.output:
+                        value.name = new if value.name == name else value.name
+                    node.output[place] = new
+
+
+def reward(graph):
+    node = first(graph, "Where")
+    node.input[1], node.input[2] = node.input[2], node.input[1]
+
+
+def sum_of_all(graph):
+    part = branch(graph, "then")
+    legal = [node for node in part.node if node.op_type == "Where"][1].output[0]
+    raw = [node for node in part.node if node.op_type == "Where"][1].input[1]
+    for node in part.node:
+        node.input[:] = [raw if name == legal else name for name in node.input]
+
+
+def punished_target(graph):
+    """Take the target's logit after the penalty."""
+    told = next(node for node in graph.node if "target_raw" in node.output)
+    wanted = next(node for node in graph.node if told.input[0] in node.output)
+    wanted.input[0] = first(graph, "ScatterElements").output[0]
+    moved = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (wanted, told)]
+    for node in (wanted, told):
+        graph.node.remove(node)
+    graph.node.extend(moved)
+
+
 FAULTS = {
     "a transposed matrix": transpose,
     "another rotary base": wrong_base,
     "swapped heads": swap_heads,
     "vocabulary as large as another width": wrong_head,
+    "a mask upside down": invert_mask,
+    "a mask that is not read": always_free,
+    "a penalty that rewards": reward,
+    "a sum over all for that of the legal": sum_of_all,
+    "the target's logit after the penalty": punished_target,
 }
 
 

@@ -6,10 +6,13 @@ import inference_models as models
 import pytest
 from test_inference_engine import ask, engine, fast, submit
 
+from airgap.enclave.channel import ProgramError
+from airgap.inference import likelihoods
 from airgap.inference.engine import Engine
 from airgap.inference.fast import PIECE, Slots
 from airgap.inference.prefixes import Prefix, Prefixes
 from airgap.inference.protocol import Forget, Forgotten, parse_reply, parse_request, segments_of
+from airgap.inference.refusals import not_finite
 
 LONG = f"<MoleculeS>{'C' * (PIECE + 40)}"
 
@@ -127,6 +130,26 @@ def test_samples_of_one_token_take_no_run_beside_the_prompt():
     for n in (1, 20):
         ((samples, runs),) = run(engine(), ask(n=n, max_new_tokens=1))
         assert (len(samples), runs) == (n, 1)
+
+
+@pytest.mark.parametrize("error", [not_finite(3), ProgramError("model.run", "it failed", "-")])
+def test_a_perplexity_that_is_no_number_ends_its_own_request(error, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    (alone,) = run(engine(), ask(n=3))
+    monkeypatch.setattr(likelihoods, "authors_perplexity", fails)
+    target = engine()
+    started = [submit(target, 0, ask(n=3, ppl_authors=True)), submit(target, 1, ask(n=3))]
+    while target.busy:
+        target.step()
+    (_, first), (events, second) = started
+    assert [answer.code for answer in first] == [error.code]
+    if error.code == "model.run":  # the graph failed: nobody's rows can be trusted
+        assert [answer.code for answer in second] == [error.code]
+    else:
+        samples = {e.index: (e.ids, e.logprob) for e in events if hasattr(e, "ids")}
+        assert samples == alone[0]
 
 
 def test_rows_that_end_together_are_not_moved(monkeypatch):

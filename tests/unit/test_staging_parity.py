@@ -44,6 +44,7 @@ def figures(**changes):
     ]
     base = {
         "rows": rows,
+        "heads": {"fast": "3.0e-06"},
         "skipped": [],
         "versions": {"torch": "2"},
         "provider": "CPU",
@@ -72,9 +73,41 @@ def test_the_packaged_prompts_are_enough_and_credited():
     assert all(item["licence"] for item in sources)
 
 
+@pytest.mark.parametrize(
+    "heads",
+    [
+        None,
+        {},
+        [],
+        {"reference": "1e-6"},
+        {"fast": "1e-6", "other": "1e-6"},
+        {"fast": "2e-3"},
+        {"fast": "-1e-6"},
+        {"fast": "nan"},
+        {"fast": "inf"},
+        {"fast": "much"},
+        {"fast": None},
+        {"fast": []},
+    ],
+    ids=str,
+)
+def test_a_head_that_is_not_proven_fails(heads):
+    assert refused(figures(heads=heads)).code == "parity.failed"
+
+
+def test_a_proof_without_a_fast_graph_says_nothing_of_a_head():
+    value = figures(heads={})
+    for row in value["rows"]:
+        del row["graphs"]["fast"]
+    parity = judge(value, PROMPTS, expected=MADE[1:])
+    assert parity.head is None
+    assert b"max_delta_of_head" not in statement(parity, {}, {})
+
+
 def test_sound_figures_are_a_proof():
     parity = judge(figures(), PROMPTS, expected=MADE)
     assert (parity.full, parity.past) == (Decimal("1.5e-06"), Decimal("2.5e-06"))
+    assert parity.head == Decimal("3.0e-06")
     (document,) = parity.vectors_documents("tiny")
     assert len(document.vectors) == len(PROMPTS)
     assert document.vectors[0].greedy_ids == tuple(range(STEPS))
