@@ -14,6 +14,7 @@ import os
 import re
 import resource
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ from policy.terms import Digest
 
 MAX_FILES: Final = 32_768  # beside the log; an inventory of more is larger than the log takes
 TRIES: Final = 20
+PAUSE_S: Final = 0.02  # after the first look that met a change; longer after each further one
 _PART: Final = 4 << 20
 _BLOCK: Final = 1 << 20
 _SMALL: Final = 64 << 20  # what the log rewrites: notes of exports and prunings, anchors
@@ -190,7 +192,8 @@ def _at_one_moment(tree: _Tree, act: _Act, now: datetime, limit: int) -> tuple[_
     the look that the record tells of and the head that covers the record.
     """
     created, layout = now.replace(microsecond=0), LogLayout(tree.root / "audit")
-    for _ in range(TRIES):
+    for tries in range(TRIES):
+        time.sleep(tries * PAUSE_S)
         tree.look()
         inventory = tree.inventory(created, limit)
         cut = _Cut.at(layout, act.record(inventory.to_bytes()))

@@ -14,6 +14,7 @@ import pytest
 from enclave_harness import HERE, needs_namespaces, needs_root
 
 from airgap.enclave import filters, plan
+from airgap.enclave.profiles import PROFILES
 
 PAGE = (HERE.parent / "docs" / "auditor.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -109,7 +110,8 @@ def mounts(lines, _):
 
 
 def environment(lines, _):
-    assert dict(line.split("=", 1) for line in lines) == plan.built_environment(threads=2)
+    built = plan.built_environment(threads=2) | dict(PROFILES["worker"].environment)
+    assert dict(line.split("=", 1) for line in lines) == built
 
 
 def limits(lines, _):

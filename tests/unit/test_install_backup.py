@@ -846,7 +846,7 @@ def at_work(root, log):
 
     def hold():
         for number in range(100_000):
-            if stop.wait(0.03):
+            if stop.wait(0.3):
                 return
             write_beside(root / "holds" / f"{number:06}.json", b"held")
             log.append(Event("denial", actor=Actor("ada"), err="policy.held", req=new_ulid(),

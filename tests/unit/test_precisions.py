@@ -70,7 +70,8 @@ def measured(made, proof=None, **changes):
     if made.codes:
         codes = {**CODES, **(proof or {})}
         found["codes"] = {name: value for name, value in codes.items() if value is not None}
-    return figures(precisions={made.name: found}, samples=samples)
+    heads = dict.fromkeys(("fast", made.name), "1.0e-06")
+    return figures(precisions={made.name: found}, samples=samples, heads=heads)
 
 
 def proof(made, value):
