@@ -220,7 +220,7 @@ def test_people_may_neither_signal_nor_lock_nor_look_behind_the_daemon(place):
         return found
 
     assert Person(ADA, attempts).result() == []
-    assert status(place, BEN)["serving"]
+    wait_for(lambda: status(place, BEN)["serving"], "the daemon's standing")
 
 
 def test_a_storm_of_reloads_with_broken_files_ends_where_it_began(place):
