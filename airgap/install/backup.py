@@ -135,7 +135,7 @@ def back_up(
                     progress(digested + done, digested + source.size)
 
             header = encrypt_file(source, out, recipients, progress=second)
-        except BaseException:
+        except BaseException:  # also an interrupt: the record says that it came to nothing
             act.give_up()
             raise
         receipt = act.record(raw, result="complete", new=f"sha256:{header.id}")
